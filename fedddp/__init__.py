@@ -1,0 +1,49 @@
+"""Federated learning and distributed data parallel training of vision models in one PyTorch program."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version as _version
+from typing import Any
+
+__version__ = _version("fedddp")
+
+# Resolved on first use, so that `import fedddp` and `fedddp --help` do not import torch.
+_HOMES = {
+    "fedddp.federation": ("Federation", "Outcome"),
+    "fedddp.config": ("Run", "load"),
+    "fedddp.method": ("Contribution", "Local", "Method", "Server", "Total", "Visit"),
+    "fedddp.algorithms": ("FedAvg",),
+    "fedddp.data.datasets": ("Data",),
+    "fedddp.data.partition": (
+        "IID",
+        "Dirichlet",
+        "FeatureSkew",
+        "LabelQuantity",
+        "LogNormal",
+        "Natural",
+        "Partition",
+        "PowerLaw",
+        "Shards",
+    ),
+    "fedddp.vision.models": ("Model",),
+    "fedddp.vision.tasks": ("Classification", "Task"),
+    "fedddp.cohort": ("Cohort",),
+    "fedddp.aggregation": ("Mean",),
+    "fedddp.evaluation": ("Evaluation",),
+    "fedddp.checkpoint": ("Checkpoint",),
+    "fedddp.topology": ("Topology",),
+    "fedddp.tracking": ("Track",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = ["__version__", *_HOME_OF]  # noqa: PLE0604 - the names are strings
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'fedddp' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,177 @@
+"""The weighted mean of a cohort's contributions, exact whatever the order and the grouping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedddp.method import Contribution, Total
+from fedddp.topology import World
+from fedddp.vector import norm
+
+FRACTION_BITS = 40
+"""One unit of the fixed-point sums is 2^-40; with weights that sum to 1 a mean may reach 2^22."""
+
+
+class InvalidUpdateError(ValueError):
+    """A client's contribution is not finite, or too large to be summed exactly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """Weighted mean of the contributions; additive, so memory and traffic do not grow with the cohort."""
+
+    sums: Literal["exact", "float32"] = "exact"
+    """`exact`: int64 fixed point, the same bits for any grouping; `float32`: half the memory and traffic."""
+
+    clip_norm: float | None = None
+    """Largest Euclidean norm of a client's update, > 0; longer ones are scaled down to it."""
+
+    on_invalid_update: Literal["stop", "skip", "clip"] = "stop"
+    """What to do with NaN, infinity or overflow in an update: end the run, leave the client out, or
+    replace what is not finite by 0 and cut the rest."""
+
+    def __post_init__(self) -> None:
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be > 0, got {self.clip_norm}; leave it out for no clipping")
+
+    def accumulator(
+        self, lengths: Mapping[str, int], clients: int, like: Tensor, counters: Tensor
+    ) -> Accumulator:
+        """Return an empty accumulator for a cohort of at most `clients` clients.
+
+        Args:
+            lengths: length of each additive vector, by name.
+            clients: size of the cohort.
+            like: a vector with the dtype and device of the model.
+            counters: the model's integer buffers, which are combined by maximum.
+        """
+        return Accumulator(self, lengths, clients, like, counters)
+
+    def clip(self, update: Tensor) -> Tensor:
+        """Return `update` scaled to at most `clip_norm`."""
+        if self.clip_norm is None:
+            return update
+        return update * torch.clamp(self.clip_norm / norm(update), max=1.0)
+
+
+class Accumulator:
+    """Sums of weighted contributions of this rank's clients, then of all ranks'."""
+
+    def __init__(
+        self, rule: Mean, lengths: Mapping[str, int], clients: int, like: Tensor, counters: Tensor
+    ) -> None:
+        """Start at zero; see `Mean.accumulator`."""
+        self.rule = rule
+        self.like = like
+        self.exact = rule.sums == "exact"
+        # A single weighted value below the limit cannot make the sum over the cohort overflow.
+        self.limit = 2.0 ** (62 - FRACTION_BITS) / max(1, clients)
+        dtype = torch.int64 if self.exact else torch.float32
+        self.sums = {
+            name: torch.zeros(length, dtype=dtype, device=like.device)
+            for name, length in {**lengths, "buffers": lengths.get("buffers", 0)}.items()
+        }
+        # Weights and counts stay on the CPU: they are read as numbers after every round.
+        self.weights = torch.zeros(2, dtype=torch.int64)
+        self.counts = torch.zeros(3, dtype=torch.int64)  # contributions, invalid, clipped
+        self.counters = torch.zeros_like(counters)
+
+    def add(
+        self,
+        client: int,
+        contribution: Contribution,
+        buffers: Tensor,
+        example_weight: float,
+        counters: Tensor,
+    ) -> None:
+        """Add one client's contribution, and its buffers by example weight.
+
+        Raises:
+            InvalidUpdateError: NaN, infinity or overflow, and the rule is to stop.
+        """
+        vectors = self._admit(client, contribution)
+        if vectors is None:
+            return
+        for name, vector in vectors.items():
+            self._add(name, vector, contribution.weight)
+        self._add("buffers", buffers, example_weight)
+        self.weights += torch.tensor([_fixed(contribution.weight), _fixed(example_weight)])
+        self.counts[0] += 1
+        torch.maximum(self.counters, counters, out=self.counters)
+
+    def _admit(self, client: int, contribution: Contribution) -> dict[str, Tensor] | None:
+        """Return the contribution's vectors, clipped and checked; None when the client is left out."""
+        vectors = dict(contribution.vectors)
+        largest = self._largest(vectors, contribution.weight)
+        if not largest < self.limit:
+            self.counts[1] += 1
+            if self.rule.on_invalid_update == "stop":
+                raise InvalidUpdateError(_describe(client, largest, self.limit))
+            if self.rule.on_invalid_update == "skip":
+                return None
+            bound = self.limit / 2 / max(contribution.weight, 1e-12)
+            vectors = {
+                name: torch.nan_to_num(vector, 0.0, 0.0, 0.0).clamp(-bound, bound)
+                for name, vector in vectors.items()
+            }
+        if self.rule.clip_norm is not None:
+            self.counts[2] += int(norm(vectors["update"]) > self.rule.clip_norm)
+            vectors["update"] = self.rule.clip(vectors["update"])
+        return vectors
+
+    def _largest(self, vectors: Mapping[str, Tensor], weight: float) -> float:
+        largest = [vector.abs().amax().double() for vector in vectors.values() if vector.numel()]
+        return float(torch.stack(largest).amax()) * max(weight, 1e-300) if largest else 0.0
+
+    def _add(self, name: str, vector: Tensor, weight: float) -> None:
+        if not vector.numel():
+            return
+        if self.exact:
+            scaled = vector.double().mul_(weight * 2.0**FRACTION_BITS)
+            self.sums[name] += scaled.round_().to(torch.int64)
+        else:
+            self.sums[name].add_(vector, alpha=weight)
+
+    def combine(self, world: World) -> None:
+        """Collective. Replace the sums of this rank by those of all ranks."""
+        world.sum(*self.sums.values(), self.weights, self.counts)
+        world.max(self.counters)
+
+    def total(self) -> Total:
+        """Return the weighted means; of the combined sums, if `combine` was called."""
+        weight, example_weight = (int(w) / 2.0**FRACTION_BITS for w in self.weights)
+        means = {}
+        for name, summed in self.sums.items():
+            divisor = example_weight if name == "buffers" else weight
+            if self.exact:
+                divisor *= 2.0**FRACTION_BITS
+            means[name] = (summed.double() / divisor).to(self.like.dtype) if divisor else None
+        return Total({n: v for n, v in means.items() if v is not None}, int(self.counts[0]))
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that a round stopped in the middle needs to go on."""
+        extra = {"weights": self.weights, "counts": self.counts, "counters": self.counters}
+        return {**{f"sum.{name}": summed for name, summed in self.sums.items()}, **extra}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` returned."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+
+def _fixed(value: float) -> int:
+    return round(value * 2.0**FRACTION_BITS)
+
+
+def _describe(client: int, largest: float, limit: float) -> str:
+    finite = largest == largest and largest != float("inf")
+    what = f"reaches {largest:.3g}, beyond {limit:.3g}" if finite else "has NaN or infinite values"
+    return (
+        f"client {client}: its update {what}; lower local.lr, set local.clip_norm, or choose "
+        "aggregation.on_invalid_update=skip"
+    )

@@ -1,0 +1,199 @@
+"""The commands: parse, call, and print a user's error in one line without a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from fedddp.config import Run
+    from fedddp.federation import Outcome
+
+STOPPED = 75
+"""Exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL)."""
+
+USAGE = """\
+fedddp: federated learning on DDP groups, in one torchrun.
+
+  fedddp run RECIPE|FILE [--section.key value ...]    train; under torchrun on many ranks
+  fedddp plan RECIPE|FILE [--section.key value ...]   what a run would do: groups, bytes, memory
+  fedddp partition RECIPE|FILE [...]                  how the data are split over the clients
+  fedddp recipes                                      the configurations that ship with fedddp
+  fedddp runs [OUTPUT]                                the runs in a folder (default: runs)
+
+  fedddp run --help lists every setting. Examples:
+    fedddp run digits
+    torchrun --standalone --nproc-per-node 4 -m fedddp run digits --topology.ranks_per_client 2
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line `arguments` (by default the process's) and exit."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"run": _run, "plan": _plan, "partition": _partition, "recipes": _recipes, "runs": _runs}
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        from fedddp import __version__
+
+        print(__version__)
+        sys.exit(0)
+    command, *rest = arguments
+    if command not in commands:
+        _fail(f"unknown command '{command}'; choose one of {', '.join(commands)} (see fedddp --help)")
+    sys.path.insert(0, os.getcwd())  # so that the dotted path of a class beside the user is found
+    commands[command](rest)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    """Print one error line, by one rank, and exit."""
+    # Every rank finds the same error. A launcher ends the job as soon as one rank has left, so the
+    # others give rank 0 the time to speak.
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(10)
+    else:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _load(rest: list[str]) -> tuple[Run, str]:
+    """Return the run described on the command line, and its default name."""
+    from fedddp.config import ConfigError, load, make_parser
+
+    if "-h" in rest or "--help" in rest:
+        if os.environ.get("RANK", "0") == "0":
+            make_parser().print_help()
+        sys.exit(0)
+    target = rest[0] if rest and not rest[0].startswith("-") else None
+    if target is None:
+        _fail("give a recipe or a .yaml file, e.g. `fedddp run digits`; `fedddp recipes` lists them")
+    try:
+        run = load(target, rest[1:])
+        run.topology.groups(int(os.environ.get("WORLD_SIZE", "1")))
+    except ConfigError as error:
+        _fail(str(error))
+    except ValueError as error:
+        _fail(str(error))
+    return run, Path(target).stem
+
+
+def _run(rest: list[str]) -> None:
+    run, name = _load(rest)
+    from fedddp.federation import AnotherRankFailedError, Federation
+
+    try:
+        federation = Federation(run, default_name=name)
+        outcome = federation.run()
+    except AnotherRankFailedError:
+        time.sleep(5)  # the launcher ends this rank once the one that failed has spoken
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        _explain(error)
+    _say_what_next(outcome, rest)
+
+
+def _explain(error: Exception) -> NoReturn:
+    """Report the error that ended the run, as the first rank that had one."""
+    user_error = isinstance(error, (ValueError, OSError))
+    if not user_error:
+        traceback.print_exception(error)
+    rank = int(os.environ.get("RANK", "0"))
+    where = f"rank {rank}: " if rank and not user_error else ""
+    notes = "; ".join(getattr(error, "__notes__", []))
+    text = " ".join(f"{where}{error}".split()) or type(error).__name__
+    print(f"error: {text}{'; ' + notes if notes else ''}", file=sys.stderr, flush=True)
+    from fedddp.config import ConfigError
+
+    sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def _say_what_next(outcome: Outcome, rest: list[str]) -> None:
+    coordinator = os.environ.get("RANK", "0") == "0"
+    if outcome.finished:
+        if coordinator:
+            print(f"run directory: {outcome.folder}")
+        return
+    again = [*rest]
+    for flag, value in (("--name", outcome.folder.name), ("--resume", "auto")):
+        if flag not in again:
+            again += [flag, value]
+    if coordinator:
+        print(f"stopped; go on with the same launcher and: fedddp run {shlex.join(again)}", flush=True)
+    marker = os.environ.get("FEDDDP_STOPPED_FILE")
+    if marker:  # torchrun turns any other exit code than 0 into 1, so a batch script looks for a file
+        Path(marker).touch()
+        sys.exit(0)
+    sys.exit(STOPPED)
+
+
+def _partition(rest: list[str]) -> None:
+    run, _ = _load(rest)
+    from rich.console import Console
+
+    from fedddp.data.datasets import load
+    from fedddp.data.partition import describe, table
+
+    try:
+        train, _ = load(run.data)
+        split = run.data.partition.split(train.labels, run.data.clients, run.seed, train.ids)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    Console().print(table(describe(split, train.labels, train.classes)))
+
+
+def _plan(rest: list[str]) -> None:
+    run, name = _load(rest)
+    from rich.console import Console
+
+    from fedddp.federation import plan
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        table = plan(dataclasses.replace(run, name=run.name or name), world_size)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    Console().print(table)
+
+
+def _recipes(_: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    folder = Path(__file__).parent / "recipes"
+    table = Table("recipe", "what it trains", box=None, header_style="bold")
+    for path in sorted(folder.glob("*.yaml")):
+        table.add_row(path.stem, path.read_text().partition("\n")[0].lstrip("# "))
+    Console().print(table)
+
+
+def _runs(rest: list[str]) -> None:
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    output = Path(rest[0] if rest else "runs")
+    if not output.is_dir():
+        _fail(f"{output} is not a folder; give the --output of your runs")
+    table = Table("run", "rounds", "loss", "accuracy", "state", box=None, header_style="bold")
+    for folder in sorted(path.parent for path in output.glob("*/history.jsonl")):
+        rows = [json.loads(line) for line in (folder / "history.jsonl").open() if line.endswith("\n")]
+        last: dict[str, float] = {}
+        for row in rows:
+            last |= {key: value for key, value in row.items() if value is not None}
+        scores = [last.get("train/loss"), last.get("eval/accuracy")]
+        cells = ["-" if score is None else f"{score:.4f}" for score in scores]
+        state = "finished" if (folder / "model.safetensors").exists() else "unfinished"
+        table.add_row(folder.name, str(len(rows)), *cells, state)
+    Console().print(table)

@@ -1,0 +1,246 @@
+"""One visit: the local training of one client on its group. Its body holds the one inner loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedddp.data.feed import Batch, Feed
+from fedddp.method import Contribution, Local, Method, Server, Visit
+from fedddp.rng import stream, stream_seed
+from fedddp.topology import World
+from fedddp.vector import FlatModel, norm
+from fedddp.vision.tasks import Task
+
+OPTIMIZER_STATE = "optimizer."
+
+
+class DivergedError(ValueError):
+    """A client's training loss is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a visit leaves behind on each rank of the group."""
+
+    contribution: Contribution
+    buffers: Tensor
+    """The client's float buffers, combined over the group; (B,)."""
+    counters: Tensor
+    loss: Tensor
+    """[sum, count] of the training loss over the visit; float64, shape (2,), the same on all ranks."""
+    steps: int
+
+
+class Trainer:
+    """Trains one client after another on this rank's group; holds what stays between visits."""
+
+    def __init__(
+        self, world: World, flat: FlatModel, task: Task, feed: Feed, local: Local, method: Method
+    ) -> None:
+        """Collective over the group: wraps the model in DDP.
+
+        Raises:
+            ValueError: the precision does not work on this device.
+        """
+        self.world, self.flat, self.task, self.feed = world, flat, task, feed
+        self.local, self.method = local, method
+        self.replica = world.replicate(flat.module)
+        parameter = torch.nn.Parameter(flat.params)
+        parameter.grad = flat.grad
+        self.optimizer = local.make_optimizer(parameter)
+        self.parameter = parameter
+        self.autocast, self.make_scaler = _mixed_precision(local, world)
+        self.idle_aware = [m for m in flat.module.modules() if hasattr(m, "idle")]
+        self.loss = torch.zeros(2, dtype=torch.float64)
+
+    def visit(
+        self,
+        server: Server,
+        *,
+        client: int,
+        round_index: int,
+        indices: NDArray[np.int64],
+        examples_in_cohort: int,
+        cohort_size: int,
+        lr: float,
+        state: dict[str, Tensor],
+        seed: int,
+    ) -> Result:
+        """Collective over the group. Train `client` from the server's model; `state` is changed in place."""
+        world, flat = self.world, self.flat
+        flat.params.copy_(server.params)
+        flat.buffers.copy_(server.buffers)
+        flat.counters.copy_(server.counters)
+        visit = Visit(
+            client=client,
+            round=round_index,
+            examples=len(indices),
+            weight=len(indices) / examples_in_cohort if examples_in_cohort else 0.0,
+            share=1 / cohort_size,
+            flat=flat,
+            start=server.params,
+            start_buffers=server.buffers,
+            sent=server.vectors,
+            state=state,
+            local=self.local,
+            lr=lr,
+            train=lambda correct: self._train(visit, indices, correct, seed),
+            mean_loss=lambda: self._mean_loss(indices, client),
+        )
+        # Dropout and augmentation draw from torch's global generator: make it the visit's own.
+        torch.manual_seed(stream_seed("visit", seed, round_index, client, world.data_rank))
+        self.loss = torch.zeros(2, dtype=torch.float64, device=world.device)
+        self.method.begin(visit)
+        self.method.run(visit)
+        contribution = self.method.finish(visit)
+        loss = world.group_sum(self.loss).cpu()
+        if not torch.isfinite(loss[0]):
+            raise DivergedError(
+                f"client {client}: its training loss became {float(loss[0])} in round {round_index + 1}; "
+                f"lower local.lr={self.local.lr:g} or set local.clip_norm"
+            )
+        return Result(contribution, flat.buffers, flat.counters, loss, visit.steps)
+
+    def _train(
+        self,
+        visit: Visit,
+        indices: NDArray[np.int64],
+        correct: Callable[[Visit], None],
+        seed: int,
+    ) -> None:
+        """The inner loop: every step of a client's local training, for every method."""
+        self.flat.module.train()
+        self._load_optimizer(visit)
+        scaler = self.make_scaler()
+        visit.steps, visit.lr_sum, seen = 0, 0.0, 0
+        for batch in self._batches(visit, indices, seed):
+            visit.grad.zero_()
+            self._gradient(visit, batch, scaler)
+            if scaler is not None:
+                scaler.unscale_(self.optimizer)
+            correct(visit)
+            if self.local.clip_norm is not None:
+                visit.grad.mul_(torch.clamp(self.local.clip_norm / norm(visit.grad), max=1.0))
+            if scaler is None:
+                self.optimizer.step()
+            else:
+                scaler.step(self.optimizer)
+                scaler.update()
+            visit.steps += 1
+            visit.lr_sum += visit.lr
+            seen += batch.count
+        self._merge_buffers(seen)
+        self._save_optimizer(visit)
+
+    def _batches(self, visit: Visit, indices: NDArray[np.int64], seed: int) -> Iterator[Batch]:
+        """Yield this rank's share of every batch of the visit; the batches do not depend on R."""
+        local, steps, epoch = self.local, 0, 0
+        share = (self.world.data_rank, self.world.ranks_per_client)
+        while len(indices) and (epoch < local.epochs if local.steps is None else steps < local.steps):
+            order = stream("batches", seed, visit.round, visit.client, epoch)
+            for batch in self.feed.batches(
+                indices, local.batch_size, client=visit.client, order=order, share=share, train=True
+            ):
+                if local.steps is not None and steps == local.steps:
+                    return
+                yield batch
+                steps += 1
+            epoch += 1
+
+    def _gradient(self, visit: Visit, batch: Batch, scaler: Any) -> None:
+        """Add to `grad` the gradient of the mean loss over the whole batch, reduced over the group."""
+        # DDP divides by R and the loss is summed, so this makes the result the mean over the batch.
+        scale = self.world.ranks_per_client / batch.total if batch.count else 0.0
+        idle = batch.count == 0
+        statistics = self.flat.buffers.clone() if idle else None
+        for module in self.idle_aware:
+            module.idle = idle
+        parts = min(self.local.accumulate, len(batch.targets))
+        chunks = zip(batch.images.chunk(parts), batch.targets.chunk(parts), strict=True)
+        pieces = [Batch(images, targets, batch.count, batch.total) for images, targets in chunks]
+        for index, piece in enumerate(pieces):
+            last = index == len(pieces) - 1
+            with contextlib.nullcontext() if last else self._no_sync(), self.autocast():
+                images = piece.images
+                if self.local.channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                outputs = self.replica(images)
+                loss = self.task.loss(outputs.float(), piece.targets)
+                penalty = self.method.penalty(visit, piece, outputs)
+            objective = (loss if penalty is None else loss + penalty) * scale
+            (objective if scaler is None else scaler.scale(objective)).backward()
+            if not idle:
+                self.loss += torch.stack([loss.detach().double(), loss.new_tensor(len(piece.targets))])
+        if statistics is not None:  # a stand-in example must not leave a trace
+            self.flat.buffers.copy_(statistics)
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        no_sync = getattr(self.replica, "no_sync", None)
+        return no_sync() if no_sync else contextlib.nullcontext()
+
+    def _merge_buffers(self, seen: int) -> None:
+        """Collective over the group. Average float buffers by examples seen; integer ones by maximum."""
+        if self.world.ranks_per_client == 1:
+            return
+        count = torch.tensor([float(seen)], dtype=torch.float64, device=self.world.device)
+        summed = self.world.group_sum(torch.cat([self.flat.buffers.double() * count, count]))
+        if summed[-1] > 0:
+            self.flat.buffers.copy_(summed[:-1] / summed[-1])
+        if self.flat.counters.numel():
+            self.world.group_max(self.flat.counters)
+
+    def _load_optimizer(self, visit: Visit) -> None:
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group["lr"] = visit.lr
+        kept = {n: t for n, t in visit.state.items() if n.startswith(OPTIMIZER_STATE)}
+        if kept:
+            self.optimizer.state[self.parameter] = {
+                name.removeprefix(OPTIMIZER_STATE): tensor.to(self.world.device, copy=True)
+                if tensor.dim()
+                else tensor.clone()
+                for name, tensor in kept.items()
+            }
+
+    def _save_optimizer(self, visit: Visit) -> None:
+        if self.local.optimizer_state == "keep":
+            for name, value in self.optimizer.state[self.parameter].items():
+                if isinstance(value, Tensor):
+                    visit.remember(OPTIMIZER_STATE + name, value)
+
+    @torch.no_grad()
+    def _mean_loss(self, indices: NDArray[np.int64], client: int) -> float:
+        self.flat.module.eval()
+        share = (self.world.data_rank, self.world.ranks_per_client)
+        pair = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        for batch in self.feed.batches(indices, self.local.batch_size, client=client, share=share):
+            if batch.count:
+                loss = self.task.loss(self.flat.module(batch.images), batch.targets)
+                pair += torch.stack([loss.double(), loss.new_tensor(batch.count)])
+        loss_sum, count = self.world.group_sum(pair).tolist()
+        return float(loss_sum / max(count, 1))
+
+
+def _mixed_precision(local: Local, world: World) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Return a maker of autocast contexts and one of gradient scalers (of None in fp32 and bf16)."""
+    if local.precision == "fp32":
+        return contextlib.nullcontext, lambda: None
+    if local.precision == "fp16" and world.device.type != "cuda":
+        raise ValueError(
+            f"local.precision=fp16 needs a GPU, but the device is {world.device.type}; use bf16 or fp32"
+        )
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision=local.precision, cpu=world.device.type == "cpu")
+    if local.precision == "bf16":
+        return accelerator.autocast, lambda: None
+    # A scaler per visit: its growth must not depend on what the group trained before.
+    return accelerator.autocast, lambda: torch.amp.GradScaler(world.device.type)

@@ -1,0 +1,56 @@
+"""Who takes part in a round, and which group trains whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedddp.rng import stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """The clients sampled for a round, without replacement."""
+
+    size: int = 10
+    """Clients per round m (the expected number with `poisson`), from 1 to the population."""
+
+    sampling: Literal["fixed", "poisson"] = "fixed"
+    """`fixed`: exactly `size` clients; `poisson`: each client with probability size / population."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be >= 1, got {self.size}")
+
+    def sample(self, population: int, seed: int, round_index: int) -> NDArray[np.int64]:
+        """Return the cohort of a round in ascending order; a function of the arguments only."""
+        random = stream("cohort", seed, round_index)
+        if self.sampling == "poisson":
+            # A binomial number of clients, each equally likely: Poisson sampling without a draw per client.
+            size = int(random.binomial(population, self.size / population))
+        else:
+            size = self.size
+        return np.sort(random.choice(population, size, replace=False, shuffle=False)).astype(np.int64)
+
+
+def assign(clients: NDArray[np.int64], load: NDArray[np.int64], groups: int) -> list[list[int]]:
+    """Share `clients` out over `groups`, longest first to the least loaded (Graham's LPT rule).
+
+    Args:
+        clients: the cohort; shape (m,).
+        load: work of each of them, e.g. examples; shape (m,).
+        groups: number of client groups, >= 1.
+
+    Returns:
+        The clients of each group, in the order in which it visits them.
+    """
+    plan: list[list[int]] = [[] for _ in range(groups)]
+    loads = np.zeros(groups, dtype=np.int64)
+    for position in np.lexsort((clients, -load)):
+        group = int(loads.argmin())
+        plan[group].append(int(clients[position]))
+        loads[group] += load[position] + 1  # a visit costs something even without examples
+    return plan

@@ -1,0 +1,295 @@
+"""Names to datasets: whatever a dataset is, it becomes `Images`."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import pkgutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from torchvision import datasets as torchvision_datasets
+
+from fedddp.data import decode
+from fedddp.data.partition import IID, Partition
+from fedddp.data.shapes import SHAPES, render
+from fedddp.data.skew import FeatureSkew
+from fedddp.rng import stream
+
+Memory = Literal["auto", "device", "stream"]
+Augment = Literal["none", "flip", "crop", "crop-flip"]
+
+FITS_BYTES = 2 * 2**30
+"""Largest set of pixels that `memory=auto` holds on the device of every rank."""
+
+_FLAG: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
+_SPLIT: tuple[dict[str, Any], dict[str, Any]] = ({"split": "train"}, {"split": "test"})
+_VAL: tuple[dict[str, Any], dict[str, Any]] = ({"split": "train"}, {"split": "val"})
+_TRAINVAL: tuple[dict[str, Any], dict[str, Any]] = ({"split": "trainval"}, {"split": "test"})
+_WHOLE: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+
+# Name -> class in torchvision.datasets and its arguments for the training and the test set. Only
+# CIFAR unpickles its files, and its constructor checks their MD5 sums first. `_WHOLE` sets come
+# without a test set; a fifth of them becomes one.
+TORCHVISION: dict[str, tuple[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+    "mnist": ("MNIST", _FLAG),
+    "fashion-mnist": ("FashionMNIST", _FLAG),
+    "kmnist": ("KMNIST", _FLAG),
+    "qmnist": ("QMNIST", _FLAG),
+    **{
+        f"emnist-{part}": ("EMNIST", ({"split": part, **_FLAG[0]}, {"split": part, **_FLAG[1]}))
+        for part in ("balanced", "byclass", "bymerge", "digits", "letters", "mnist")
+    },
+    "usps": ("USPS", _FLAG),
+    "semeion": ("SEMEION", _WHOLE),
+    "cifar10": ("CIFAR10", _FLAG),
+    "cifar100": ("CIFAR100", _FLAG),
+    "svhn": ("SVHN", _SPLIT),
+    "stl10": ("STL10", _SPLIT),
+    "gtsrb": ("GTSRB", _SPLIT),
+    "fer2013": ("FER2013", _SPLIT),
+    "eurosat": ("EuroSAT", _WHOLE),
+    "flowers102": ("Flowers102", _SPLIT),
+    "dtd": ("DTD", _SPLIT),
+    "food101": ("Food101", _SPLIT),
+    "country211": ("Country211", _SPLIT),
+    "rendered-sst2": ("RenderedSST2", _SPLIT),
+    "stanford-cars": ("StanfordCars", _SPLIT),
+    "pcam": ("PCAM", _SPLIT),
+    "oxford-pet": ("OxfordIIITPet", _TRAINVAL),
+    "fgvc-aircraft": ("FGVCAircraft", _TRAINVAL),
+    "imagenette": ("Imagenette", _VAL),
+    "imagenet": ("ImageNet", _VAL),
+}
+
+NAMES = ("digits", "shapes", "image_folder", *TORCHVISION)
+"""Datasets that `Data.dataset` knows by name."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images, all of one shape."""
+
+    labels: NDArray[np.int64]
+    """(examples,) in range(classes)."""
+
+    classes: int
+
+    shape: tuple[int, int, int]
+    """Channels, height and width."""
+
+    pixels: Tensor | None
+    """uint8 (examples, C, H, W) when they are held in memory; else None."""
+
+    source: Dataset[tuple[Tensor, int]] | None
+    """Where pixels come from otherwise: gives a uint8 image of `shape` and its label."""
+
+    ids: NDArray[np.int64] | None
+    """(examples,) the natural owner of every example, when the dataset names them."""
+
+    mean: tuple[float, ...]
+    """Per channel, of pixel / 255."""
+
+    std: tuple[float, ...]
+    """Per channel, of pixel / 255; > 0."""
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Images and their split over clients."""
+
+    dataset: str = "digits"
+    """Name of a dataset, or dotted path of a callable f(root=, train=) that returns one."""
+
+    root: str = "data"
+    """Folder with the dataset's files."""
+
+    download: bool = False
+    """Download a missing dataset into `root` (those of torchvision)."""
+
+    clients: int = 20
+    """The population: clients that the training examples are split over, >= 1."""
+
+    partition: Partition = IID()
+    """How the training examples are split."""
+
+    holdout: float = 0.0
+    """Part of each client's examples that it does not train on but is evaluated on, 0 <= x < 1."""
+
+    skew: FeatureSkew | None = None
+    """What makes one client's images look unlike another's."""
+
+    augment: Augment = "none"
+    """Random changes of training images: mirrored, or moved by up to an eighth of their size."""
+
+    image_size: int | None = None
+    """Height and width that images are resized and cropped to; needed where they differ in size."""
+
+    memory: Memory = "auto"
+    """Hold all pixels on each rank's device, or stream them; `auto` holds up to 2 GiB."""
+
+    workers: int = 2
+    """Processes per rank that read and decode streamed images, >= 0."""
+
+    examples: int | None = None
+    """Use only so many training examples, drawn at random, and as many test examples; for trials."""
+
+    def __post_init__(self) -> None:
+        _find(self.dataset)
+        if self.clients < 1:
+            raise ValueError(f"clients must be >= 1, got {self.clients}")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout must be >= 0 and < 1, got {self.holdout}; 0.2 keeps a fifth")
+        for name in ("image_size", "examples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}; leave it out for no limit")
+        if self.workers < 0:
+            raise ValueError(f"workers must be >= 0, got {self.workers}")
+        if self.augment not in ("none", "flip", "crop", "crop-flip"):
+            raise ValueError(
+                f"augment must be none, flip, crop or crop-flip, got {self.augment!r}"
+            )
+        if self.memory not in ("auto", "device", "stream"):
+            raise ValueError(f"memory must be auto, device or stream, got {self.memory!r}")
+
+
+def load(data: Data) -> tuple[Images, Images]:
+    """Return the training and the test set.
+
+    Raises:
+        ValueError: files are missing or damaged, or labels out of range.
+    """
+    name = _find(data.dataset)
+    train_set, test_set = _open(name, data)
+    cache = Path(data.root).expanduser() / ".fedddp" if "." not in name else None
+    options = {"image_size": data.image_size, "memory": data.memory, "examples": data.examples}
+    train = _images(train_set, f"{name} (train)", cache=cache, like=None, **options)
+    test = _images(test_set, f"{name} (test)", cache=cache, like=train, **options)
+    return train, test
+
+
+def from_dataset(
+    dataset: Dataset[Any],
+    *,
+    like: Images | None = None,
+    image_size: int | None = None,
+    memory: Memory = "auto",
+    examples: int | None = None,
+) -> Images:
+    """Turn a map-style torch dataset of (image, label) into `Images`.
+
+    Images are PIL images, or tensors or arrays with values 0..255 (uint8) or 0..1 (floating);
+    do not normalise them. Random transforms are drawn once, unless `memory` is "stream". Labels
+    are taken from an attribute `targets` or `labels` if there is one, natural owners from `ids`.
+
+    Args:
+        dataset: has `__len__` and `__getitem__`.
+        like: for a test set, the training set whose shape, classes and normalisation it takes.
+        image_size: height and width that images are resized and cropped to; None: as they are.
+        memory: "device" holds the pixels in memory, "stream" reads them when needed, "auto" holds
+            up to 2 GiB.
+        examples: use only so many, drawn at random.
+
+    Raises:
+        ValueError: no examples, images of different shapes, or labels out of range.
+    """
+    return _images(
+        dataset,
+        type(dataset).__name__,
+        like=like,
+        image_size=image_size,
+        memory=memory,
+        examples=examples,
+        cache=None,
+    )
+
+
+def _images(
+    dataset: Dataset[Any],
+    name: str,
+    *,
+    like: Images | None,
+    image_size: int | None,
+    memory: Memory,
+    examples: int | None,
+    cache: Path | None,
+) -> Images:
+    total = len(dataset)  # type: ignore[arg-type]
+    if not total:
+        raise ValueError(f"{name} has no examples; check data.dataset and data.root")
+    if examples is not None and examples < total:
+        keep = np.sort(stream("examples").permutation(total)[:examples])
+        dataset = Subset(dataset, keep.tolist())
+    labels = decode.labels(dataset, name)
+    classes = like.classes if like else decode.classes(dataset, labels)
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        raise ValueError(
+            f"{name}: label of example {wrong[0]} is {labels[wrong[0]]}, but must be between 0 and "
+            f"{classes - 1}; correct the labels, or the dataset's list `classes`"
+        )
+    source = decode.Decoded(dataset, labels, name, image_size)
+    if like and source.shape != like.shape:
+        raise ValueError(
+            f"{name} has images of shape {source.shape}, but the training set of {like.shape}; set "
+            "data.image_size"
+        )
+    fits = len(labels) * int(np.prod(source.shape)) <= FITS_BYTES
+    in_memory = memory == "device" or (memory == "auto" and fits)
+    pixels = source.read_all(cache) if in_memory else None
+    if like:
+        mean, std = like.mean, like.std
+    else:
+        mean, std = decode.statistics(source, pixels)
+    return Images(
+        labels, classes, source.shape, pixels, None if in_memory else source,
+        decode.ids(dataset, name), mean, std,
+    )
+
+
+def _find(name: str) -> str:
+    """Return the name as `NAMES` spells it; a dotted path as it is."""
+    if "." in name:
+        return name
+    plain = {_plain(known): known for known in NAMES}
+    if _plain(name) in plain:
+        return plain[_plain(name)]
+    close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
+    hint = f"did you mean {plain[close[0]]!r}?" if close else "it is none of them:"
+    raise ValueError(
+        f"dataset {name!r} is unknown; {hint} Known are {', '.join(NAMES)}, or the dotted path of a "
+        "callable"
+    )
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def _open(name: str, data: Data) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Return the training and the test set as torch datasets."""
+    root = Path(data.root).expanduser()
+    if name == "digits":
+        return _thirds_free(_digits())
+    if name == "shapes":
+        size, count = data.image_size or 32, data.examples or 10_000
+        return _shapes("train", count, size), _shapes("test", max(1, count // 5), size)
+    if name == "image_folder":
+        return _image_folder(root)
+    if "." in name:
+        return _from_path(name, data, train=True), _from_path(name, data, train=False)
+    class_name, arguments = TORCHVISION[name]
+    train, test = (_torchvision(name, class_name, root, data.download, own) for own in arguments)
+    return _fifth(train) if arguments is _WHOLE else (train, test)

@@ -1,0 +1,342 @@
+"""Labels to clients: every partition is a pure function of labels, its own fields and a seed.
+
+A split is two arrays, whatever the population: a permutation of the examples and where each client
+begins in it. All work is on arrays too, so that a million clients are split in about a second.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from fedddp.rng import stream
+
+Indices = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Ids = NDArray[np.generic] | None
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which examples each client holds."""
+
+    order: Indices
+    """(examples,) a permutation of range(examples), client after client."""
+
+    offsets: Indices
+    """(clients + 1,) where each client begins in `order`; the last is the number of examples."""
+
+    def __len__(self) -> int:
+        """Return the number of clients."""
+        return len(self.offsets) - 1
+
+    @property
+    def sizes(self) -> Indices:
+        """The number of examples of every client, (clients,)."""
+        return np.diff(self.offsets)
+
+    def indices(self, client: int) -> Indices:
+        """Return the examples of `client`, (its size,), as a view into `order`."""
+        return self.order[self.offsets[client] : self.offsets[client + 1]]
+
+    @classmethod
+    def from_sizes(cls, order: Indices, sizes: Indices) -> Split:
+        """Cut `order` (examples,) into pieces of `sizes` (clients,)."""
+        return cls(order, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+
+    @classmethod
+    def from_owners(cls, owners: Indices, clients: int) -> Split:
+        """Give every example to its owner, `owners` (examples,) in range(clients)."""
+        order = np.argsort(owners, kind="stable").astype(np.int64)
+        return cls.from_sizes(order, np.bincount(owners, minlength=clients))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition(ABC):
+    """How the examples of the training set are split over the clients."""
+
+    def split(self, labels: Indices, clients: int, seed: int, ids: Ids = None) -> Split:
+        """Split all examples over `clients`; equal arguments give equal splits.
+
+        Args:
+            labels: class of every example, (examples,).
+            clients: the population, >= 1.
+            seed: the seed of the run.
+            ids: natural owner of every example, (examples,), for `Natural`.
+
+        Raises:
+            ValueError: the examples cannot be split as asked for.
+        """
+        if not len(labels):
+            raise ValueError("data.dataset has no training examples; there is nothing to split")
+        if min(clients, self.least(clients)) > len(labels):
+            raise ValueError(
+                f"data.clients={clients} is larger than the {len(labels)} training examples, and "
+                f"{type(self).__name__} needs one for every client; lower data.clients"
+            )
+        return self.assign(labels, clients, stream("partition", seed), ids)
+
+    def least(self, clients: int) -> int:
+        """Return the fewest examples that serve `clients`."""
+        return clients
+
+    @abstractmethod
+    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
+        """Split the examples, drawing from `random` only; see `split`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IID(Partition):
+    """Every client gets a random sample of the same size (to within one example)."""
+
+    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
+        """Cut a random permutation into equal pieces."""
+        sizes = np.full(clients, len(labels) // clients)
+        sizes[: len(labels) % clients] += 1
+        return Split.from_sizes(random.permutation(len(labels)), sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dirichlet(Partition):
+    """Label skew: each class spreads over the clients by Dirichlet(alpha) (Hsu et al., 2019)."""
+
+    alpha: float = 0.3
+    """Concentration, > 0; 0.1 is strong skew, 100 nearly iid."""
+
+    min_examples: int = 1
+    """Fewest examples of a client, >= 0; the largest clients give up what is missing."""
+
+    def __post_init__(self) -> None:
+        _positive("alpha", self.alpha, "0.1 is strong skew, 100 nearly iid")
+        if self.min_examples < 0:
+            raise ValueError(f"min_examples must be >= 0, got {self.min_examples}")
+
+    def least(self, clients: int) -> int:
+        """Return the fewest examples that serve `clients`."""
+        return clients * self.min_examples
+
+    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
+        """Cut every class by its own proportions, then fill up clients that are too small."""
+        if clients * self.min_examples > len(labels):
+            raise ValueError(
+                f"data.partition.min_examples={self.min_examples} needs "
+                f"{clients * self.min_examples} training examples for {clients} clients, but there "
+                f"are {len(labels)}; lower min_examples or data.clients"
+            )
+        owners = np.empty(len(labels), dtype=np.int64)
+        for members in _by_class(labels, random):
+            sizes = _share_out(random.dirichlet(np.full(clients, self.alpha)), len(members))
+            owners[members] = np.repeat(np.arange(clients), sizes)
+        return Split.from_owners(_fill_up(owners, clients, self.min_examples, random), clients)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards(Partition):
+    """Pathological label skew: examples sorted by label, cut into shards, a few for each client.
+
+    McMahan et al., 2017 (arXiv:1602.05629). Shards are equal to within one example.
+    """
+
+    per_client: int = 2
+    """Shards of a client, >= 1; about the number of classes it sees."""
+
+    def __post_init__(self) -> None:
+        if self.per_client < 1:
+            raise ValueError(f"per_client must be >= 1 shard, got {self.per_client}")
+
+    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
+        """Deal the shards at random."""
+        shards = clients * self.per_client
+        if shards > len(labels):
+            raise ValueError(
+                f"data.partition.per_client={self.per_client} needs {shards} shards for {clients} "
+                f"clients, but there are {len(labels)} training examples; lower per_client or "
+                "data.clients"
+            )
+        by_label = np.concatenate(_by_class(labels, random))
+        shard = np.arange(len(labels)) * shards // len(labels)
+        owners = np.empty(len(labels), dtype=np.int64)
+        owners[by_label] = random.permutation(np.arange(shards) // self.per_client)[shard]
+        return Split.from_owners(owners, clients)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogNormal(Partition):
+    """Quantity skew: random samples whose sizes are log-normal; every client has an example."""
+
+    sigma: float = 1.0
+    """Standard deviation of the logarithm of the sizes, >= 0; 0 is equal sizes."""
+
+    def __post_init__(self) -> None:
+        if not self.sigma >= 0:
+            raise ValueError(f"sigma must be >= 0, got {self.sigma}; 0 is equal sizes")
+
+    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
+        """Cut a random permutation into log-normal pieces."""
+        weights = random.lognormal(0.0, self.sigma, clients)
+        return _random_samples(weights, len(labels), random)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerLaw(Partition):
+    """Quantity skew: the i-th largest client has a share ~ i^-exponent, at least one."""
+
+    exponent: float = 1.0
+    """Steepness, >= 0; 0 is equal sizes, 1 is Zipf's law."""
+
+    def __post_init__(self) -> None:
+        if not self.exponent >= 0:
+            raise ValueError(f"exponent must be >= 0, got {self.exponent}; 0 is equal sizes")
+
+    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
+        """Cut a random permutation into pieces of a power law, in random order."""
+        weights = np.arange(1, clients + 1, dtype=np.float64) ** -self.exponent
+        return _random_samples(random.permutation(weights), len(labels), random)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelQuantity(Partition):
+    """Label skew: every client holds `classes` classes, each shared equally by its holders.
+
+    Li et al., 2022 (arXiv:2102.02079). With more clients than examples of a class, some of its
+    holders go without.
+    """
+
+    classes: int = 2
+    """Classes of a client, >= 1 and at most those of the dataset."""
+
+    def __post_init__(self) -> None:
+        if self.classes < 1:
+            raise ValueError(f"classes must be >= 1 per client, got {self.classes}")
+
+    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
+        """Deal the classes to the clients, then every class's examples to its holders."""
+        by_class = _by_class(labels, random)
+        present = len(by_class)
+        if not self.classes <= present <= clients * self.classes:
+            way_out = "lower it" if self.classes > present else "raise it or data.clients"
+            raise ValueError(
+                f"data.partition.classes={self.classes} with {clients} clients does not fit the "
+                f"{present} classes of the data (each client needs that many, and each class a "
+                f"holder); {way_out}"
+            )
+        holders = self._holders(clients, present, random)
+        owners = np.empty(len(labels), dtype=np.int64)
+        for members, held_by in zip(by_class, holders, strict=True):
+            owners[members] = held_by[np.arange(len(members)) * len(held_by) // len(members)]
+        return Split.from_owners(owners, clients)
+
+    def _holders(self, clients: int, present: int, random: Generator) -> list[Indices]:
+        """Return for every class the clients that hold it, in random order.
+
+        Classes are dealt from shuffled decks; a deck that runs out within a client is dealt again
+        from its top, so that a client's classes differ and one deck holds every class.
+        """
+        per_deck = -(-present // self.classes)
+        decks = np.tile(np.arange(present), (-(-clients // per_deck), 1))
+        decks = random.permuted(decks, axis=1)
+        dealt = decks[:, np.arange(per_deck * self.classes) % present]
+        slots = dealt.ravel()[: clients * self.classes]
+        shuffled = random.permutation(clients * self.classes)
+        order = shuffled[np.argsort(slots[shuffled], kind="stable")]
+        bounds = np.cumsum(np.bincount(slots, minlength=present))[:-1]
+        return [slot // self.classes for slot in np.split(order, bounds)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Natural(Partition):
+    """One client per natural owner of the data: the writer, the camera, the hospital."""
+
+    def least(self, clients: int) -> int:
+        """Return 0: clients and owners are compared instead."""
+        return 0
+
+    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
+        """Give every example to its owner; clients are numbered by the order of the ids."""
+        if ids is None:
+            raise ValueError(
+                "data.partition=Natural needs every example's owner, but the dataset has none; "
+                "use qmnist, shapes or a dataset with an attribute `ids`, or another partition"
+            )
+        names, owners = np.unique(ids, return_inverse=True)
+        if len(names) != clients:
+            raise ValueError(
+                f"data.clients={clients}, but the dataset has {len(names)} natural clients; pass "
+                f"--data.clients {len(names)}"
+            )
+        return Split.from_owners(owners.astype(np.int64), clients)
+
+
+def holdout_sizes(sizes: Indices, fraction: float) -> Indices:
+    """Return how many examples clients of `sizes` (clients,) keep for evaluation.
+
+    A client keeps the rounded `fraction`, but always trains on at least one example.
+    """
+    most = np.maximum(sizes - 1, 0)
+    return np.floor(np.minimum(sizes * fraction + 0.5, most)).astype(np.int64)
+
+
+def holdout(indices: Indices, fraction: float, client: int, seed: int) -> tuple[Indices, Indices]:
+    """Split the `indices` of `client` into those it trains on and those it is evaluated on.
+
+    Args:
+        indices: (size,) the client's examples; both parts keep their order.
+        fraction: the part kept for evaluation, 0 <= fraction < 1; see `holdout_sizes`.
+        client: whose they are.
+        seed: the seed of the run.
+    """
+    kept = int(holdout_sizes(np.array([len(indices)]), fraction)[0])
+    held = np.zeros(len(indices), dtype=np.bool_)
+    held[stream("holdout", seed, client).permutation(len(indices))[:kept]] = True
+    return indices[~held], indices[held]
+
+
+def _positive(name: str, value: float, hint: str) -> None:
+    if not 0 < value < np.inf:
+        raise ValueError(f"{name} must be > 0, got {value}; {hint}")
+
+
+def _by_class(labels: Indices, random: Generator) -> list[Indices]:
+    """Return the examples of every class that occurs, each in random order."""
+    shuffled = random.permutation(len(labels))
+    order = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+
+
+def _share_out(weights: Floats, total: int) -> Indices:
+    """Return whole sizes (clients,) that sum to `total` and follow `weights` to within one."""
+    ends = np.cumsum(weights)
+    cuts = np.floor(ends * (total / ends[-1]) + 0.5).astype(np.int64)
+    cuts[-1] = total
+    sizes: Indices = np.diff(cuts, prepend=0)
+    return sizes
+
+
+def _random_samples(weights: Floats, examples: int, random: Generator) -> Split:
+    """Return random samples of one example each plus a share of the rest by `weights`."""
+    sizes = 1 + _share_out(weights, examples - len(weights))
+    return Split.from_sizes(random.permutation(examples), sizes)
+
+
+def _fill_up(owners: Indices, clients: int, least: int, random: Generator) -> Indices:
+    """Move random examples from the largest clients to those with fewer than `least`."""
+    sizes = np.bincount(owners, minlength=clients)
+    missing = np.maximum(least - sizes, 0)
+    need = int(missing.sum())
+    if not need:
+        return owners
+    # The highest size to which clients must be cut so that enough examples come free.
+    low, high = least, int(sizes.max())
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if np.maximum(sizes - middle, 0).sum() >= need else (low, middle)
+    place = np.arange(len(owners)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    by_owner = np.lexsort((random.random(len(owners)), owners))
+    free = random.permutation(by_owner[place >= low])[:need]
+    filled = owners.copy()
+    filled[free] = np.repeat(np.arange(clients), missing)
+    return filled

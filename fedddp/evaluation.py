@@ -1,0 +1,117 @@
+"""Central and per-client metrics, exact over ranks: (sum, count) until the last line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedddp.data.feed import Feed
+from fedddp.rng import stream
+from fedddp.topology import World
+from fedddp.vision.tasks import Task
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """When and on what the global model is measured."""
+
+    every: int = 1
+    """Rounds between evaluations, >= 1; the last round is always evaluated."""
+
+    batch_size: int = 500
+    """Examples per forward pass on each rank, >= 1."""
+
+    clients: int = 0
+    """Clients whose held-out local data are evaluated too (needs data.holdout > 0), >= 0."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("batch_size", 1), ("clients", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+
+    def due(self, round_number: int, rounds: int) -> bool:
+        """Return whether the model is evaluated after round `round_number` (from 1)."""
+        return round_number % self.every == 0 or round_number == rounds
+
+    def sample(self, population: int, seed: int) -> NDArray[np.int64]:
+        """Return the clients that are evaluated locally, the same in every round."""
+        random = stream("evaluated clients", seed)
+        size = min(self.clients, population)
+        return np.sort(random.choice(population, size, replace=False)).astype(np.int64)
+
+
+@torch.no_grad()
+def measure(
+    module: nn.Module,
+    task: Task,
+    feed: Feed,
+    indices: NDArray[np.int64],
+    batch_size: int,
+    client: int | None = None,
+) -> dict[str, Tensor]:
+    """Return the (sum, count) pairs of `task` over the examples `indices`, on this rank alone."""
+    module.eval()
+    totals: dict[str, Tensor] = {}
+    for batch in feed.batches(indices, batch_size, client=client):
+        for name, pair in task.measure(module(batch.images), batch.targets).items():
+            totals[name] = totals[name] + pair if name in totals else pair
+    return totals
+
+
+def evaluate(world: World, module: nn.Module, task: Task, feed: Feed, batch_size: int) -> Metrics:
+    """Collective. Return the metrics of `module` over all examples of `feed`, shared out over ranks."""
+    examples = len(feed.images.labels)
+    bounds = np.linspace(0, examples, world.size + 1).astype(np.int64)
+    shard = np.arange(bounds[world.rank], bounds[world.rank + 1])
+    # Every rank measures at least one example, so that all know the names and shapes; it is
+    # subtracted again from those that had none.
+    totals = measure(module, task, feed, shard if len(shard) else np.arange(1), batch_size)
+    if not len(shard):
+        totals = {name: torch.zeros_like(pair) for name, pair in totals.items()}
+    world.sum(*totals.values())
+    return task.summarise(totals)
+
+
+def evaluate_clients(
+    world: World,
+    module: nn.Module,
+    task: Task,
+    feed: Feed,
+    held_out: dict[int, NDArray[np.int64]],
+    batch_size: int,
+    personalise: Callable[[int], None],
+) -> list[Metrics]:
+    """Collective. Return one row of metrics for every client with held-out examples, by client.
+
+    `held_out` maps the clients that this rank evaluates (each on one rank) to their examples, and
+    `personalise(client)` puts that client's model into `module` before it is measured.
+    """
+    rows = []
+    for client, indices in held_out.items():
+        if len(indices):
+            personalise(client)
+            totals = measure(module, task, feed, indices, batch_size, client)
+            metrics = {n: v for n, v in task.summarise(totals).items() if isinstance(v, float)}
+            rows.append({"client": client, "examples": len(indices), **metrics})
+    everyone = [row for part in world.gather(rows) for row in part]
+    return sorted(everyone, key=lambda row: int(row["client"]))
+
+
+def spread(rows: list[Metrics], name: str = "accuracy") -> Metrics:
+    """Return mean, worst 10 %, best 10 % and standard deviation of metric `name` over clients."""
+    values = np.sort([row[name] for row in rows])
+    tenth = max(1, round(len(values) / 10))
+    return {
+        f"clients/{name}_mean": float(values.mean()),
+        f"clients/{name}_worst10": float(values[:tenth].mean()),
+        f"clients/{name}_best10": float(values[-tenth:].mean()),
+        f"clients/{name}_std": float(values.std()),
+    }

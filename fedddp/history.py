@@ -1,0 +1,115 @@
+"""The record of a run on disk: lines that a killed and resumed run neither loses nor repeats."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+Row = dict[str, Any]
+
+
+class History:
+    """The files `history.jsonl` (a line a round) and `clients.jsonl` (a line a client and round).
+
+    Lines come in the order of rounds and are flushed one by one, so that a killed run loses at
+    most the line it was writing.
+    """
+
+    def __init__(self, folder: Path, keep_rounds: int = 0) -> None:
+        """Open both files; lines of rounds after `keep_rounds` are cut off, and so is a torn one.
+
+        Args:
+            folder: the run folder; made if missing.
+            keep_rounds: the round of the checkpoint that the run resumes from; 0 starts anew.
+
+        Raises:
+            ValueError: a line before the last is damaged.
+            OSError: a file cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._files = [
+            _open_after(folder / name, keep_rounds) for name in ("history.jsonl", "clients.jsonl")
+        ]
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one round; `row["round"]` is its number, from 1."""
+        _write(self._files[0], [row])
+
+    def log_clients(self, rows: list[Row]) -> None:
+        """Append the metrics of clients; each row has its "round"."""
+        _write(self._files[1], rows)
+
+    def sync(self) -> None:
+        """Force the lines to the disk, so that no checkpoint is newer than its lines."""
+        for file in self._files:
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a `.jsonl` file of a run, which may still be going.
+
+    Raises:
+        ValueError: a line before the last is damaged.
+    """
+    return [row for _, row in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield every row with the offset of its end; a torn last line is left out."""
+    end, size = 0, path.stat().st_size
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            end += len(line)
+            try:
+                if not line.endswith(b"\n"):
+                    raise ValueError("no end of line")
+                row = json.loads(line)
+                row["round"]
+            except (ValueError, KeyError, TypeError) as error:
+                if end == size:
+                    return
+                raise ValueError(
+                    f"{path} line {number} is damaged ({error}); mend or delete the line, "
+                    "or start a run in another folder"
+                ) from None
+            yield end, row
+
+
+def _open_after(path: Path, keep_rounds: int) -> TextIO:
+    end = 0
+    if keep_rounds and path.exists():
+        for offset, row in _whole_lines(path):
+            if row["round"] > keep_rounds:
+                break
+            end = offset
+    file = path.open("a", encoding="utf-8")
+    file.truncate(end)  # one system call: a kill leaves the file as it was or as it shall be
+    return file
+
+
+def _write(file: TextIO, rows: Iterable[Mapping[str, Any]]) -> None:
+    for row in rows:
+        file.write(json.dumps(plain(row), allow_nan=False) + "\n")
+        file.flush()
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as JSON has it: arrays as numbers or lists, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)

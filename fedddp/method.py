@@ -1,0 +1,277 @@
+"""The words between a method and the loops that run it: visit, contribution, server, total."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedddp.vector import FlatModel
+
+if TYPE_CHECKING:
+    from fedddp.data.feed import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """What a client does in one visit: its epochs, batches and optimizer."""
+
+    epochs: int = 1
+    """Passes over the client's data, >= 1; ignored when `steps` is set."""
+
+    steps: int | None = None
+    """Optimizer steps instead of epochs, >= 1; data is gone through again as often as needed."""
+
+    batch_size: int = 32
+    """Examples per step over all ranks of the client, >= 1; the last batch of an epoch may be smaller."""
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """The local optimizer."""
+
+    lr: float = 0.05
+    """Local learning rate, > 0."""
+
+    momentum: float = 0.0
+    """Momentum of sgd, in [0, 1)."""
+
+    weight_decay: float = 0.0
+    """L2 penalty (decoupled with adamw), >= 0."""
+
+    clip_norm: float | None = None
+    """Largest Euclidean norm of a step's gradient, > 0; none: not clipped."""
+
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """Learning rate over rounds: constant, cosine to 0, or times `decay` every `decay_every` rounds."""
+
+    decay: float = 0.1
+    """Factor of the step schedule, in (0, 1]."""
+
+    decay_every: int = 10
+    """Rounds between the decays of the step schedule, >= 1."""
+
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """Whether a client's optimizer starts anew at each visit or goes on from its last one."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of forward and backward; fp16 scales the loss and needs a GPU."""
+
+    accumulate: int = 1
+    """Micro-batches a batch is computed in, to save memory, >= 1; the step is the same."""
+
+    channels_last: bool = False
+    """Store images channels-last, which is faster for convolutions on most devices."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "decay_every", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be >= 1, got {self.steps}; leave it out to train by epochs")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be > 0 and finite, got {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum={self.momentum} is for sgd, got optimizer={self.optimizer}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm must be > 0, got {self.clip_norm}; leave it out for no clipping")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must be in (0, 1], got {self.decay}")
+
+    def lr_at(self, round_index: int, rounds: int) -> float:
+        """Return the learning rate of round `round_index` (0-based) of `rounds`."""
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * round_index / rounds))
+        if self.schedule == "step":
+            return self.lr * self.decay ** (round_index // self.decay_every)
+        return self.lr
+
+    def make_optimizer(self, params: Tensor) -> torch.optim.Optimizer:
+        """Return the optimizer over one flat parameter; elementwise, so the same as over many."""
+        fused = params.device.type in ("cpu", "cuda")
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(
+                [params],
+                lr=self.lr,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                fused=fused,
+            )
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        return kind([params], lr=self.lr, weight_decay=self.weight_decay, fused=fused)
+
+
+@dataclass(kw_only=True)
+class Visit:
+    """One client's local training in one round, as a method's hooks see it.
+
+    The same on all ranks of the group. Vectors have shape (P,) and are views of live state:
+    change `params`, `grad` and `buffers` in place.
+    """
+
+    client: int
+    """The client, in range(population)."""
+    round: int
+    """Index of the round, from 0; in asynchronous training the dispatched version."""
+    examples: int
+    """n_k, the client's training examples (unique, not padded)."""
+    weight: float
+    """p_k = n_k / sum of n over the cohort; 1 in asynchronous training."""
+    share: float
+    """1 / m, m the cohort's size; 1 in asynchronous training."""
+    flat: FlatModel
+    """The model that trains."""
+    start: Tensor
+    """x, the dispatched parameters; (P,); read only."""
+    start_buffers: Tensor
+    """The dispatched float buffers; (B,); read only."""
+    sent: Mapping[str, Tensor]
+    """The server's vectors that the method sends along (`Method.sends`); read only."""
+    state: dict[str, Tensor]
+    """What this client keeps between its visits, by name, on the CPU; empty at its first visit."""
+    local: Local
+    """The run's local training."""
+    lr: float
+    """η, the local learning rate of this round."""
+    train: Callable[[Callable[[Visit], None]], None]
+    """Run the local training from the current params with this correction (`Method.correct`)."""
+    mean_loss: Callable[[], float]
+    """Collective over the group. Mean loss of the current params over the client's training data."""
+    steps: int = 0
+    """K_k, the optimizer steps of the group so far in this `train`."""
+    lr_sum: float = 0.0
+    """Sum of η over those steps."""
+
+    @property
+    def params(self) -> Tensor:
+        """w, the client's parameters; (P,)."""
+        return self.flat.params
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient of the batch's mean loss, reduced over the group; (P,)."""
+        return self.flat.grad
+
+    @property
+    def update(self) -> Tensor:
+        """Δ_k = w − x; a new (P,) tensor."""
+        return self.flat.params - self.start
+
+    def remembered(self, name: str) -> Tensor:
+        """Return the client's vector `name` on the model's device; zeros (P,) before its first visit."""
+        kept = self.state.get(name)
+        return torch.zeros_like(self.params) if kept is None else kept.to(self.params.device)
+
+    def remember(self, name: str, vector: Tensor) -> None:
+        """Keep a copy of `vector` under `name` until the client's next visit."""
+        self.state[name] = vector.detach().to("cpu", copy=True)
+
+
+@dataclass
+class Contribution:
+    """What a client sends: vectors that are added over the cohort after multiplication by `weight`."""
+
+    vectors: dict[str, Tensor]
+    weight: float
+
+
+@dataclass
+class Total:
+    """The contributions of a cohort, combined: weighted means over the clients that sent one."""
+
+    vectors: dict[str, Tensor]
+    clients: int
+    """m, how many contributions were combined."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.vectors[name]
+
+
+@dataclass
+class Server:
+    """The coordinator's state; the other ranks hold what was last sent to them."""
+
+    params: Tensor
+    """x, the global parameters; (P,)."""
+    buffers: Tensor
+    """Global float buffers; (B,)."""
+    counters: Tensor
+    """Global integer buffers; (I,) int64."""
+    population: int
+    """N, the number of clients."""
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    """The method's own vectors, by name."""
+    version: int = 0
+    """Server steps so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """What a client does and what the coordinator does; a method is one small subclass.
+
+    The fields of the subclass are its configuration. Hooks run on all ranks of a client's group
+    with the same values, except `step`, which runs on the coordinator.
+    """
+
+    sends: ClassVar[tuple[str, ...]] = ()
+    """Names of the server's vectors that go to the clients with the model."""
+    uniform: ClassVar[bool] = False
+    """Whether clients count equally (weight 1/m) instead of by examples (weight p_k)."""
+    stateful: ClassVar[bool] = False
+    """Whether clients keep state between visits."""
+    asynchronous: ClassVar[bool] = False
+    """Whether contributions are absorbed one by one as they arrive."""
+
+    def check(self, local: Local) -> None:
+        """Raise ValueError when the method cannot be combined with the run's local training."""
+
+    def lengths(self, size: int) -> dict[str, int]:
+        """Return the length of each vector of a contribution, for a model of P = `size`."""
+        return {"update": size}
+
+    def start(self, server: Server) -> None:
+        """Put the method's vectors into `server.vectors` before the first round."""
+
+    def begin(self, visit: Visit) -> None:
+        """Before the first local step."""
+
+    def penalty(self, visit: Visit, batch: Batch, outputs: Tensor) -> Tensor | None:
+        """Return a scalar to add to the summed loss of this rank's part of a batch, or None."""
+        return None
+
+    def correct(self, visit: Visit) -> None:
+        """After the group's gradient all-reduce, before the optimizer step; change `grad` in place."""
+
+    def run(self, visit: Visit) -> None:
+        """Train the client; methods that train twice override this."""
+        visit.train(self.correct)
+
+    def finish(self, visit: Visit) -> Contribution:
+        """Return what the client sends after its last step."""
+        return Contribution({"update": visit.update}, self.weight(visit))
+
+    def weight(self, visit: Visit) -> float:
+        """Return the client's weight in the sums over the cohort."""
+        return visit.share if self.uniform else visit.weight
+
+    @abstractmethod
+    def step(self, server: Server, total: Total) -> None:
+        """Change `server` by the combined contributions of a round, in place."""
+
+    def personal(self, flat: FlatModel, state: Mapping[str, Tensor]) -> None:
+        """Turn the global model in `flat` into the client's own for its local evaluation, in place."""
+
+
+def head(module: nn.Module) -> nn.Module:
+    """Return the last linear layer of `module`, its classifier."""
+    linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        raise ValueError("the model has no linear layer to serve as its head")
+    return linear[-1]

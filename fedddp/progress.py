@@ -1,0 +1,109 @@
+"""What the person at the screen sees of a run: a live bar on a terminal, else a line a round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+REFRESH_S = 0.1
+"""Seconds between two drawings of the bar while a round lasts."""
+
+
+class RoundProgress:
+    """Shows rounds as they end, and clients as they are trained.
+
+    On a terminal one line at the bottom is redrawn; in a file or a pipe every round is a line.
+    Both say the round, the loss, the last known accuracy, clients/s and what time is left.
+    """
+
+    def __init__(self, total_rounds: int, done: int = 0, *, show: bool, console: Console) -> None:
+        """Start the clock and, on a terminal, the bar.
+
+        Args:
+            total_rounds: rounds of the run.
+            done: rounds done before this process started (a resumed run).
+            show: False to show nothing but what `say` is given.
+            console: where to write.
+        """
+        self._total, self._done, self._resumed = total_rounds, done, done
+        self._show, self._console = show, console
+        self._start = self._drawn = time.monotonic()
+        self._visits = 0
+        self._scores: dict[str, str] = {}
+        self._bar: Progress | None = None
+        if show and console.is_interactive:
+            # Drawn from here and not from a thread: a drawing thread could hold a lock while a
+            # data loader forks its workers.
+            self._bar = Progress(
+                TextColumn("round [bold]{task.completed:.0f}/{task.total:.0f}[/]"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[status]}"),
+                console=console,
+                auto_refresh=False,
+                expand=True,
+            )
+            self._task = self._bar.add_task("", total=total_rounds, completed=done, status="")
+            self._bar.start()
+
+    def visits(self, count: int) -> None:
+        """Count `count` more client visits as finished."""
+        self._visits += count
+        if self._bar and time.monotonic() - self._drawn >= REFRESH_S:
+            self._draw(self._bar)
+
+    def round(self, row: Mapping[str, Any]) -> None:
+        """Show that the round `row["round"]` (1-based) ended, with its losses and accuracy."""
+        self._done = row["round"]
+        loss = row.get("train/loss", row.get("eval/loss"))
+        accuracy = row.get("eval/accuracy")
+        if loss is not None:
+            self._scores["loss"] = f"{loss:.4f}"
+        if accuracy is not None:
+            self._scores["accuracy"] = f"{100 * accuracy:.2f} %"
+        if self._bar:
+            self._draw(self._bar)
+        elif self._show:
+            plain = [f"{label} {value}" for label, value in self._scores.items()]
+            self.say("  ".join([f"round {self._done}/{self._total}", *plain, *self._pace()]))
+            if accuracy is None:
+                return
+            self._scores.pop("accuracy")  # an old accuracy must not look like this round's
+
+    def say(self, line: str) -> None:
+        """Write `line`, unwrapped and as it is, above the bar if there is one."""
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Leave the last state of the bar on the screen and give the terminal back."""
+        if self._bar:
+            self._draw(self._bar)
+            self._bar.stop()
+            self._bar = None
+
+    def _draw(self, bar: Progress) -> None:
+        scores = [f"[dim]{label}[/] [cyan]{value}[/]" for label, value in self._scores.items()]
+        status = "  ".join([*scores, *self._pace()])
+        bar.update(self._task, completed=self._done, status=status, refresh=True)
+        self._drawn = time.monotonic()
+
+    def _pace(self) -> list[str]:
+        """Clients/s and the time that is left, both from the mean pace since this process began."""
+        elapsed = max(time.monotonic() - self._start, 1e-6)
+        rate, rounds, left = (
+            self._visits / elapsed,
+            self._done - self._resumed,
+            self._total - self._done,
+        )
+        parts = []
+        if self._visits:
+            parts.append(f"{rate:,.0f} clients/s" if rate >= 100 else f"{rate:.3g} clients/s")
+        if rounds and left > 0:
+            parts.append(f"ETA {timedelta(seconds=round(elapsed / rounds * left))}")
+        elif left <= 0:
+            parts.append(f"took {timedelta(seconds=round(elapsed))}")
+        return parts

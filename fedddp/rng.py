@@ -1,0 +1,22 @@
+"""Randomness as an argument: every draw comes from a stream named by what it is for.
+
+A stream depends on its name only, e.g. ``("visit", seed, round, client)``; never on the rank, the
+number of ranks or the order of draws elsewhere. That is what makes results equal for any world.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+
+def stream_seed(*name: int | str) -> int:
+    """Return the 63-bit seed of the stream `name`; equal names give equal seeds on every machine."""
+    digest = hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def stream(*name: int | str) -> np.random.Generator:
+    """Return a fresh NumPy generator (PCG64) for the stream `name`."""
+    return np.random.Generator(np.random.PCG64(stream_seed(*name)))

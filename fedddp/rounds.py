@@ -1,0 +1,142 @@
+"""The synchronous loop, written once: sample, send, train, combine, step, evaluate, record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedddp.aggregation import Accumulator
+from fedddp.cohort import assign
+from fedddp.evaluation import Metrics
+from fedddp.session import Indices, Session, Stopped
+
+
+@dataclass
+class Round:
+    """A round under way on this rank."""
+
+    cohort: Indices
+    sums: Accumulator
+    visits: Tensor
+    """What each visit came to: [done, loss sum, loss count, steps]; float64, shape (m, 4)."""
+
+
+def run_rounds(s: Session) -> None:
+    """Collective. Train until the last round.
+
+    Raises:
+        Stopped: a rank was asked to stop; a checkpoint was written first.
+    """
+    while s.rounds_done < s.run.rounds:
+        current = one_round(s)
+        s.rounds_done += 1
+        row = {"round": s.rounds_done, **summarise(s, current), **s.measure(s.rounds_done)}
+        last = s.rounds_done == s.run.rounds
+        stop = s.world.agree_to_stop() and not last
+        if stop or last or s.rounds_done % s.run.checkpoint.every == 0:
+            s.save(f"round-{s.rounds_done:05d}", row)
+        else:
+            s.record(row)
+        if stop:
+            raise Stopped
+
+
+def one_round(s: Session) -> Round:
+    """Collective. One round of the method over a sampled cohort."""
+    world, method, server = s.world, s.run.algorithm, s.server
+    cohort = s.run.cohort.sample(len(s.split), s.run.seed, s.rounds_done)  # 1. sample
+    current, waiting = begin(s, cohort)
+    plan = assign(waiting, s.sizes[waiting], world.groups)
+    s.send()  # 2. send
+    with s.timed("train"):  # 3. train
+        s.states.move(plan)
+        train(s, current, plan)
+    with s.timed("combine"):  # 4. combine
+        current.sums.combine(world)
+        world.sum(current.visits)
+    visited = current.visits[:, 0] > 0
+    s.states.settle(plan, cohort[visited.numpy()])
+    if not visited.all():
+        tensors = {"visits": current.visits, **current.sums.state()}
+        s.save(f"round-{s.rounds_done:05d}-{int(visited.sum()):05d}", tensors=tensors)
+        raise Stopped
+    with s.timed("step"):  # 5. step
+        if world.is_coordinator and current.sums.counts[0]:
+            total = current.sums.total()
+            method.step(server, total)
+            server.buffers.copy_(total.vectors.get("buffers", server.buffers))
+            server.counters.copy_(current.sums.counters)
+    server.version += 1
+    return current
+
+
+def begin(s: Session, cohort: Indices) -> tuple[Round, Indices]:
+    """Return the round's empty sums, or those it was stopped with, and the clients left to visit."""
+    rule, method, size = s.run.aggregation, s.run.algorithm, s.server.params.numel()
+    lengths = {**method.lengths(size), "buffers": s.server.buffers.numel()}
+    sums = rule.accumulator(lengths, len(cohort), s.server.params, s.server.counters)
+    visits = torch.zeros(len(cohort), 4, dtype=torch.float64)
+    waiting = cohort
+    if s.partial:
+        waiting = cohort[s.partial["visits"][:, 0].numpy() == 0]
+        if s.world.is_coordinator:  # once: the sums of all ranks are added up
+            sums.load(s.partial)
+            visits.copy_(s.partial["visits"])
+        s.partial = {}
+    return Round(cohort, sums, visits), waiting
+
+
+def train(s: Session, current: Round, plan: list[list[int]]) -> None:
+    """Collective over the group. Visit this group's clients, unless the run is asked to stop."""
+    if s.world.group is None:
+        return
+    method, cohort = s.run.algorithm, current.cohort
+    lr = s.run.local.lr_at(s.rounds_done, s.run.rounds)
+    examples = int(s.sizes[cohort].sum())
+    row = {int(client): position for position, client in enumerate(cohort)}
+    keeps = method.stateful or s.run.local.optimizer_state == "keep"
+    for client in plan[s.world.group]:
+        if s.world.group_should_stop():
+            return
+        state = s.states.share(client) if keeps else {}
+        result = s.trainer.visit(
+            s.server,
+            client=client,
+            round_index=s.rounds_done,
+            indices=s.indices(client),
+            examples_in_cohort=examples,
+            cohort_size=len(cohort),
+            lr=lr,
+            state=state,
+            seed=s.run.seed,
+        )
+        s.states.keep(client, state)
+        if s.world.leads_group:
+            weight = int(s.sizes[client]) / max(examples, 1)
+            current.sums.add(client, result.contribution, result.buffers, weight, result.counters)
+            facts = [1.0, *result.loss.tolist(), float(result.steps)]
+            current.visits[row[client]] = torch.tensor(facts, dtype=torch.float64)
+        s.tracker.visit_done(s.world.groups)
+
+
+def summarise(s: Session, current: Round) -> Metrics:
+    """Return what the round says of its training: loss, clients, steps, bytes."""
+    _, loss, count, steps = current.visits.sum(0).tolist()
+    clients, invalid, clipped = current.sums.counts.tolist()
+    size = s.server.params.numel()
+    up = sum(s.run.algorithm.lengths(size).values()) + s.server.buffers.numel()
+    down = sum(tensor.numel() for tensor in s.sent_tensors())
+    item = s.server.params.element_size()
+    return {
+        "train/loss": loss / count if count else None,
+        "train/examples": int(count),
+        "train/steps": int(steps),
+        "clients/contributed": clients,
+        "clients/invalid": invalid,
+        "clients/clipped": clipped,
+        "bytes/up": len(current.cohort) * up * item,
+        "bytes/down": len(current.cohort) * down * item,
+        "cohort": current.cohort.tolist(),
+    }

@@ -1,0 +1,197 @@
+"""What a running federation holds, and what both loops do with it: send, measure, record, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedddp.checkpoint import Checkpoints, Saved, load_into
+from fedddp.client import Trainer
+from fedddp.client_state import ClientStates
+from fedddp.config import Run
+from fedddp.data.feed import Feed
+from fedddp.data.partition import Split, holdout
+from fedddp.evaluation import Metrics, evaluate, evaluate_clients, spread
+from fedddp.method import Server
+from fedddp.topology import World
+from fedddp.tracking import NullTracker
+from fedddp.vector import FlatModel
+
+Indices = NDArray[np.int64]
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop, and can go on
+    """The run stopped early, at its own safe point, with a checkpoint."""
+
+
+@dataclass
+class Session:
+    """The parts of one run on this rank; every rank has the same, but for data placement."""
+
+    run: Run
+    world: World
+    flat: FlatModel
+    server: Server
+    trainer: Trainer
+    states: ClientStates
+    train: Feed
+    test: Feed | None
+    split: Split
+    sizes: Indices
+    """n_k: training examples of every client, without those held out; (population,)."""
+    tracker: NullTracker
+    checkpoints: Checkpoints
+    folder: Path
+    rounds_done: int = 0
+    partial: Mapping[str, Tensor] = field(default_factory=dict)
+    """Sums of a round that was stopped in the middle; empty between rounds."""
+    history: list[Metrics] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    _sent: int = -1
+
+    def indices(self, client: int) -> Indices:
+        """Return the training examples of `client` (those held out are not among them)."""
+        return self._shares(client)[0]
+
+    def _shares(self, client: int) -> tuple[Indices, Indices]:
+        data = self.run.data
+        return holdout(self.split.indices(client), data.holdout, client, self.run.seed)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds of the block to `time/<phase>` of this round."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+    def send(self) -> None:
+        """Collective. Bring the server's model, and what the method sends along, to all ranks."""
+        if self._sent != self.server.version:
+            with self.timed("send"):
+                self.world.broadcast(*self.sent_tensors())
+            self._sent = self.server.version
+
+    def sent_tensors(self) -> list[Tensor]:
+        """Return what a dispatch consists of, in the order in which it travels."""
+        server, method = self.server, self.run.algorithm
+        along = [server.vectors[name] for name in method.sends]
+        return [server.params, server.buffers, server.counters, *along]
+
+    def load_global_model(self) -> None:
+        """Put the server's model into the module."""
+        self.flat.params.copy_(self.server.params)
+        self.flat.buffers.copy_(self.server.buffers)
+        self.flat.counters.copy_(self.server.counters)
+
+    def measure(self, round_number: int) -> Metrics:
+        """Collective. Return the metrics due after round `round_number`; empty when none are."""
+        if not self.run.evaluation.due(round_number, self.run.rounds):
+            return {}
+        self.send()
+        row: Metrics = {}
+        with self.timed("evaluate"):
+            if self.test is not None:
+                self.load_global_model()
+                metrics = evaluate(
+                    self.world,
+                    self.flat.module,
+                    self.run.task,
+                    self.test,
+                    self.run.evaluation.batch_size,
+                )
+                row |= {f"eval/{name}": value for name, value in metrics.items()}
+            if self.run.evaluation.clients:
+                row |= self._measure_clients(round_number)
+        return row
+
+    def _measure_clients(self, round_number: int) -> Metrics:
+        chosen = self.run.evaluation.sample(len(self.split), self.run.seed)
+        mine = {}
+        for position, client in enumerate(chosen.tolist()):
+            home = self.states.homes.get(client)
+            rank = position % self.world.size if home is None else self.world.leader(home)
+            if rank == self.world.rank:
+                mine[client] = self._shares(client)[1]
+
+        def personalise(client: int) -> None:
+            self.load_global_model()
+            self.run.algorithm.personal(self.flat, self.states.kept.get(client, {}))
+
+        rows = evaluate_clients(
+            self.world,
+            self.flat.module,
+            self.run.task,
+            self.train,
+            mine,
+            self.run.evaluation.batch_size,
+            personalise,
+        )
+        self.tracker.log_clients([{"round": round_number, **row} for row in rows])
+        return spread(rows) if rows else {}
+
+    def record(self, row: Metrics) -> None:
+        """Write one round's line: metrics, bytes, seconds by phase."""
+        times = {f"time/{phase}": spent for phase, spent in sorted(self.seconds.items())}
+        line = {**row, "time/round": sum(self.seconds.values()), **times}
+        self.seconds.clear()
+        self.history.append(line)
+        self.tracker.log(line)
+
+    def save(
+        self,
+        name: str,
+        row: Metrics | None = None,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Collective. Record `row`, then save the run with the loop's own `tensors` and `facts`.
+
+        The line comes first: a line without its checkpoint is cut off at a resume, but a checkpoint
+        without its line would leave a hole.
+        """
+        if row is not None:
+            self.record(row)
+        self.tracker.sync()
+        with self.timed("checkpoint"):
+            if self.world.is_coordinator:
+                self.load_global_model()
+            server = {f"server.{n}": tensor for n, tensor in self.server.vectors.items()}
+            common = {
+                "round": self.rounds_done,
+                "version": self.server.version,
+                "wandb_run_id": self.tracker.run_id,
+            }
+            self.checkpoints.save(
+                name,
+                self.flat.module,
+                {**server, **(tensors or {})},
+                {**common, **(facts or {})},
+                self.states.save,
+            )
+
+    def restore(self, saved: Saved) -> None:
+        """Take the run up where `saved` left it; each rank reads what it needs."""
+        load_into(self.flat.module, saved.tensors("model.safetensors"))
+        self.server.params.copy_(self.flat.params)
+        self.server.buffers.copy_(self.flat.buffers)
+        self.server.counters.copy_(self.flat.counters)
+        state = saved.tensors("state.safetensors") if saved.files("state.safetensors") else {}
+        for name, vector in self.server.vectors.items():
+            if f"server.{name}" in state:
+                vector.copy_(state[f"server.{name}"])
+        self.partial = {n: t for n, t in state.items() if not n.startswith("server.")}
+        self.states.load(saved.files("clients-*.safetensors"))
+        self.server.version = int(saved.facts["version"])
+        self.rounds_done = int(saved.facts["round"])

@@ -1,0 +1,417 @@
+"""From a world of ranks to a mesh of client groups.
+
+The only module (with `testing.py`) that names `torch.distributed` and reads the environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+HEARTBEAT_S = 1.0
+STOP_POLL_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """How the ranks of the world are shared out: G client groups of R ranks, and a coordinator."""
+
+    ranks_per_client: int = 1
+    """Ranks R that train one client together, data-parallel; >= 1, and it divides the ranks that train."""
+
+    coordinator: Literal["colocated", "dedicated"] = "colocated"
+    """`colocated`: rank 0 coordinates and trains; `dedicated`: rank 0 only coordinates."""
+
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Communication library; `auto` is NCCL when every rank has its own GPU, gloo otherwise."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models train; `auto` is the GPU when there is one."""
+
+    timeout_s: float = 1800.0
+    """Seconds a rank waits for the others before it gives up, > 0; longer than the longest round."""
+
+    def __post_init__(self) -> None:
+        if self.ranks_per_client < 1:
+            raise ValueError(f"ranks_per_client must be >= 1, got {self.ranks_per_client}")
+        if self.timeout_s <= 0:
+            raise ValueError(f"timeout_s must be > 0 seconds, got {self.timeout_s}")
+        if self.backend == "nccl" and self.device == "cpu":
+            raise ValueError("backend=nccl needs GPUs, but device=cpu; use backend=gloo")
+
+    def groups(self, world_size: int) -> int:
+        """Return the number G of client groups in a world of `world_size` ranks.
+
+        Raises:
+            ValueError: the ranks that train are none, or do not divide into groups of R.
+        """
+        training = world_size - (self.coordinator == "dedicated")
+        if training < 1:
+            raise ValueError(
+                "topology.coordinator=dedicated needs at least 2 ranks, but the world has 1; "
+                "start more with torchrun --nproc-per-node"
+            )
+        if training % self.ranks_per_client:
+            reserved = " (1 is the coordinator)" if training < world_size else ""
+            raise ValueError(
+                f"topology.ranks_per_client={self.ranks_per_client} does not divide the {training} "
+                f"training ranks of a world of {world_size}{reserved}; change --nproc-per-node or "
+                "ranks_per_client"
+            )
+        return training // self.ranks_per_client
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher (torchrun, accelerate launch, or none) says of this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    restarts: int
+
+    @classmethod
+    def from_environment(cls) -> Launch:
+        """Read torchrun's variables; without a launcher this is a world of one."""
+        env = os.environ
+        size = int(env.get("WORLD_SIZE", "1"))
+        return cls(
+            rank=int(env.get("RANK", "0")),
+            world_size=size,
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+            local_world_size=int(env.get("LOCAL_WORLD_SIZE", str(size))),
+            restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        )
+
+
+def environment(name: str) -> str | None:
+    """Return the environment variable `name`, None when unset or empty."""
+    return os.environ.get(name) or None
+
+
+class World:
+    """This rank's place in the world, and every way in which ranks talk.
+
+    The mesh has the dimensions ("client", "data"): G groups of R ranks. A method that says
+    "collective" must be called by all ranks of the world (or of the group) in the same order.
+    Tensors may lie on any device; they are moved to where the backend can send them.
+    """
+
+    def __init__(self, topology: Topology, launch: Launch, store: dist.Store) -> None:
+        """Collective over the world; `connect` calls it."""
+        self.rank, self.size = launch.rank, launch.world_size
+        self.local_rank = launch.local_rank
+        self.ranks_per_client = topology.ranks_per_client
+        self.groups = topology.groups(launch.world_size)
+        self.dedicated = topology.coordinator == "dedicated"
+        self.timeout_s = topology.timeout_s
+        self.store = store
+        self.device, nccl = _place(topology, launch)
+        # World-wide tensors go through the CPU unless every rank has a GPU of its own.
+        self._transport = self.device if nccl and not self.dedicated else torch.device("cpu")
+        first = int(self.dedicated)
+        ranks = torch.arange(first, self.size).view(self.groups, self.ranks_per_client)
+        kind = "cuda" if nccl else "cpu"
+        self.mesh = DeviceMesh(kind, ranks, mesh_dim_names=("client", "data"))
+        place = self.mesh.get_coordinate()
+        self.group: int | None = None if place is None else int(place[0])
+        self.data_rank: int = 0 if place is None else int(place[1])
+        self._peers = None if place is None else self.mesh.get_group("data")
+        self._heart = threading.Event()
+        self.stopping = False
+        self._announced = False
+        self._asked = 0.0
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this rank is the coordinator (rank 0)."""
+        return self.rank == 0
+
+    @property
+    def leads_group(self) -> bool:
+        """Whether this rank speaks for its client group (its first rank)."""
+        return self.group is not None and self.data_rank == 0
+
+    def leader(self, group: int) -> int:
+        """Return the world rank that leads `group`."""
+        return int(self.dedicated) + group * self.ranks_per_client
+
+    def replicate(self, module: nn.Module) -> nn.Module:
+        """Collective over the group. Wrap `module` in DDP when R > 1; gradients stay in place."""
+        if self.ranks_per_client == 1 or self._peers is None:
+            return module
+        with warnings.catch_warnings():
+            # torch 2.15 renames broadcast_buffers; the new name is unknown to the torch we still support.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                module,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                process_group=self._peers,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=False,
+            )
+
+    def broadcast(self, *tensors: Tensor) -> None:
+        """Collective. Copy the coordinator's `tensors` to all ranks, in place."""
+        self._exchange(tensors, lambda tensor: dist.broadcast(tensor, src=0))
+
+    def sum(self, *tensors: Tensor) -> None:
+        """Collective. Replace each tensor by its sum over all ranks, in place."""
+        self._exchange(tensors, dist.all_reduce)
+
+    def max(self, *tensors: Tensor) -> None:
+        """Collective. Replace each tensor by its elementwise maximum over all ranks, in place."""
+        self._exchange(tensors, lambda tensor: dist.all_reduce(tensor, op=dist.ReduceOp.MAX))
+
+    def _exchange(self, tensors: tuple[Tensor, ...], collective: Any) -> None:
+        for tensor in tensors:
+            if tensor.numel() == 0 or self.size == 1:
+                continue
+            if tensor.device == self._transport and tensor.is_contiguous():
+                collective(tensor)
+            else:
+                staged = tensor.to(self._transport).contiguous()
+                collective(staged)
+                tensor.copy_(staged)
+
+    def group_broadcast(self, *tensors: Tensor) -> None:
+        """Collective over the group. Copy the group leader's `tensors` to its ranks, in place."""
+        if self.ranks_per_client > 1:
+            for tensor in tensors:
+                if tensor.numel():
+                    dist.broadcast(tensor, group=self._peers, group_src=0)
+
+    def group_sum(self, tensor: Tensor) -> Tensor:
+        """Collective over the group. Return the sum of `tensor` over its ranks; differentiable."""
+        if self.ranks_per_client == 1:
+            return tensor
+        result: Tensor = _GroupSum.apply(tensor, self._peers)  # type: ignore[no-untyped-call]
+        return result
+
+    def group_max(self, tensor: Tensor) -> Tensor:
+        """Collective over the group. Replace `tensor` by its maximum over the ranks, in place."""
+        if self.ranks_per_client > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._peers)
+        return tensor
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Send `tensor` to `rank`, which must `receive` it."""
+        dist.send(tensor.to(self._transport).contiguous(), dst=rank)
+
+    def receive(self, tensor: Tensor, rank: int | None = None) -> int:
+        """Fill `tensor` from `rank` (None: from whichever sends first, CPU only); return the sender."""
+        staged = torch.empty_like(tensor, device=tensor.device if rank is None else self._transport)
+        sender = dist.recv(staged, src=rank)
+        tensor.copy_(staged)
+        return int(sender)
+
+    def gather(self, value: object) -> list[Any]:
+        """Collective. Return every rank's `value`, by rank; for small things."""
+        values: list[Any] = [None] * self.size
+        if self.size == 1:
+            return [value]
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Collective. Wait until all ranks are here."""
+        self.sum(torch.zeros(1))
+
+    # ---- stopping early: any rank may be told, all ranks must learn ----
+
+    def stop_requested(self) -> bool:
+        """Return whether any rank was asked to stop; not a collective, ranks may differ for a moment."""
+        if self.stopping:
+            if not self._announced:
+                self.store.set("fedddp/stop", "1")
+                self._announced = True
+        elif time.monotonic() - self._asked > STOP_POLL_S:
+            self._asked = time.monotonic()
+            self.stopping = self._announced = bool(self.store.check(["fedddp/stop"]))
+        return self.stopping
+
+    def group_should_stop(self) -> bool:
+        """Collective over the group. Return whether the run shall stop; the same on its ranks."""
+        asked = torch.tensor([float(self.stop_requested())], device=self.device)
+        return bool(self.group_max(asked))
+
+    def agree_to_stop(self) -> bool:
+        """Collective. Return whether any rank was asked to stop; the same on all ranks."""
+        asked = torch.tensor([float(self.stop_requested())])
+        self.max(asked)
+        return bool(asked)
+
+    # ---- errors: the first one is told once, a rank that does not answer is named ----
+
+    def start_heartbeat(self) -> None:
+        """Show the others, from a thread, that this process runs (a stopped one does not)."""
+
+        def beat() -> None:
+            with contextlib.suppress(RuntimeError, dist.DistError):
+                while not self._heart.wait(HEARTBEAT_S):
+                    self.store.add(f"fedddp/heart/{self.rank}", 1)
+
+        if self.size > 1:
+            threading.Thread(target=beat, name="fedddp-heartbeat", daemon=True).start()
+
+    def silent_ranks(self) -> list[int]:
+        """Return the ranks whose heart does not beat; takes three heartbeats."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        before = [self.store.add(f"fedddp/heart/{rank}", 0) for rank in others]
+        time.sleep(3 * HEARTBEAT_S)
+        after = [self.store.add(f"fedddp/heart/{rank}", 0) for rank in others]
+        return [rank for rank, a, b in zip(others, before, after, strict=True) if a == b]
+
+    def name_silent_ranks(self, error: Exception) -> None:
+        """Add to an `error` of communication which ranks do not answer."""
+        if not isinstance(error, RuntimeError) or self.size == 1:
+            return
+        with contextlib.suppress(RuntimeError):
+            silent = self.silent_ranks()
+            if silent:
+                error.add_note(
+                    f"rank {', '.join(map(str, silent))} does not answer (killed, stopped or hung); "
+                    f"the others waited up to topology.timeout_s={self.timeout_s:g} s"
+                )
+
+    def first_to_fail(self) -> bool:
+        """Return whether no other rank reported an error before this one."""
+        try:
+            return int(self.store.add("fedddp/errors", 1)) == 1
+        except (RuntimeError, dist.DistError):  # the store's host is gone, and with it who was first
+            return False
+
+    def close(self) -> None:
+        """Leave the world; the process may connect again."""
+        self._heart.set()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _GroupSum(torch.autograd.Function):
+    """All-reduce whose gradient is the all-reduce of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, peers: dist.ProcessGroup) -> Tensor:
+        ctx.peers = peers
+        total = tensor.clone()
+        dist.all_reduce(total, group=peers)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone()
+        dist.all_reduce(total, group=ctx.peers)
+        return total, None
+
+
+def connect(topology: Topology) -> World:
+    """Collective. Join the launcher's world (a world of one without launcher) and build the mesh.
+
+    Raises:
+        ValueError: the world does not divide into groups, or a device or backend is missing.
+    """
+    launch = Launch.from_environment()
+    topology.groups(launch.world_size)
+    device, nccl = _place(topology, launch)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if launch.world_size == launch.local_world_size and sys.platform == "linux":
+        # The default resolves the own hostname, which often fails where there is no network.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    timeout = timedelta(seconds=topology.timeout_s)
+    if launch.world_size == 1:
+        store: dist.Store = dist.HashStore()
+    else:
+        warning = _loopback_warning(launch)
+        if warning:
+            print(warning, file=sys.stderr, flush=True)
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if nccl else "gloo",
+            store=dist.PrefixStore("groups", store),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+        )
+    world = World(topology, launch, store)
+    world.start_heartbeat()
+    return world
+
+
+def _place(topology: Topology, launch: Launch) -> tuple[torch.device, bool]:
+    """Return this rank's device and whether the groups speak NCCL."""
+    gpus = torch.cuda.device_count() if topology.device != "cpu" else 0
+    if topology.device == "cuda" and not gpus:
+        raise ValueError("topology.device=cuda, but torch sees no GPU; use device=cpu or auto")
+    # A dedicated coordinator needs no GPU: the training ranks of its node take them from the first.
+    idle = int(topology.coordinator == "dedicated" and launch.rank == launch.local_rank)
+    own_gpu = 0 < launch.local_world_size - idle <= gpus
+    nccl = topology.backend == "nccl" or (topology.backend == "auto" and own_gpu)
+    if topology.backend == "nccl" and not own_gpu:
+        raise ValueError(
+            f"topology.backend=nccl needs a GPU for each of the {launch.local_world_size - idle} training "
+            f"ranks of this node, but it has {gpus}; use backend=gloo or fewer ranks"
+        )
+    if not gpus or (topology.coordinator == "dedicated" and launch.rank == 0):
+        return torch.device("cpu"), nccl
+    return torch.device("cuda", (launch.local_rank - idle) % gpus), nccl
+
+
+def _loopback_warning(launch: Launch) -> str | None:
+    """Return what to set when other nodes could not reach this one by its own name."""
+    several_nodes = launch.world_size > launch.local_world_size
+    if not several_nodes or launch.local_rank or environment("GLOO_SOCKET_IFNAME"):
+        return None
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):
+        own = socket.gethostbyname(name)
+        head = socket.gethostbyname(os.environ.get("MASTER_ADDR", name))
+        if own.startswith("127.") and not head.startswith("127."):
+            return (
+                f"warning: this host's name {name} resolves to {own}, which other nodes cannot reach; "
+                "set GLOO_SOCKET_IFNAME=<network interface> (see docs/slurm.md)"
+            )
+    return None
+
+
+@contextlib.contextmanager
+def stop_on_signals(world: World) -> Iterator[None]:
+    """Turn SIGUSR1, SIGTERM and SIGINT into a request to stop at the next safe point.
+
+    A second SIGINT interrupts at once. Does nothing outside the main thread (notebooks' workers).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, _: object) -> None:
+        if number == signal.SIGINT and world.stopping:
+            raise KeyboardInterrupt
+        world.stopping = True
+
+    watched = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, on_signal) for number in watched}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

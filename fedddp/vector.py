@@ -1,0 +1,109 @@
+"""A model's state as flat vectors: what is sent, averaged, stepped and saved is one tensor each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class FlatModel:
+    """A module whose trainable parameters, gradients and buffers are views into flat vectors.
+
+    Frozen parameters stay in the module. Tied parameters are stored once. Non-persistent buffers
+    and buffers of other dtypes are left alone.
+
+    Attributes:
+        module: the module itself; it trains, and works under DDP, as before.
+        params: trainable parameters, shape (P,), their common dtype.
+        grad: their gradients, shape (P,); zero it instead of setting gradients to None.
+        buffers: floating-point buffers such as running statistics, shape (B,), float32.
+        counters: int64 buffers such as `num_batches_tracked`, shape (I,).
+        slices: where each parameter lies in `params`, by name in `module.named_parameters()`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Re-home the state of `module` (already on its device and in its memory format).
+
+        Raises:
+            ValueError: nothing to train, or trainable parameters of different dtypes or devices.
+        """
+        self.module = module
+        named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        if not named:
+            raise ValueError("the model has no trainable parameter; unfreeze some (model.freeze)")
+        kinds = {(p.dtype, p.device) for p in named.values()}
+        if len(kinds) > 1:
+            raise ValueError(f"trainable parameters must share one dtype and device, got {kinds}")
+        self.slices = _slices(named.values(), named)
+        self.params = _rehome(list(named.values()))
+        self.grad = torch.zeros_like(self.params)
+        for (name, parameter), view in zip(
+            named.items(), _views(self.grad, list(named.values())), strict=True
+        ):
+            assert self.slices[name].stop <= self.params.numel()
+            parameter.grad = view
+        saved = module.state_dict(keep_vars=True).keys()
+        buffers = [b for name, b in module.named_buffers() if name in saved]
+        self.buffers = _rehome([b for b in buffers if b.dtype == torch.float32], self.params.device)
+        counters = [b for b in buffers if b.dtype == torch.int64]
+        self.counters = _rehome(counters, self.params.device, torch.int64)
+
+    def restore_gradient_views(self) -> None:
+        """Check that nobody replaced a gradient (an optimizer's `set_to_none` does)."""
+        start = self.grad.untyped_storage().data_ptr()
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None, name
+                assert parameter.grad.untyped_storage().data_ptr() == start, name
+
+    def mask(self, names: Iterable[str]) -> Tensor:
+        """Return which elements of `params` belong to the parameters `names`; (P,) bool."""
+        chosen = torch.zeros_like(self.params, dtype=torch.bool)
+        for name in names:
+            chosen[self.slices[name]] = True
+        return chosen
+
+
+def _slices(tensors: Iterable[Tensor], names: Iterable[str]) -> dict[str, slice]:
+    slices, offset = {}, 0
+    for name, tensor in zip(names, tensors, strict=True):
+        slices[name] = slice(offset, offset + tensor.numel())
+        offset += tensor.numel()
+    return slices
+
+
+def _rehome(
+    tensors: list[Tensor], device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Copy `tensors` into one new vector and turn them into views of it; returns the vector."""
+    if not tensors:
+        return torch.empty(0, dtype=dtype, device=device)
+    flat = torch.empty(
+        sum(t.numel() for t in tensors), dtype=tensors[0].dtype, device=tensors[0].device
+    )
+    for tensor, view in zip(tensors, _views(flat, tensors), strict=True):
+        view.copy_(tensor.detach())
+        tensor.data = view
+    return flat
+
+
+def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Cut `flat` into views shaped, and laid out in memory, like `tensors`."""
+    views, offset = [], 0
+    for tensor in tensors:
+        piece = flat[offset : offset + tensor.numel()]
+        channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
+        if channels_last and tensor.is_contiguous(memory_format=torch.channels_last):
+            n, c, h, w = tensor.shape
+            views.append(piece.view(n, h, w, c).permute(0, 3, 1, 2))
+        else:
+            views.append(piece.view(tensor.shape))
+        offset += tensor.numel()
+    return views
+
+
+def norm(vector: Tensor) -> Tensor:
+    """Return the Euclidean norm of `vector` as a scalar; the one place to teach about shards."""
+    return torch.linalg.vector_norm(vector)

@@ -1,0 +1,1 @@
+"""Vision models by name, and the tasks they are trained for."""

@@ -1,0 +1,377 @@
+"""Vision models by name: small classics, torchvision's classifiers, and the user's own."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fedddp.rng import stream_seed
+from fedddp.vision.norms import GroupSum, Norm, convert_norm
+
+Shape = tuple[int, int, int]
+"""Channels, height and width of an image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model that the federation trains."""
+
+    name: str = "lenet"
+    """`lenet`, `2nn`, `cnn`, `resnet8-gn`, `resnet20-gn`, any torchvision classification model such as
+    `resnet18`, or the dotted path of your own (a callable that returns an `nn.Module`; it is given
+    those of `num_classes`, `in_channels` and `image_size=(height, width)` that it has)."""
+
+    weights: str | None = None
+    """Weights to start from: a local .safetensors file, or the name of torchvision's, such as
+    `IMAGENET1K_V1` or `DEFAULT` (downloaded). A head for another number of classes is left out."""
+
+    norm: Norm = "keep"
+    """Turns batch and group norms into batch norm per rank (`batch`), batch norm over all ranks of a
+    client (`sync`) or group norm (`group`), which needs no statistics of a client's data."""
+
+    freeze: list[str] = field(default_factory=list)
+    """Layers or parameters that are not trained, by name; `layer1` also freezes `layer1.0.conv1.weight`.
+    Their batch norms still follow the data: `norm: group` has nothing that does."""
+
+    def __post_init__(self) -> None:
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}")
+        _maker(self.name)
+        if self.weights is None:
+            return
+        if not self.weights.endswith(".safetensors"):
+            _torchvision_weights(self.name, self.weights)
+        elif not Path(self.weights).is_file():
+            raise ValueError(f"weights={self.weights} is not a file")
+
+    def build(
+        self, *, classes: int, shape: Shape, seed: int, sync: GroupSum | None = None
+    ) -> nn.Module:
+        """Make the model, in training mode on the CPU; a pure function of its arguments.
+
+        Args:
+            classes: outputs of the model, >= 1.
+            shape: channels, height and width of the images.
+            seed: of the initial weights; torch's global random state is left as it was.
+            sync: differentiable sum over the ranks of a client, for `norm: sync`.
+
+        Raises:
+            ValueError: the model cannot take such images, or the weights do not fit it.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(stream_seed("model", seed))
+            module = _maker(self.name)(classes, shape)
+            return self.adapt(module, classes=classes, shape=shape, sync=sync)
+
+    def adapt(
+        self, module: nn.Module, *, classes: int, shape: Shape, sync: GroupSum | None = None
+    ) -> nn.Module:
+        """Do to the user's own `module` (in place) what `build` does to a named one.
+
+        Loads `weights`, converts `norm`, applies `freeze`, and tries it on an image of `shape`.
+        Arguments, result and errors as for `build`.
+        """
+        if self.weights is None:
+            module = convert_norm(module, self.norm, sync)
+        else:
+            state = _read_weights(self.name, self.weights)
+            # Weights of the model before the conversion, or of a run that had converted it.
+            before = _statistics(state) == _statistics(module.state_dict())
+            if before:
+                _load(module, state, self.weights)
+            module = convert_norm(module, self.norm, sync)
+            if not before:
+                _load(module, state, self.weights)
+        self._freeze(module)
+        _try(module, self.name, classes, shape)
+        return module.train()
+
+    def _freeze(self, module: nn.Module) -> None:
+        for prefix in self.freeze:
+            chosen = [
+                parameter
+                for name, parameter in module.named_parameters()
+                if f"{name}.".startswith(f"{prefix.rstrip('.')}.")
+            ]
+            if not chosen:
+                layers = [name for name, _ in module.named_children()]
+                raise ValueError(
+                    f"model.freeze: {self.name} has no parameters named {prefix!r}; "
+                    f"its layers are {', '.join(layers)}"
+                )
+            for parameter in chosen:
+                parameter.requires_grad_(False)
+        if self.freeze and not any(p.requires_grad for p in module.parameters()):
+            raise ValueError(f"model.freeze={self.freeze} leaves nothing to train; freeze less")
+
+
+def head_of(module: nn.Module) -> tuple[str, nn.Module]:
+    """Return name and module of the classifier: the linear layer (or convolution) defined last.
+
+    Raises:
+        ValueError: `module` has no such layer.
+    """
+    layers = [
+        (name, layer)
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]
+    if not layers:
+        raise ValueError(f"{type(module).__name__} has no linear layer that could be its head")
+    return layers[-1]
+
+
+# ---- names to makers ----
+
+Maker = Callable[[int, Shape], nn.Module]
+
+
+def _maker(name: str) -> Maker:
+    """Return what makes the model `name` from the number of classes and the images' shape.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if name in SMALL_MODELS:
+        return SMALL_MODELS[name]
+    if "." in name:
+        return _users_maker(name)
+    from torchvision import models
+
+    known: list[str] = models.list_models(module=models)
+    if name in known:
+        return lambda classes, shape: _torchvision_model(name, classes, shape)
+    near = difflib.get_close_matches(name, [*SMALL_MODELS, *known])
+    hint = f"did you mean {' or '.join(near)}?" if near else f"try {', '.join(SMALL_MODELS)}"
+    raise ValueError(f"name: unknown model {name!r}; {hint}")
+
+
+def _users_maker(path: str) -> Maker:
+    location, _, attribute = path.rpartition(".")
+    try:
+        factory: Any = getattr(importlib.import_module(location), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"name: cannot import {path!r}: {error}") from error
+    if not callable(factory):
+        raise ValueError(f"name: {path!r} is not callable; name a class or a function")
+
+    def make(classes: int, shape: Shape) -> nn.Module:
+        offered = {"num_classes": classes, "in_channels": shape[0], "image_size": shape[1:]}
+        taken = inspect.signature(factory).parameters
+        module = factory(**{key: value for key, value in offered.items() if key in taken})
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"model.name={path} returned {type(module).__name__}, not a module")
+        return module
+
+    return make
+
+
+def _torchvision_model(name: str, classes: int, shape: Shape) -> nn.Module:
+    from torchvision import models
+
+    options: dict[str, Any] = {"num_classes": classes}
+    if name in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True}
+    elif name.startswith("vit_"):
+        if shape[1] != shape[2]:
+            raise ValueError(f"model.name={name} needs square images, got {_size(shape)}")
+        options["image_size"] = shape[1]
+    elif name.startswith("maxvit_"):
+        options["input_size"] = shape[1:]
+    try:
+        module: nn.Module = models.get_model(name, weights=None, **options)
+    except (ValueError, AssertionError) as error:
+        raise _cannot_take(name, shape, error) from error
+    weight = next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d)).weight
+    weight.data = _with_channels(weight.data, shape[0])
+    return module
+
+
+def _with_channels(weight: Tensor, channels: int) -> Tensor:
+    """Return a first convolution's `weight`, (out, in, h, w), for images of `channels` channels.
+
+    A gray image gives what it would give as an RGB image of three equal channels.
+    """
+    given = weight.shape[1]
+    if channels in (given, 1):
+        return weight if channels == given else weight.sum(1, keepdim=True)
+    return weight.repeat(1, -(-channels // given), 1, 1)[:, :channels] * (given / channels)
+
+
+def _try(module: nn.Module, name: str, classes: int, shape: Shape) -> None:
+    """Run `module` once, on images without content, so that a misfit shows before training."""
+    device = "cpu" if "." in name else "meta"  # a user's code may hold tensors that are no buffers
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    state = {key: torch.zeros_like(value, device=device) for key, value in state.items()}
+    images = torch.zeros(2, *shape, device=device)
+    module.eval()
+    with torch.no_grad():
+        try:
+            outputs = torch.func.functional_call(module, state, (images,))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise _cannot_take(name, shape, error) from error
+    got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if got != (2, classes):
+        raise ValueError(
+            f"model.name={name} must return logits of shape (batch, classes), here (2, {classes}), "
+            f"for a batch of 2; got {got}"
+        )
+
+
+def _cannot_take(name: str, shape: Shape, error: Exception) -> ValueError:
+    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return ValueError(
+        f"model.name={name} cannot take images of {_size(shape)} ({reason}); "
+        "set another data.image_size (most torchvision models are made for 224) or another model"
+    )
+
+
+def _size(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+# ---- pretrained weights ----
+
+
+def _torchvision_weights(name: str, weights: str) -> Any:
+    """Return torchvision's enum member `weights` of the model `name`."""
+    from torchvision import models
+
+    if Path(weights).suffix or "/" in weights:
+        raise ValueError(
+            f"weights must be a .safetensors file, got {weights}; a pickled file can run code when it "
+            "is read: convert it with safetensors.torch.save_file where you trust it"
+        )
+    if name not in models.list_models(module=models):
+        raise ValueError(f"weights={weights}: torchvision has none for {name}; name a local file")
+    members = models.get_model_weights(name).__members__
+    if weights not in members:
+        raise ValueError(
+            f"weights={weights}: {name} has {', '.join(members) or 'none'}; or name a local file"
+        )
+    return members[weights]
+
+
+def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if weights.endswith(".safetensors"):
+            return load_file(weights)
+        member = _torchvision_weights(name, weights)
+        # torchvision publishes pickles: only tensors are read from them, after a look at the hash.
+        state: dict[str, Tensor] = member.get_state_dict(
+            progress=False, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"model.weights={weights} cannot be read: {error}") from error
+    return state
+
+
+def _statistics(state: dict[str, Tensor]) -> set[str]:
+    return {name for name in state if name.endswith("running_mean")}
+
+
+def _load(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Copy `state` into `module`, all of it but a head or auxiliary heads that do not fit."""
+    wanted = module.state_dict()
+    head, _ = head_of(module)
+    first = next((k for k, m in module.named_modules() if isinstance(m, nn.Conv2d)), None)
+    state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
+    stem = f"{first}.weight"
+    if stem in state and state[stem].dim() == 4:
+        state[stem] = _with_channels(state[stem], wanted[stem].shape[1])
+    if any(wanted[key].shape != state[key].shape for key in _inside(head, state) & wanted.keys()):
+        state |= {key: wanted[key] for key in _inside(head, wanted)}
+    wrong = [
+        f"{key} {_fault(wanted.get(key), state.get(key))}"
+        for key in sorted(wanted.keys() | state.keys())
+        if _fault(wanted.get(key), state.get(key))
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"model.weights={source} do not fit the model: {', '.join(wrong[:3])}{more}"
+        )
+    module.load_state_dict(state)
+
+
+def _inside(prefix: str, state: dict[str, Tensor]) -> set[str]:
+    return {key for key in state if key.startswith(f"{prefix}.")}
+
+
+def _fault(wanted: Tensor | None, given: Tensor | None) -> str:
+    if wanted is None or given is None:
+        return "is missing" if given is None else "is unknown"
+    sizes = [_size(tuple(t.shape)) or "scalar" for t in (given, wanted)]  # type: ignore[arg-type]
+    return "" if sizes[0] == sizes[1] else f"is {sizes[0]}, not {sizes[1]}"
+
+
+# ---- small models ----
+
+
+def _lenet(classes: int, shape: Shape) -> nn.Module:
+    """Make LeNet with 20 and 50 filters: 431,080 parameters for 28 x 28 gray images, 10 classes.
+
+    Images under 16 pixels are padded, so that they survive both convolutions.
+    """
+    padding = 2 if min(shape[1:]) < 16 else 0
+    return _convolutional(classes, shape, (20, 50), 500, padding)
+
+
+def _cnn(classes: int, shape: Shape) -> nn.Module:
+    """Make the CNN of McMahan et al. (2017): 1,663,370 parameters for 28 x 28 gray, 10 classes."""
+    return _convolutional(classes, shape, (32, 64), 512, 2)
+
+
+def _convolutional(
+    classes: int, shape: Shape, filters: tuple[int, int], hidden: int, padding: int
+) -> nn.Module:
+    """Make two 5 x 5 convolutions, each with a 2 x 2 max pool, and two linear layers."""
+    channels, *sides = shape
+    for _ in filters:
+        sides = [(side + 2 * padding - 4) // 2 for side in sides]
+    if min(sides) < 1:
+        raise ValueError(f"images of {_size(shape)} are too small for this model; 4x4 is the least")
+    return nn.Sequential(
+        nn.Conv2d(channels, filters[0], 5, padding=padding),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(filters[0], filters[1], 5, padding=padding),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(filters[1] * sides[0] * sides[1], hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, classes),
+    )
+
+
+def _two_nn(classes: int, shape: Shape) -> nn.Module:
+    """Make the 2NN of McMahan et al. (2017): two hidden layers of 200; 199,210 parameters on MNIST."""
+    pixels = shape[0] * shape[1] * shape[2]
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(pixels, 200),
+        nn.ReLU(),
+        nn.Linear(200, 200),
+        nn.ReLU(),
+        nn.Linear(200, classes),
+    )
+
+
+SMALL_MODELS: dict[str, Maker] = {
+    "lenet": _lenet,
+    "2nn": _two_nn,
+    "cnn": _cnn,
+}
+"""The models of this project by name; each maker takes the number of classes and the shape."""

@@ -1,0 +1,28 @@
+"""What every test must leave as it found it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+# Before the fork server starts and torch counts the cores: ranks of one thread each.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run in an empty folder; environment and process group are the same before and after."""
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
+    yield
+    changed = {k for k in {*before, *os.environ} if before.get(k) != os.environ.get(k)}
+    for name in changed:
+        os.environ.pop(name, None)
+        if name in before:
+            os.environ[name] = before[name]
+    assert changed <= {"PYTEST_CURRENT_TEST", "GLOO_SOCKET_IFNAME"}, changed
+    assert not dist.is_initialized(), "a process group was left behind"

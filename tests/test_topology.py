@@ -1,0 +1,117 @@
+"""The mesh, the collectives, and what happens when a rank fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedddp.testing import run_world
+from fedddp.topology import Topology, connect
+
+
+def places(topology: Topology) -> tuple[object, ...]:
+    world = connect(topology)
+    return world.group, world.data_rank, world.groups, world.is_coordinator, world.leads_group
+
+
+def test_ranks_form_groups_of_r() -> None:
+    assert run_world(places, Topology(ranks_per_client=2), size=4) == [
+        (0, 0, 2, True, True),
+        (0, 1, 2, False, False),
+        (1, 0, 2, False, True),
+        (1, 1, 2, False, False),
+    ]
+
+
+def test_a_dedicated_coordinator_is_in_no_group() -> None:
+    topology = Topology(ranks_per_client=2, coordinator="dedicated")
+    assert run_world(places, topology, size=3) == [
+        (None, 0, 1, True, False),
+        (0, 0, 1, False, True),
+        (0, 1, 1, False, False),
+    ]
+
+
+def test_without_a_launcher_it_is_a_world_of_one() -> None:
+    world = connect(Topology())
+    assert (world.size, world.group, world.groups) == (1, 0, 1)
+    world.sum(torch.ones(3))
+    world.close()
+
+
+@pytest.mark.parametrize(
+    ("topology", "size", "words"),
+    [
+        (Topology(ranks_per_client=2), 3, "ranks_per_client=2 does not divide"),
+        (Topology(ranks_per_client=2, coordinator="dedicated"), 4, "1 is the coordinator"),
+        (Topology(coordinator="dedicated"), 1, "at least 2 ranks"),
+    ],
+)
+def test_a_world_that_does_not_divide_is_refused(topology: Topology, size: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        topology.groups(size)
+
+
+def talk() -> dict[str, object]:
+    world = connect(Topology(ranks_per_client=2))
+    number = torch.tensor([float(world.rank)])
+    total, largest, first = number.clone(), number.clone(), number + 5
+    world.sum(total)
+    world.max(largest)
+    world.broadcast(first)
+    leader = number.clone()
+    world.group_broadcast(leader)
+    weights = number.clone().requires_grad_()
+    # f = (sum over the group)^2, so df/dweight = 2 * sum, from each of the two ranks' own f.
+    world.group_sum(weights).square().sum().backward()
+    if world.rank == 1:
+        world.send(torch.tensor([7.0]), 3)
+    received = torch.zeros(1)
+    if world.rank == 3:
+        world.receive(received, 1)
+    assert weights.grad is not None
+    return {
+        "sum": total.item(),
+        "max": largest.item(),
+        "first": first.item(),
+        "leader": leader.item(),
+        "gradient": weights.grad.item(),
+        "received": received.item(),
+        "gathered": world.gather(world.rank),
+    }
+
+
+def test_collectives_reach_the_world_or_the_group() -> None:
+    rows = run_world(talk, size=4)
+    assert [row["sum"] for row in rows] == [6.0] * 4
+    assert [row["max"] for row in rows] == [3.0] * 4
+    assert [row["first"] for row in rows] == [5.0] * 4
+    assert [row["leader"] for row in rows] == [0.0, 0.0, 2.0, 2.0]
+    assert [row["gradient"] for row in rows] == [2 * 2 * 1.0] * 2 + [2 * 2 * 5.0] * 2
+    assert rows[3]["received"] == 7.0
+    assert rows[0]["gathered"] == [0, 1, 2, 3]
+
+
+def fail_on_rank_1() -> None:
+    world = connect(Topology())
+    if world.rank == 1:
+        raise RuntimeError("this rank fails")
+    world.sum(torch.ones(1))
+
+
+def test_the_first_error_is_reported_and_nobody_hangs() -> None:
+    with pytest.raises(AssertionError, match=r"rank 1: [\s\S]*this rank fails"):
+        run_world(fail_on_rank_1, size=2, timeout_s=20)
+
+
+def stop_one() -> list[bool]:
+    world = connect(Topology())
+    world.stopping = world.rank == 1
+    return [world.agree_to_stop(), world.stop_requested()]
+
+
+def test_all_ranks_learn_that_one_was_told_to_stop() -> None:
+    (first, _), (second, own) = run_world(stop_one, size=2)
+    assert first
+    assert second
+    assert own
