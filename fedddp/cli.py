@@ -156,7 +156,7 @@ def _plan(rest: list[str]) -> None:
     run, name = _load(rest)
     from rich.console import Console
 
-    from fedddp.federation import plan
+    from fedddp.plan import plan
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     try:

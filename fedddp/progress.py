@@ -14,6 +14,11 @@ REFRESH_S = 0.1
 """Seconds between two drawings of the bar while a round lasts."""
 
 
+def say(console: Console, line: str) -> None:
+    """Write `line` as it is: not wrapped (paths are to be copied) and not read as markup."""
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
 class RoundProgress:
     """Shows rounds as they end, and clients as they are trained.
 
@@ -27,7 +32,7 @@ class RoundProgress:
         Args:
             total_rounds: rounds of the run.
             done: rounds done before this process started (a resumed run).
-            show: False to show nothing but what `say` is given.
+            show: False to show nothing.
             console: where to write.
         """
         self._total, self._done, self._resumed = total_rounds, done, done
@@ -68,15 +73,12 @@ class RoundProgress:
         if self._bar:
             self._draw(self._bar)
         elif self._show:
-            plain = [f"{label} {value}" for label, value in self._scores.items()]
-            self.say("  ".join([f"round {self._done}/{self._total}", *plain, *self._pace()]))
-            if accuracy is None:
-                return
-            self._scores.pop("accuracy")  # an old accuracy must not look like this round's
-
-    def say(self, line: str) -> None:
-        """Write `line`, unwrapped and as it is, above the bar if there is one."""
-        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+            scores = [f"{label} {value}" for label, value in self._scores.items()]
+            say(
+                self._console,
+                "  ".join([f"round {self._done}/{self._total}", *scores, *self._pace()]),
+            )
+            self._scores.clear()  # an old accuracy must not look like this round's
 
     def close(self) -> None:
         """Leave the last state of the bar on the screen and give the terminal back."""
@@ -94,11 +96,8 @@ class RoundProgress:
     def _pace(self) -> list[str]:
         """Clients/s and the time that is left, both from the mean pace since this process began."""
         elapsed = max(time.monotonic() - self._start, 1e-6)
-        rate, rounds, left = (
-            self._visits / elapsed,
-            self._done - self._resumed,
-            self._total - self._done,
-        )
+        rate, left = self._visits / elapsed, self._total - self._done
+        rounds = self._done - self._resumed
         parts = []
         if self._visits:
             parts.append(f"{rate:,.0f} clients/s" if rate >= 100 else f"{rate:.3g} clients/s")

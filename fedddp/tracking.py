@@ -285,8 +285,9 @@ class Tracker(NullTracker):
             self._say(f"{kind}: {_reason(error)}; the run goes on without this tracker")
 
     def _say(self, line: str) -> None:
-        # As it is: neither wrapped (paths are to be copied) nor read as markup.
-        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+        from fedddp.progress import say
+
+        say(self._console, line)
 
 
 class _Logger(logging.LoggerAdapter[logging.Logger]):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fcntl
 import inspect
 import pkgutil
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +20,8 @@ from torch.utils.data import Dataset, Subset
 from torchvision import datasets as torchvision_datasets
 
 from fedddp.data import decode
-from fedddp.data.partition import IID, Partition
+from fedddp.data.partition import IID, FeatureSkew, Partition
 from fedddp.data.shapes import SHAPES, render
-from fedddp.data.skew import FeatureSkew
 from fedddp.rng import stream
 
 Memory = Literal["auto", "device", "stream"]
@@ -61,8 +62,6 @@ TORCHVISION: dict[str, tuple[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "food101": ("Food101", _SPLIT),
     "country211": ("Country211", _SPLIT),
     "rendered-sst2": ("RenderedSST2", _SPLIT),
-    "stanford-cars": ("StanfordCars", _SPLIT),
-    "pcam": ("PCAM", _SPLIT),
     "oxford-pet": ("OxfordIIITPet", _TRAINVAL),
     "fgvc-aircraft": ("FGVCAircraft", _TRAINVAL),
     "imagenette": ("Imagenette", _VAL),
@@ -121,7 +120,7 @@ class Data:
     clients: int = 20
     """The population: clients that the training examples are split over, >= 1."""
 
-    partition: Partition = IID()
+    partition: Partition = field(default_factory=IID)
     """How the training examples are split."""
 
     holdout: float = 0.0
@@ -143,7 +142,7 @@ class Data:
     """Processes per rank that read and decode streamed images, >= 0."""
 
     examples: int | None = None
-    """Use only so many training examples, drawn at random, and as many test examples; for trials."""
+    """Use only so many training and so many test examples, drawn at random, >= 1; for trials."""
 
     def __post_init__(self) -> None:
         _find(self.dataset)
@@ -158,9 +157,7 @@ class Data:
         if self.workers < 0:
             raise ValueError(f"workers must be >= 0, got {self.workers}")
         if self.augment not in ("none", "flip", "crop", "crop-flip"):
-            raise ValueError(
-                f"augment must be none, flip, crop or crop-flip, got {self.augment!r}"
-            )
+            raise ValueError(f"augment must be none, flip, crop or crop-flip, got {self.augment!r}")
         if self.memory not in ("auto", "device", "stream"):
             raise ValueError(f"memory must be auto, device or stream, got {self.memory!r}")
 
@@ -172,12 +169,12 @@ def load(data: Data) -> tuple[Images, Images]:
         ValueError: files are missing or damaged, or labels out of range.
     """
     name = _find(data.dataset)
-    train_set, test_set = _open(name, data)
-    cache = Path(data.root).expanduser() / ".fedddp" if "." not in name else None
-    options = {"image_size": data.image_size, "memory": data.memory, "examples": data.examples}
-    train = _images(train_set, f"{name} (train)", cache=cache, like=None, **options)
-    test = _images(test_set, f"{name} (test)", cache=cache, like=train, **options)
-    return train, test
+    train, test = _open(name, data)
+    # A user's callable may decode the same files in its own way.
+    cache = None if "." in name else Path(data.root).expanduser() / ".fedddp"
+    how = (data.image_size, data.memory, cache)
+    images = _images(_some(train, data.examples), f"{name} (train)", None, *how)
+    return images, _images(_some(test, data.examples), f"{name} (test)", images, *how)
 
 
 def from_dataset(
@@ -205,33 +202,28 @@ def from_dataset(
     Raises:
         ValueError: no examples, images of different shapes, or labels out of range.
     """
-    return _images(
-        dataset,
-        type(dataset).__name__,
-        like=like,
-        image_size=image_size,
-        memory=memory,
-        examples=examples,
-        cache=None,
-    )
+    some, name = _some(dataset, examples), type(dataset).__name__
+    return _images(some, name, like, image_size, memory, cache=None)
+
+
+def _some(dataset: Dataset[Any], examples: int | None) -> Dataset[Any]:
+    """Return `examples` of the dataset, the same on every call; None: all."""
+    total = len(dataset)  # type: ignore[arg-type]
+    if examples is None or examples >= total:
+        return dataset
+    return Subset(dataset, np.sort(stream("examples").permutation(total)[:examples]).tolist())
 
 
 def _images(
     dataset: Dataset[Any],
     name: str,
-    *,
     like: Images | None,
-    image_size: int | None,
+    size: int | None,
     memory: Memory,
-    examples: int | None,
     cache: Path | None,
 ) -> Images:
-    total = len(dataset)  # type: ignore[arg-type]
-    if not total:
+    if not len(dataset):  # type: ignore[arg-type]
         raise ValueError(f"{name} has no examples; check data.dataset and data.root")
-    if examples is not None and examples < total:
-        keep = np.sort(stream("examples").permutation(total)[:examples])
-        dataset = Subset(dataset, keep.tolist())
     labels = decode.labels(dataset, name)
     classes = like.classes if like else decode.classes(dataset, labels)
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
@@ -240,22 +232,25 @@ def _images(
             f"{name}: label of example {wrong[0]} is {labels[wrong[0]]}, but must be between 0 and "
             f"{classes - 1}; correct the labels, or the dataset's list `classes`"
         )
-    source = decode.Decoded(dataset, labels, name, image_size)
+    source = decode.Decoded(dataset, labels, name, size)
     if like and source.shape != like.shape:
         raise ValueError(
-            f"{name} has images of shape {source.shape}, but the training set of {like.shape}; set "
-            "data.image_size"
+            f"{name} has images of shape {source.shape}, the training set of {like.shape}; set "
+            "data.image_size, or give all images the same number of channels"
         )
     fits = len(labels) * int(np.prod(source.shape)) <= FITS_BYTES
     in_memory = memory == "device" or (memory == "auto" and fits)
     pixels = source.read_all(cache) if in_memory else None
-    if like:
-        mean, std = like.mean, like.std
-    else:
-        mean, std = decode.statistics(source, pixels)
+    mean, std = (like.mean, like.std) if like else source.statistics(pixels)
     return Images(
-        labels, classes, source.shape, pixels, None if in_memory else source,
-        decode.ids(dataset, name), mean, std,
+        labels=labels,
+        classes=classes,
+        shape=source.shape,
+        pixels=pixels,
+        source=None if in_memory else source,
+        ids=decode.ids(dataset, name),
+        mean=mean,
+        std=std,
     )
 
 
@@ -267,11 +262,8 @@ def _find(name: str) -> str:
     if _plain(name) in plain:
         return plain[_plain(name)]
     close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
-    hint = f"did you mean {plain[close[0]]!r}?" if close else "it is none of them:"
-    raise ValueError(
-        f"dataset {name!r} is unknown; {hint} Known are {', '.join(NAMES)}, or the dotted path of a "
-        "callable"
-    )
+    hint = f"did you mean {plain[close[0]]!r}?" if close else f"known are {', '.join(NAMES)}"
+    raise ValueError(f"dataset {name!r} is unknown; {hint} (or give a callable's dotted path)")
 
 
 def _plain(name: str) -> str:
@@ -282,14 +274,114 @@ def _open(name: str, data: Data) -> tuple[Dataset[Any], Dataset[Any]]:
     """Return the training and the test set as torch datasets."""
     root = Path(data.root).expanduser()
     if name == "digits":
-        return _thirds_free(_digits())
+        return _fifth(_digits())
     if name == "shapes":
-        size, count = data.image_size or 32, data.examples or 10_000
-        return _shapes("train", count, size), _shapes("test", max(1, count // 5), size)
+        count = data.examples or 10_000
+        return _shapes("train", count, data), _shapes("test", max(1, count // 5), data)
     if name == "image_folder":
         return _image_folder(root)
     if "." in name:
-        return _from_path(name, data, train=True), _from_path(name, data, train=False)
-    class_name, arguments = TORCHVISION[name]
-    train, test = (_torchvision(name, class_name, root, data.download, own) for own in arguments)
-    return _fifth(train) if arguments is _WHOLE else (train, test)
+        return _call(name, data, train=True), _call(name, data, train=False)
+    class_name, parts = TORCHVISION[name]
+    train, test = (_torchvision(class_name, name, data, part) for part in parts)
+    return _fifth(train) if parts is _WHOLE else (train, test)
+
+
+def _digits() -> decode.Arrays:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))
+    return decode.Arrays(pixels, torch.from_numpy(digits.target), [str(d) for d in range(10)])
+
+
+def _shapes(part: str, count: int, data: Data) -> decode.Arrays:
+    pixels, labels, cameras = render(part, count, data.image_size or 32)
+    return decode.Arrays(pixels, labels, list(SHAPES), ids=cameras)
+
+
+def _fifth(dataset: Dataset[Any]) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Split off a fifth of every class, always the same, as the test set."""
+    labels = decode.labels(dataset, type(dataset).__name__)
+    shuffled = stream("test set").permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    return (
+        Subset(dataset, np.sort(by_class[np.arange(len(labels)) % 5 != 0]).tolist()),
+        Subset(dataset, np.sort(by_class[::5]).tolist()),
+    )
+
+
+def _image_folder(root: Path) -> tuple[Dataset[Any], Dataset[Any]]:
+    held_out = "val" if (root / "val").is_dir() else "test"
+    folders = [root / "train", root / held_out]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(
+                f"data.root={root} has no folder {folder.name!r}; image_folder reads "
+                "train/CLASS/IMAGE and val/CLASS/IMAGE (or test/...) in it"
+            )
+    try:
+        train, test = (torchvision_datasets.ImageFolder(str(folder)) for folder in folders)
+    except FileNotFoundError as error:
+        raise ValueError(f"data.root={root}: {_line(error)}") from error
+    differing = sorted(set(train.classes) ^ set(test.classes))
+    if differing:
+        raise ValueError(
+            f"data.root={root}: class {differing[0]!r} is only in one of train and {held_out}; "
+            "both need the same class folders"
+        )
+    return train, test
+
+
+def _call(path: str, data: Data, *, train: bool) -> Dataset[Any]:
+    """Return what the user's callable makes."""
+    try:
+        make = pkgutil.resolve_name(path)
+        inspect.signature(make).bind(root=data.root, train=train)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"data.dataset={path}: {_line(error)}; give the dotted path of a callable "
+            "f(root: str, train: bool) that returns a dataset"
+        ) from error
+    dataset: Dataset[Any] = make(root=data.root, train=train)
+    return dataset
+
+
+def _torchvision(class_name: str, name: str, data: Data, part: dict[str, Any]) -> Dataset[Any]:
+    root = Path(data.root).expanduser()
+    arguments = {"root": str(root), **part}
+    can_download = name not in ("fer2013", "imagenet")
+    if can_download:
+        arguments["download"] = data.download
+    try:
+        with _one_at_a_time(root) if data.download else contextlib.nullcontext():
+            dataset: Any = getattr(torchvision_datasets, class_name)(**arguments)
+    except (OSError, RuntimeError, AssertionError, ValueError) as error:
+        way_out = f"point data.root at the folder that holds {class_name}"
+        if can_download and not data.download:
+            way_out = f"pass --data.download true, or {way_out}"
+        # Torchvision's own advice here is an argument of its constructor.
+        reason = _line(error).replace(". You can use download=True to download it", "")
+        raise ValueError(
+            f"data.root={data.root} has no intact {class_name} ({reason}); {way_out}"
+        ) from error
+    if name == "qmnist":  # its targets say more than the class: column 2 is the writer
+        facts = dataset.targets
+        return decode.Arrays(dataset.data, facts[:, 0], dataset.classes, ids=facts[:, 2])
+    if name == "emnist-letters":  # labels start at 1
+        return decode.Arrays(dataset.data, dataset.targets - 1, dataset.classes[1:])
+    return dataset  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _one_at_a_time(root: Path) -> Iterator[None]:
+    """Keep the processes of all nodes from downloading into the same files."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".fedddp.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _line(error: Exception) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

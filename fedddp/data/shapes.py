@@ -15,7 +15,7 @@ Plane = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
 CAMERAS = 100
-"""Natural clients: every example is taken by one of so many cameras, each with its own background."""
+"""Natural clients: each example is of one of so many cameras, each with its own background."""
 
 _CHUNK = 1000
 
@@ -44,7 +44,7 @@ SHAPES: dict[str, Callable[[Plane, Plane], Mask]] = {
     "crescent": lambda u, v: _disc(u, v) & ~_disc(u, v, 0.45, 0.8),
     "star": _star,
 }
-"""The classes: whether a point (u, v) of the plane lies in the shape, which has a radius of about 1."""
+"""The classes: whether a point (u, v) lies in the shape, which has a radius of about 1."""
 
 
 def render(part: str, examples: int, size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -14,10 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fedddp.rng import stream_seed
+from fedddp.vision.nets import SMALL_MODELS, Maker, Shape
 from fedddp.vision.norms import GroupSum, Norm, convert_norm
-
-Shape = tuple[int, int, int]
-"""Channels, height and width of an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,21 +22,21 @@ class Model:
     """The model that the federation trains."""
 
     name: str = "lenet"
-    """`lenet`, `2nn`, `cnn`, `resnet8-gn`, `resnet20-gn`, any torchvision classification model such as
-    `resnet18`, or the dotted path of your own (a callable that returns an `nn.Module`; it is given
-    those of `num_classes`, `in_channels` and `image_size=(height, width)` that it has)."""
+    """`lenet`, `2nn`, `cnn`, `resnet8-gn`, `resnet20-gn`, a classification model of torchvision
+    such as `resnet18`, or the dotted path of your own: a callable that returns an `nn.Module` and
+    is given those of `num_classes`, `in_channels`, `image_size=(height, width)` that it has."""
 
     weights: str | None = None
     """Weights to start from: a local .safetensors file, or the name of torchvision's, such as
     `IMAGENET1K_V1` or `DEFAULT` (downloaded). A head for another number of classes is left out."""
 
     norm: Norm = "keep"
-    """Turns batch and group norms into batch norm per rank (`batch`), batch norm over all ranks of a
-    client (`sync`) or group norm (`group`), which needs no statistics of a client's data."""
+    """Turns batch and group norms into batch norm per rank (`batch`), batch norm over all ranks of
+    a client (`sync`) or group norm (`group`), which needs no statistics of a client's data."""
 
     freeze: list[str] = field(default_factory=list)
-    """Layers or parameters that are not trained, by name; `layer1` also freezes `layer1.0.conv1.weight`.
-    Their batch norms still follow the data: `norm: group` has nothing that does."""
+    """Layers or parameters that are not trained, by name: `layer1` covers `layer1.0.conv1.weight`.
+    Statistics of their batch norms still follow the data; `norm: group` has none."""
 
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):
@@ -68,31 +65,42 @@ class Model:
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(stream_seed("model", seed))
-            module = _maker(self.name)(classes, shape)
-            return self.adapt(module, classes=classes, shape=shape, sync=sync)
+            try:
+                module = _maker(self.name)(classes, shape)
+            except (ValueError, AssertionError) as error:
+                if "." in self.name:
+                    raise
+                raise _cannot_take(self.name, shape, error) from error
+            self._prepare(module, sync)
+            # A named model is tried without computing; a user's may not work on the meta device.
+            device = None if "." in self.name else torch.device("meta")
+            return _tried(module, self.name, classes, shape, device)
 
     def adapt(
         self, module: nn.Module, *, classes: int, shape: Shape, sync: GroupSum | None = None
     ) -> nn.Module:
-        """Do to the user's own `module` (in place) what `build` does to a named one.
+        """Do to the user's own `module`, in place, what `build` does to a named one.
 
-        Loads `weights`, converts `norm`, applies `freeze`, and tries it on an image of `shape`.
+        Loads `weights`, converts `norm`, applies `freeze`, and tries it on images of `shape`.
         Arguments, result and errors as for `build`.
         """
+        with torch.random.fork_rng(devices=[]):
+            self._prepare(module, sync)
+            return _tried(module, type(module).__name__, classes, shape, None)
+
+    def _prepare(self, module: nn.Module, sync: GroupSum | None) -> None:
         if self.weights is None:
-            module = convert_norm(module, self.norm, sync)
+            convert_norm(module, self.norm, sync)
         else:
             state = _read_weights(self.name, self.weights)
-            # Weights of the model before the conversion, or of a run that had converted it.
-            before = _statistics(state) == _statistics(module.state_dict())
-            if before:
-                _load(module, state, self.weights)
-            module = convert_norm(module, self.norm, sync)
-            if not before:
-                _load(module, state, self.weights)
+            # A file of a converted model has the statistics that the conversion leaves.
+            converted = _statistics(state) != _statistics(module.state_dict())
+            if converted:
+                convert_norm(module, self.norm, sync)
+            _load(module, state, self.weights)
+            if not converted:
+                convert_norm(module, self.norm, sync)
         self._freeze(module)
-        _try(module, self.name, classes, shape)
-        return module.train()
 
     def _freeze(self, module: nn.Module) -> None:
         for prefix in self.freeze:
@@ -104,8 +112,8 @@ class Model:
             if not chosen:
                 layers = [name for name, _ in module.named_children()]
                 raise ValueError(
-                    f"model.freeze: {self.name} has no parameters named {prefix!r}; "
-                    f"its layers are {', '.join(layers)}"
+                    f"model.freeze: there are no parameters named {prefix!r}; "
+                    f"the layers are {', '.join(layers)}"
                 )
             for parameter in chosen:
                 parameter.requires_grad_(False)
@@ -131,8 +139,6 @@ def head_of(module: nn.Module) -> tuple[str, nn.Module]:
 
 # ---- names to makers ----
 
-Maker = Callable[[int, Shape], nn.Module]
-
 
 def _maker(name: str) -> Maker:
     """Return what makes the model `name` from the number of classes and the images' shape.
@@ -144,9 +150,7 @@ def _maker(name: str) -> Maker:
         return SMALL_MODELS[name]
     if "." in name:
         return _users_maker(name)
-    from torchvision import models
-
-    known: list[str] = models.list_models(module=models)
+    known = _torchvision_names()
     if name in known:
         return lambda classes, shape: _torchvision_model(name, classes, shape)
     near = difflib.get_close_matches(name, [*SMALL_MODELS, *known])
@@ -174,24 +178,30 @@ def _users_maker(path: str) -> Maker:
     return make
 
 
-def _torchvision_model(name: str, classes: int, shape: Shape) -> nn.Module:
-    from torchvision import models
+def _torchvision_models() -> Any:
+    return importlib.import_module("torchvision.models")  # here, because it takes seconds
 
+
+def _torchvision_names() -> list[str]:
+    models = _torchvision_models()
+    names: list[str] = models.list_models(module=models)
+    return names
+
+
+def _torchvision_model(name: str, classes: int, shape: Shape) -> nn.Module:
     options: dict[str, Any] = {"num_classes": classes}
     if name in ("googlenet", "inception_v3"):
         options |= {"aux_logits": False, "init_weights": True}
     elif name.startswith("vit_"):
         if shape[1] != shape[2]:
-            raise ValueError(f"model.name={name} needs square images, got {_size(shape)}")
+            raise ValueError("it needs square images")
         options["image_size"] = shape[1]
     elif name.startswith("maxvit_"):
         options["input_size"] = shape[1:]
-    try:
-        module: nn.Module = models.get_model(name, weights=None, **options)
-    except (ValueError, AssertionError) as error:
-        raise _cannot_take(name, shape, error) from error
-    weight = next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d)).weight
-    weight.data = _with_channels(weight.data, shape[0])
+    module: nn.Module = _torchvision_models().get_model(name, weights=None, **options)
+    first = next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
+    first.weight.data = _with_channels(first.weight.data, shape[0])
+    first.in_channels = shape[0]
     return module
 
 
@@ -206,31 +216,39 @@ def _with_channels(weight: Tensor, channels: int) -> Tensor:
     return weight.repeat(1, -(-channels // given), 1, 1)[:, :channels] * (given / channels)
 
 
-def _try(module: nn.Module, name: str, classes: int, shape: Shape) -> None:
-    """Run `module` once, on images without content, so that a misfit shows before training."""
-    device = "cpu" if "." in name else "meta"  # a user's code may hold tensors that are no buffers
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    state = {key: torch.zeros_like(value, device=device) for key, value in state.items()}
+def _tried(
+    module: nn.Module, name: str, classes: int, shape: Shape, device: torch.device | None
+) -> nn.Module:
+    """Return `module`, in training mode, after one try, so that a misfit shows before training.
+
+    The try is on `device`, with a copy of the state without content; None: with the state itself.
+    """
+    state = dict([*module.named_parameters(), *module.named_buffers()])
+    if device is None:
+        device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
+    else:
+        state = {key: torch.empty_like(tensor, device=device) for key, tensor in state.items()}
     images = torch.zeros(2, *shape, device=device)
     module.eval()
-    with torch.no_grad():
-        try:
+    try:
+        with torch.no_grad():
             outputs = torch.func.functional_call(module, state, (images,))
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise _cannot_take(name, shape, error) from error
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise _cannot_take(name, shape, error) from error
     got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     if got != (2, classes):
         raise ValueError(
-            f"model.name={name} must return logits of shape (batch, classes), here (2, {classes}), "
-            f"for a batch of 2; got {got}"
+            f"model {name} must return logits of shape (batch, classes); for a batch of 2 and "
+            f"{classes} classes it returned {got}"
         )
+    return module.train()
 
 
 def _cannot_take(name: str, shape: Shape, error: Exception) -> ValueError:
     reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     return ValueError(
-        f"model.name={name} cannot take images of {_size(shape)} ({reason}); "
-        "set another data.image_size (most torchvision models are made for 224) or another model"
+        f"model {name} cannot take images of {_size(shape)} ({reason}); "
+        "set another data.image_size (torchvision's models are made for about 224) or model.name"
     )
 
 
@@ -243,16 +261,14 @@ def _size(shape: Shape) -> str:
 
 def _torchvision_weights(name: str, weights: str) -> Any:
     """Return torchvision's enum member `weights` of the model `name`."""
-    from torchvision import models
-
     if Path(weights).suffix or "/" in weights:
         raise ValueError(
-            f"weights must be a .safetensors file, got {weights}; a pickled file can run code when it "
-            "is read: convert it with safetensors.torch.save_file where you trust it"
+            f"weights must be a .safetensors file, got {weights}; a pickled file can run code when "
+            "it is read: if you trust it, convert it with safetensors.torch.save_file"
         )
-    if name not in models.list_models(module=models):
+    if name not in _torchvision_names():
         raise ValueError(f"weights={weights}: torchvision has none for {name}; name a local file")
-    members = models.get_model_weights(name).__members__
+    members = _torchvision_models().get_model_weights(name).__members__
     if weights not in members:
         raise ValueError(
             f"weights={weights}: {name} has {', '.join(members) or 'none'}; or name a local file"
@@ -314,64 +330,3 @@ def _fault(wanted: Tensor | None, given: Tensor | None) -> str:
         return "is missing" if given is None else "is unknown"
     sizes = [_size(tuple(t.shape)) or "scalar" for t in (given, wanted)]  # type: ignore[arg-type]
     return "" if sizes[0] == sizes[1] else f"is {sizes[0]}, not {sizes[1]}"
-
-
-# ---- small models ----
-
-
-def _lenet(classes: int, shape: Shape) -> nn.Module:
-    """Make LeNet with 20 and 50 filters: 431,080 parameters for 28 x 28 gray images, 10 classes.
-
-    Images under 16 pixels are padded, so that they survive both convolutions.
-    """
-    padding = 2 if min(shape[1:]) < 16 else 0
-    return _convolutional(classes, shape, (20, 50), 500, padding)
-
-
-def _cnn(classes: int, shape: Shape) -> nn.Module:
-    """Make the CNN of McMahan et al. (2017): 1,663,370 parameters for 28 x 28 gray, 10 classes."""
-    return _convolutional(classes, shape, (32, 64), 512, 2)
-
-
-def _convolutional(
-    classes: int, shape: Shape, filters: tuple[int, int], hidden: int, padding: int
-) -> nn.Module:
-    """Make two 5 x 5 convolutions, each with a 2 x 2 max pool, and two linear layers."""
-    channels, *sides = shape
-    for _ in filters:
-        sides = [(side + 2 * padding - 4) // 2 for side in sides]
-    if min(sides) < 1:
-        raise ValueError(f"images of {_size(shape)} are too small for this model; 4x4 is the least")
-    return nn.Sequential(
-        nn.Conv2d(channels, filters[0], 5, padding=padding),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(filters[0], filters[1], 5, padding=padding),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(filters[1] * sides[0] * sides[1], hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, classes),
-    )
-
-
-def _two_nn(classes: int, shape: Shape) -> nn.Module:
-    """Make the 2NN of McMahan et al. (2017): two hidden layers of 200; 199,210 parameters on MNIST."""
-    pixels = shape[0] * shape[1] * shape[2]
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(pixels, 200),
-        nn.ReLU(),
-        nn.Linear(200, 200),
-        nn.ReLU(),
-        nn.Linear(200, classes),
-    )
-
-
-SMALL_MODELS: dict[str, Maker] = {
-    "lenet": _lenet,
-    "2nn": _two_nn,
-    "cnn": _cnn,
-}
-"""The models of this project by name; each maker takes the number of classes and the shape."""

@@ -16,7 +16,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the training loss summed (not averaged) over the batch: a differentiable scalar."""
+        """Return the loss to differentiate: a scalar, summed (not averaged) over the batch."""
 
     @abstractmethod
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ class Task(ABC):
         Adding these over batches and ranks gives the totals of all of them.
         """
 
-    def summarise(self, totals: dict[str, Tensor]) -> dict[str, float | None | list[float | None]]:
+    def summarise(self, totals: dict[str, Tensor]) -> dict[str, float | list[float | None] | None]:
         """Divide sums by counts; None where nothing was counted.
 
         Args:
@@ -37,7 +37,7 @@ class Task(ABC):
         return {name: _ratio(total.tolist()) for name, total in totals.items()}
 
 
-def _ratio(total: list[float] | list[list[float]]) -> float | None | list[float | None]:
+def _ratio(total: list[float] | list[list[float]]) -> float | list[float | None] | None:
     sums, counts = total
     if isinstance(sums, list) and isinstance(counts, list):
         return [s / n if n else None for s, n in zip(sums, counts, strict=True)]

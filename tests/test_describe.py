@@ -1,0 +1,55 @@
+"""What `fedddp partition` shows."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from rich.console import Console
+
+from fedddp.data.describe import describe, table
+from fedddp.data.partition import IID, Split
+
+
+def shown(split: Split, labels: np.ndarray, classes: int) -> str:
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        console.print(table(describe(split, labels, classes)))
+    return " ".join(console.export_text().split())
+
+
+def test_every_client_of_a_few_is_shown() -> None:
+    labels = np.array([0, 0, 1, 2, 2, 2])
+    split = Split(np.array([5, 0, 1, 2, 3, 4]), np.array([0, 3, 3, 6]))
+    whole = describe(split, labels, 3)
+    assert [share.histogram for share in whole.shares] == [(2, 0, 1), (0, 0, 0), (0, 1, 2)]
+    assert (whole.clients, whole.examples, whole.smallest, whole.largest) == (3, 6, 0, 3)
+    assert (whole.median, whole.empty, whole.classes_per_client) == (3.0, 1, 4 / 3)
+    assert "3 clients hold 6 examples: 0 to 3 each" in shown(split, labels, 3)
+
+
+def test_many_classes_are_shown_by_the_most_frequent() -> None:
+    labels = np.repeat(np.arange(20), np.arange(1, 21))
+    split = Split(np.arange(len(labels)), np.array([0, len(labels)]))
+    assert "19:20 18:19 17:18 16:17 15:16 14:15 and 14 more" in shown(split, labels, 20)
+
+
+def test_of_a_million_clients_the_first_and_last_are_shown() -> None:
+    labels = np.arange(2_000_000) % 10
+    split = IID().split(labels, 1_000_000, 0)
+    start = time.perf_counter()
+    whole = describe(split, labels, 10)
+    assert time.perf_counter() - start < 3
+    clients = [share.client for share in whole.shares]
+    assert clients == [*range(10), *range(999_990, 1_000_000)]
+    text = shown(split, labels, 10)
+    assert "999,999" in text
+    assert "…" in text
+    assert "1,000,000 clients hold 2,000,000 examples" in text
+
+
+def test_an_odd_limit_shows_no_client_twice() -> None:
+    split = IID().split(np.zeros(5, int), 5, 0)
+    for limit in range(1, 7):
+        clients = [share.client for share in describe(split, np.zeros(5, int), 1, limit).shares]
+        assert len(clients) == len(set(clients)) == min(5, limit)

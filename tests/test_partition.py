@@ -1,0 +1,224 @@
+"""Every partition: lossless, pure, and shaped as its paper says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from fedddp.data.partition import (
+    IID,
+    Dirichlet,
+    FeatureSkew,
+    LabelQuantity,
+    LogNormal,
+    Natural,
+    Partition,
+    PowerLaw,
+    Shards,
+    Split,
+    holdout,
+    holdout_sizes,
+)
+
+LABELS = np.random.default_rng(0).integers(0, 10, 2003)
+IDS = np.random.default_rng(1).permutation(np.arange(2003) % 20)
+ALL = [
+    IID(),
+    Dirichlet(),
+    Dirichlet(alpha=0.01, min_examples=7),
+    Dirichlet(alpha=0.01, min_examples=0),
+    Shards(),
+    Shards(per_client=3),
+    LogNormal(),
+    LogNormal(sigma=3.0),
+    PowerLaw(),
+    LabelQuantity(),
+    LabelQuantity(classes=3),
+    LabelQuantity(classes=10),
+    Natural(),
+]
+
+
+def histograms(split: Split, labels: np.ndarray, classes: int = 10) -> np.ndarray:
+    rows = [np.bincount(labels[split.indices(c)], minlength=classes) for c in range(len(split))]
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("partition", ALL, ids=repr)
+def test_every_example_has_one_owner_and_equal_arguments_give_equal_splits(
+    partition: Partition,
+) -> None:
+    split = partition.split(LABELS, 20, seed=3, ids=IDS)
+    again = partition.split(LABELS.copy(), 20, seed=3, ids=IDS)
+    assert len(split) == 20
+    assert split.sizes.sum() == len(LABELS)
+    np.testing.assert_array_equal(np.sort(split.order), np.arange(len(LABELS)))
+    np.testing.assert_array_equal(split.order, again.order)
+    np.testing.assert_array_equal(split.offsets, again.offsets)
+    whole = np.concatenate([split.indices(client) for client in range(20)])
+    np.testing.assert_array_equal(whole, split.order)
+
+
+@pytest.mark.parametrize("partition", ALL[:-1], ids=repr)
+def test_another_seed_gives_another_split(partition: Partition) -> None:
+    one, two = (partition.split(LABELS, 20, seed=seed) for seed in (0, 1))
+    assert not np.array_equal(one.order, two.order)
+
+
+def test_iid_sizes_differ_by_at_most_one() -> None:
+    assert set(IID().split(LABELS, 20, 0).sizes) == {100, 101}
+
+
+@pytest.mark.parametrize("alpha", [0.3, 5.0])
+def test_dirichlet_shares_have_the_variance_of_the_dirichlet_distribution(alpha: float) -> None:
+    clients, classes, per_class = 10, 500, 400
+    labels = np.repeat(np.arange(classes), per_class)
+    split = Dirichlet(alpha=alpha, min_examples=0).split(labels, clients, 0)
+    shares = histograms(split, labels, classes) / per_class
+    expected = (clients - 1) / clients**2 / (clients * alpha + 1)
+    assert shares.var() == pytest.approx(expected, rel=0.1)
+
+
+def test_dirichlet_fills_up_the_small_from_the_large_only() -> None:
+    before = Dirichlet(alpha=0.05, min_examples=0).split(LABELS, 50, 0).sizes
+    after = Dirichlet(alpha=0.05, min_examples=12).split(LABELS, 50, 0).sizes
+    assert before.min() == 0
+    assert after.min() == 12
+    np.testing.assert_array_equal(after[before < 12], 12)
+    gave = before > after
+    assert before[gave].min() >= before[~gave].max()
+
+
+def test_dirichlet_can_ask_for_exactly_all_examples() -> None:
+    split = Dirichlet(alpha=0.1, min_examples=5).split(LABELS[:1000], 200, 0)
+    np.testing.assert_array_equal(split.sizes, 5)
+
+
+def test_shards_are_mcmahans() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 600))
+    split = Shards(per_client=2).split(labels, 100, 0)
+    held = histograms(split, labels)
+    np.testing.assert_array_equal(split.sizes, 60)
+    assert set(held[held > 0]) == {30, 60}
+    assert len(np.unique(held, axis=0)) > 20
+
+
+def test_log_normal_sizes() -> None:
+    sizes = LogNormal(sigma=0.7).split(np.zeros(2_000_000, int), 2000, 0).sizes
+    assert np.log(sizes).std() == pytest.approx(0.7, rel=0.05)
+    assert LogNormal(sigma=5.0).split(LABELS, 500, 0).sizes.min() == 1
+    assert np.ptp(LogNormal(sigma=0.0).split(LABELS, 20, 0).sizes) <= 1
+
+
+def test_power_law_sizes() -> None:
+    sizes = np.sort(PowerLaw(exponent=1.5).split(np.zeros(1_000_000, int), 50, 0).sizes)[::-1]
+    np.testing.assert_allclose(sizes / sizes[0], np.arange(1, 51) ** -1.5, rtol=0.01)
+    in_order = PowerLaw().split(LABELS, 50, 0).sizes
+    assert not np.array_equal(in_order, np.sort(in_order)[::-1])
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 10])
+def test_label_quantity_gives_each_client_its_classes_and_shares_each_equally(classes: int) -> None:
+    held = histograms(LabelQuantity(classes=classes).split(LABELS, 20, 0), LABELS)
+    np.testing.assert_array_equal((held > 0).sum(1), classes)
+    for column in held.T:
+        assert np.ptp(column[column > 0]) <= 1
+
+
+def test_natural_follows_the_ids() -> None:
+    writers = np.array(["b", "a", "c", "a"])
+    split = Natural().split(np.zeros(4, int), 3, 0, writers)
+    assert [split.indices(client).tolist() for client in range(3)] == [[1, 3], [0], [2]]
+
+
+def test_a_million_clients_cost_two_arrays_and_about_a_second() -> None:
+    clients = 1_000_000
+    labels = np.random.default_rng(0).integers(0, 10, 2 * clients)
+    for partition, seconds in ((IID(), 2), (LogNormal(), 2), (Dirichlet(), 8), (Shards(), 5)):
+        start = time.perf_counter()
+        split = partition.split(labels, clients, 0)
+        assert time.perf_counter() - start < seconds, partition
+        assert len(split) == clients
+        assert split.sizes.min() >= 1
+        assert split.order.nbytes + split.offsets.nbytes <= 8 * (3 * clients + 1)
+
+
+def test_holdout_is_a_split_of_the_clients_examples() -> None:
+    own = np.arange(100, 200)
+    train, held = holdout(own, 0.25, client=4, seed=0)
+    assert len(held) == 25
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, held])), own)
+    np.testing.assert_array_equal(holdout(own, 0.25, client=4, seed=0)[1], held)
+    assert not np.array_equal(holdout(own, 0.25, client=5, seed=0)[1], held)
+    assert not np.array_equal(holdout(own, 0.25, client=4, seed=1)[1], held)
+
+
+def test_holdout_leaves_an_example_to_train_on() -> None:
+    sizes = np.arange(6)
+    np.testing.assert_array_equal(holdout_sizes(sizes, 0.9), [0, 0, 1, 2, 3, 4])
+    np.testing.assert_array_equal(holdout_sizes(sizes, 0.5), [0, 0, 1, 2, 2, 3])
+    np.testing.assert_array_equal(holdout_sizes(sizes, 0.0), 0)
+    for size in sizes:
+        assert len(holdout(np.arange(size), 0.9, 0, 0)[1]) == holdout_sizes(sizes, 0.9)[size]
+
+
+def test_a_client_looks_the_same_whenever_it_is_asked() -> None:
+    skew = FeatureSkew(rotation=30, color=0.2, noise=0.1)
+    looks = [skew.look(client, seed=0) for client in range(200)]
+    assert looks == [skew.look(client, seed=0) for client in range(200)]
+    assert looks != [skew.look(client, seed=1) for client in range(200)]
+    angles = np.array([look.angle for look in looks])
+    gains = np.array([look.gains for look in looks])
+    noise = np.array([look.noise for look in looks])
+    for values, low, high in ((angles, -30, 30), (gains, 0.8, 1.2), (noise, 0, 0.1)):
+        assert low <= values.min() <= values.max() <= high
+        assert np.ptp(values) > 0.9 * (high - low)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Dirichlet(alpha=-1), "alpha must be > 0, got -1; 0.1 is strong skew"),
+        (lambda: Dirichlet(alpha=float("nan")), "alpha must be > 0, got nan"),
+        (lambda: Dirichlet(min_examples=-1), "min_examples must be >= 0, got -1"),
+        (lambda: Shards(per_client=0), "per_client must be >= 1 shard, got 0"),
+        (lambda: LogNormal(sigma=-1), "sigma must be >= 0, got -1"),
+        (lambda: PowerLaw(exponent=-1), "exponent must be >= 0, got -1"),
+        (lambda: LabelQuantity(classes=0), "classes must be >= 1 per client, got 0"),
+        (lambda: FeatureSkew(rotation=181), "rotation must be between 0 and 180, got 181"),
+        (lambda: FeatureSkew(noise=-1), "noise must be between 0 and 1, got -1"),
+        (
+            lambda: IID().split(LABELS, 3000, 0),
+            "data.clients=3000 is larger than the 2003 training",
+        ),
+        (lambda: IID().split(LABELS[:0], 1, 0), "data.dataset has no training examples"),
+        (
+            lambda: Dirichlet(min_examples=500).split(LABELS, 20, 0),
+            "min_examples=500 needs 10000 training examples for 20 clients, but there are 2003",
+        ),
+        (
+            lambda: Shards(per_client=200).split(LABELS, 20, 0),
+            "per_client=200 needs 4000 shards for 20 clients, but there are 2003",
+        ),
+        (lambda: LabelQuantity(classes=11).split(LABELS, 20, 0), "the 10 classes.*; lower it"),
+        (lambda: LabelQuantity(classes=2).split(LABELS, 3, 0), "the 10 classes.*; raise it"),
+        (lambda: Natural().split(LABELS, 20, 0), "Natural needs every example's owner"),
+        (
+            lambda: Natural().split(LABELS, 7, 0, IDS),
+            "has 20 natural clients; pass --data.clients 20",
+        ),
+    ],
+)
+def test_errors_say_the_field_the_value_and_the_way_out(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        make()  # type: ignore[operator]
+    assert "\n" not in str(caught.value)
+
+
+def test_partitions_need_only_numpy() -> None:
+    code = "import sys, fedddp.data.partition; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
