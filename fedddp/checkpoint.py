@@ -78,8 +78,12 @@ class Checkpoints:
         if self.world.is_coordinator:
             shutil.rmtree(aside, ignore_errors=True)
         self.world.barrier()
-        problem = self._attempt(lambda: (aside.mkdir(parents=True, exist_ok=True), write_shard(aside)))
-        problem = self._first(problem)
+
+        def write_part() -> None:
+            aside.mkdir(parents=True, exist_ok=True)
+            write_shard(aside)
+
+        problem = self._first(self._attempt(write_part))
         if problem is None and self.world.is_coordinator:
             problem = self._attempt(lambda: self._finish(aside, final, model, tensors, facts))
         problem = self._first(problem)
@@ -134,7 +138,7 @@ class Checkpoints:
 
     def newest(self) -> tuple[Saved | None, list[str]]:
         """Return the newest whole checkpoint, and one line for each damaged one passed over."""
-        damaged = []
+        damaged: list[str] = []
         for name in reversed(self._names()):
             try:
                 return Saved(self.folder / name, _verified(self.folder / name)), damaged
@@ -175,7 +179,11 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     missing = [n for n, t in state.items() if n not in tensors and t.data_ptr() not in written]
     unknown = [name for name in tensors if name not in state]
     wrong = [n for n, t in tensors.items() if n in state and state[n].shape != t.shape]
-    for what, names in (("misses", missing), ("does not know", unknown), ("has another shape for", wrong)):
+    for what, names in (
+        ("misses", missing),
+        ("does not know", unknown),
+        ("has another shape for", wrong),
+    ):
         if names:
             raise ValueError(f"the checkpoint is of another model: the model {what} {names[0]}")
     with torch.no_grad():

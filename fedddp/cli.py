@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import shlex
@@ -37,7 +36,13 @@ fedddp: federated learning on DDP groups, in one torchrun.
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line `arguments` (by default the process's) and exit."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"run": _run, "plan": _plan, "partition": _partition, "recipes": _recipes, "runs": _runs}
+    commands = {
+        "run": _run,
+        "plan": _plan,
+        "partition": _partition,
+        "recipes": _recipes,
+        "runs": _runs,
+    }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         sys.exit(0 if arguments else 2)
@@ -142,7 +147,7 @@ def _partition(rest: list[str]) -> None:
     from rich.console import Console
 
     from fedddp.data.datasets import load
-    from fedddp.data.partition import describe, table
+    from fedddp.data.describe import describe, table
 
     try:
         train, _ = load(run.data)

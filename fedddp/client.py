@@ -162,7 +162,7 @@ class Trainer:
         idle = batch.count == 0
         statistics = self.flat.buffers.clone() if idle else None
         for module in self.idle_aware:
-            module.idle = idle
+            setattr(module, "idle", idle)  # noqa: B010 - modules type their attributes as tensors
         parts = min(self.local.accumulate, len(batch.targets))
         chunks = zip(batch.images.chunk(parts), batch.targets.chunk(parts), strict=True)
         pieces = [Batch(images, targets, batch.count, batch.total) for images, targets in chunks]
@@ -237,7 +237,7 @@ def _mixed_precision(local: Local, world: World) -> tuple[Callable[[], Any], Cal
         raise ValueError(
             f"local.precision=fp16 needs a GPU, but the device is {world.device.type}; use bf16 or fp32"
         )
-    from accelerate import Accelerator
+    from accelerate.accelerator import Accelerator
 
     accelerator = Accelerator(mixed_precision=local.precision, cpu=world.device.type == "cpu")
     if local.precision == "bf16":

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import jsonargparse
 import yaml
 
-import fedddp.algorithms as algorithms
+from fedddp import algorithms
 from fedddp.aggregation import Mean
 from fedddp.checkpoint import Checkpoint
 from fedddp.cohort import Cohort
@@ -223,7 +223,7 @@ def _outer_to_inner(given: dict[str, Any], cls: type = Run, prefix: str = "") ->
         elif hint in CHOICES and isinstance(value, str):
             chosen = _find(hint, value, f"{prefix}{key}")
             inner[key] = {"class_path": f"{chosen.__module__}.{chosen.__qualname__}"}
-        elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        elif isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
             inner[known[key]] = _outer_to_inner(value, hint, f"{prefix}{key}.")
         else:
             inner[known[key]] = value
@@ -233,20 +233,22 @@ def _outer_to_inner(given: dict[str, Any], cls: type = Run, prefix: str = "") ->
 def _class_of(hint: Any) -> Any:
     """Return the class in `hint`, looking through `| None`."""
     options = [option for option in typing.get_args(hint) if option is not type(None)]
-    return options[0] if len(options) == 1 and not typing.get_origin(hint) is list else hint
+    return options[0] if len(options) == 1 and typing.get_origin(hint) is not list else hint
 
 
 def _default_class(cls: type, name: str) -> type:
     (item,) = (f for f in dataclasses.fields(cls) if f.name == name)
-    factory = item.default_factory
-    return factory if isinstance(factory, type) else type(factory())  # type: ignore[misc]
+    return type(item.default if item.default_factory is dataclasses.MISSING else item.default_factory())
 
 
 def choices(base: type) -> dict[str, type]:
     """Return the concrete subclasses of `base` (itself included) that are loaded, by name."""
-    found = [base]
-    for cls in found:
-        found.extend(sub for sub in cls.__subclasses__() if sub not in found)
+    found: list[type] = [base]
+    unseen = found
+    while unseen:
+        children: list[type] = [cls for parent in unseen for cls in type.__subclasses__(parent)]
+        unseen = [cls for cls in children if cls not in found]
+        found = [*found, *unseen]
     return {_class_name(cls): cls for cls in found if not inspect.isabstract(cls)}
 
 
@@ -284,7 +286,7 @@ def _construct(cls: type, parsed: Any, prefix: str) -> Any:
         key = f"{prefix}{item.name.removesuffix('_')}"
         if isinstance(value, jsonargparse.Namespace) and "class_path" in value:
             chosen = _find(hint, value.class_path, key)
-            value = _construct(chosen, value.get("init_args") or jsonargparse.Namespace(), f"{key}.")
+            value = _construct(chosen, value.get("init_args") or {}, f"{key}.")
         elif isinstance(value, jsonargparse.Namespace):
             value = _construct(hint, value, f"{key}.")
         arguments[item.name] = value
@@ -320,8 +322,10 @@ def _one_line(error: Exception, flags: Sequence[str]) -> str:
 
 def _is_unknown(flag: str, match: re.Match[str] | None) -> bool:
     name = flag.removeprefix("--").split("=")[0]
-    return match is not None and flag.startswith("--") and (
-        name == match.group(1) or name.endswith(f".{match.group(1)}")
+    return (
+        match is not None
+        and flag.startswith("--")
+        and (name == match.group(1) or name.endswith(f".{match.group(1)}"))
     )
 
 

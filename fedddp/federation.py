@@ -141,9 +141,7 @@ class Federation:
         flat = FlatModel(module)
         world.broadcast(*(t.detach() for t in module.state_dict().values()))
         split = run.data.partition.split(train.labels, run.data.clients, run.seed, train.ids)
-        server = Server(
-            flat.params.clone(), flat.buffers.clone(), flat.counters.clone(), len(split)
-        )
+        server = Server(flat.params.clone(), flat.buffers.clone(), flat.counters.clone(), len(split))
         run.algorithm.start(server)
         feed = Feed(train, run.data, world.device)
         checkpoints = Checkpoints(folder / "checkpoints", run.checkpoint.keep, world)
@@ -190,7 +188,7 @@ class Federation:
             module = run.model.adapt(copy.deepcopy(self.module), **known)  # type: ignore[arg-type]
         module = module.to(world.device)
         if run.local.channels_last:
-            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module = module.to(memory_format=torch.channels_last)
         return module
 
 
@@ -241,7 +239,10 @@ def _run_folder(run: Run, default_name: str, world: World) -> Iterator[tuple[Pat
     if problem is not None:
         raise ConfigError(problem)
     try:
-        yield folder, dataclasses.replace(run, name=folder.name, resume="auto" if again else "never")
+        yield (
+            folder,
+            dataclasses.replace(run, name=folder.name, resume="auto" if again else "never"),
+        )
     finally:
         if lock is not None:
             os.close(lock)
@@ -287,11 +288,11 @@ def _check_same(run: Run, earlier: Path) -> None:
     before, now = yaml.safe_load(earlier.read_text()), to_dict(run)
     for section in now:
         if section not in MAY_CHANGE and before.get(section) != now[section]:
-            old, new = before.get(section), now[section]
+            name, old, new = section, before.get(section), now[section]
             if isinstance(old, dict) and isinstance(new, dict):
                 key = next(k for k in {**new, **old} if old.get(k) != new.get(k))
-                section, old, new = f"{section}.{key}", old.get(key), new.get(key)
+                name, old, new = f"{section}.{key}", old.get(key), new.get(key)
             raise ConfigError(
-                f"{section}: is {new}, but {earlier} was started with {old}; go on with the "
+                f"{name}: is {new}, but {earlier} was started with {old}; go on with the "
                 "same settings, or start another run with --name"
             )

@@ -31,9 +31,7 @@ class History:
             OSError: a file cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._files = [
-            _open_after(folder / name, keep_rounds) for name in ("history.jsonl", "clients.jsonl")
-        ]
+        self._files = [_open_after(folder / name, keep_rounds) for name in ("history.jsonl", "clients.jsonl")]
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one round; `row["round"]` is its number, from 1."""

@@ -32,9 +32,7 @@ def plan(run: Run, world_size: int) -> Table:
     split = run.data.partition.split(train.labels, run.data.clients, run.seed, train.ids)
     sizes = split.sizes - holdout_sizes(split.sizes, run.data.holdout)
     shape = train.shape
-    module = run.model.build(
-        classes=train.classes, shape=shape, seed=run.seed, sync=lambda tensor: tensor
-    )
+    module = run.model.build(classes=train.classes, shape=shape, seed=run.seed, sync=lambda tensor: tensor)
     flat = FlatModel(module)
     server = Server(flat.params, flat.buffers, flat.counters, len(split))
     run.algorithm.start(server)
@@ -45,9 +43,7 @@ def plan(run: Run, world_size: int) -> Table:
     p, b, item = flat.params.numel(), flat.buffers.numel(), flat.params.element_size()
     down = (p + b + sum(server.vectors[n].numel() for n in run.algorithm.sends)) * item
     up = (sum(run.algorithm.lengths(p).values()) + b) * item
-    steps = run.local.steps or run.local.epochs * float(
-        np.ceil(sizes / run.local.batch_size).mean()
-    )
+    steps = run.local.steps or run.local.epochs * float(np.ceil(sizes / run.local.batch_size).mean())
 
     table = Table("", "", box=None, show_header=False)
     table.add_row("world", _world(run, world_size, groups))
@@ -62,25 +58,19 @@ def plan(run: Run, world_size: int) -> Table:
         f"examples (median {np.median(sizes):,.0f})",
     )
     table.add_row("model", f"{run.model.name}: {p:,} trainable parameters, {b:,} buffer elements")
-    table.add_row(
-        "rounds", f"{run.rounds}, {len(cohort)} clients each, about {steps:,.0f} steps a visit"
-    )
+    table.add_row("rounds", f"{run.rounds}, {len(cohort)} clients each, about {steps:,.0f} steps a visit")
     table.add_row(
         "first round",
         f"visits per group {_list([len(v) for v in visits])}, examples per group {_list(examples)}",
     )
-    table.add_row(
-        "bytes a round", f"{_size(down * len(cohort))} down, {_size(up * len(cohort))} up"
-    )
+    table.add_row("bytes a round", f"{_size(down * len(cohort))} down, {_size(up * len(cohort))} up")
     table.add_row("memory a rank", _memory(run, train, test, p, b, item))
     return table
 
 
 def _world(run: Run, world_size: int, groups: int) -> str:
     ranks = run.topology.ranks_per_client
-    where = (
-        "rank 0 only" if run.topology.coordinator == "dedicated" else "rank 0, which also trains"
-    )
+    where = "rank 0 only" if run.topology.coordinator == "dedicated" else "rank 0, which also trains"
     return f"{world_size} ranks: {groups} client groups of {ranks}; coordinator: {where}"
 
 

@@ -57,7 +57,8 @@ def one_round(s: Session) -> Round:
         current.sums.combine(world)
         world.sum(current.visits)
     visited = current.visits[:, 0] > 0
-    s.states.settle(plan, cohort[visited.numpy()])
+    if s.keeps_state:
+        s.states.settle(plan, cohort[visited.numpy()])
     if not visited.all():
         tensors = {"visits": current.visits, **current.sums.state()}
         s.save(f"round-{s.rounds_done:05d}-{int(visited.sum()):05d}", tensors=tensors)
@@ -92,15 +93,14 @@ def train(s: Session, current: Round, plan: list[list[int]]) -> None:
     """Collective over the group. Visit this group's clients, unless the run is asked to stop."""
     if s.world.group is None:
         return
-    method, cohort = s.run.algorithm, current.cohort
+    cohort = current.cohort
     lr = s.run.local.lr_at(s.rounds_done, s.run.rounds)
     examples = int(s.sizes[cohort].sum())
     row = {int(client): position for position, client in enumerate(cohort)}
-    keeps = method.stateful or s.run.local.optimizer_state == "keep"
     for client in plan[s.world.group]:
         if s.world.group_should_stop():
             return
-        state = s.states.share(client) if keeps else {}
+        state = s.states.share(client) if s.keeps_state else {}
         result = s.trainer.visit(
             s.server,
             client=client,

@@ -28,7 +28,7 @@ from fedddp.vector import FlatModel
 Indices = NDArray[np.int64]
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop, and can go on
+class Stopped(Exception):
     """The run stopped early, at its own safe point, with a checkpoint."""
 
 
@@ -56,6 +56,11 @@ class Session:
     history: list[Metrics] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     _sent: int = -1
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether clients keep anything between their visits."""
+        return self.run.algorithm.stateful or self.run.local.optimizer_state == "keep"
 
     def indices(self, client: int) -> Indices:
         """Return the training examples of `client` (those held out are not among them)."""

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 _CONTEXT = mp.get_context("forkserver")
@@ -40,7 +41,7 @@ def run_world(fn: Callable[..., T], *args: object, size: int = 2, timeout_s: flo
         TimeoutError: no answer in time.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the fork server must stay single-threaded
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, ranks = [], []
     for rank in range(size):
         ours, theirs = _CONTEXT.Pipe(duplex=False)
@@ -63,15 +64,16 @@ def run_world(fn: Callable[..., T], *args: object, size: int = 2, timeout_s: flo
 
 def _gather(pipes: list[Any], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
-    pending = {pipe: rank for rank, pipe in enumerate(pipes)}
+    pending: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes)}
     while pending:
         ready = connection.wait(list(pending), max(0.0, deadline - time.monotonic()))
         if not ready:
             raise TimeoutError(f"no answer from ranks {sorted(pending.values())}")
+        pipe: Any
         for pipe in ready:
-            rank = pending.pop(pipe)  # type: ignore[call-overload]
+            rank = pending.pop(pipe)
             try:
-                ok, value = pickle.loads(pipe.recv_bytes())  # type: ignore[attr-defined]
+                ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 ok, value = False, "died without a traceback"
             if not ok:

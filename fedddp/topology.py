@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -114,7 +115,7 @@ class World:
     Tensors may lie on any device; they are moved to where the backend can send them.
     """
 
-    def __init__(self, topology: Topology, launch: Launch, store: dist.Store) -> None:
+    def __init__(self, topology: Topology, launch: Launch, store: Store) -> None:
         """Collective over the world; `connect` calls it."""
         self.rank, self.size = launch.rank, launch.world_size
         self.local_rank = launch.local_rank
@@ -202,7 +203,7 @@ class World:
         """Collective over the group. Return the sum of `tensor` over its ranks; differentiable."""
         if self.ranks_per_client == 1:
             return tensor
-        result: Tensor = _GroupSum.apply(tensor, self._peers)  # type: ignore[no-untyped-call]
+        result: Tensor = _GroupSum.apply(tensor, self._peers)
         return result
 
     def group_max(self, tensor: Tensor) -> Tensor:
@@ -295,7 +296,10 @@ class World:
         """Return whether no other rank reported an error before this one."""
         try:
             return int(self.store.add("fedddp/errors", 1)) == 1
-        except (RuntimeError, dist.DistError):  # the store's host is gone, and with it who was first
+        except (
+            RuntimeError,
+            dist.DistError,
+        ):  # the store's host is gone, and with it who was first
             return False
 
     def close(self) -> None:
@@ -338,16 +342,16 @@ def connect(topology: Topology) -> World:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     timeout = timedelta(seconds=topology.timeout_s)
     if launch.world_size == 1:
-        store: dist.Store = dist.HashStore()
+        store: Store = HashStore()
     else:
         warning = _loopback_warning(launch)
         if warning:
             print(warning, file=sys.stderr, flush=True)
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
     if not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
-            store=dist.PrefixStore("groups", store),
+            store=PrefixStore("groups", store),
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timeout,

@@ -109,7 +109,7 @@ class NullTracker:
 class Tracker(NullTracker):
     """The coordinator's record of a run: history, progress and trackers."""
 
-    def __init__(  # noqa: PLR0913 - the one place where a run says what it is
+    def __init__(
         self,
         track: Track,
         folder: Path,
@@ -154,9 +154,7 @@ class Tracker(NullTracker):
                 self._attempt(kind, self._start_wandb, track, plain(config), name)
             else:
                 self._attempt(kind, self._start_other, kind, track, plain(config), name)
-        self._progress = RoundProgress(
-            total_rounds, resume_round, show=track.progress, console=self._console
-        )
+        self._progress = RoundProgress(total_rounds, resume_round, show=track.progress, console=self._console)
 
     def visit_done(self, count: int = 1) -> None:
         """See `NullTracker`."""
@@ -192,9 +190,7 @@ class Tracker(NullTracker):
             if hasattr(tracker, "log_table") and self._clients:
                 self._attempt(kind, self._log_table, tracker)
             if kind == "wandb":
-                self._attempt(
-                    kind, self._finish_wandb, tracker.tracker, model_file, summary, failed
-                )
+                self._attempt(kind, self._finish_wandb, tracker.tracker, model_file, summary, failed)
             else:
                 self._attempt(kind, tracker.finish)
         if self._sync:
@@ -258,9 +254,7 @@ class Tracker(NullTracker):
         if not self._round:
             tracker.store_init_configuration({"name": name, **_flat(config)})
 
-    def _finish_wandb(
-        self, run: Any, model_file: Path | None, summary: Row | None, failed: bool
-    ) -> None:
+    def _finish_wandb(self, run: Any, model_file: Path | None, summary: Row | None, failed: bool) -> None:
         import wandb
 
         if summary:
@@ -275,9 +269,7 @@ class Tracker(NullTracker):
             self._sync = _sync_line(run, resumed=False)
             self._say(f"wandb: not all of the run was uploaded in {WANDB_FINISH_TIMEOUT_S:.0f} s")
 
-    def _attempt(
-        self, kind: str, action: Callable[..., object], *args: object, **options: object
-    ) -> None:
+    def _attempt(self, kind: str, action: Callable[..., object], *args: object, **options: object) -> None:
         try:
             action(*args, **options)
         except Exception as error:  # whatever a tracker runs into, training goes on

@@ -80,9 +80,7 @@ def _rehome(
     """Copy `tensors` into one new vector and turn them into views of it; returns the vector."""
     if not tensors:
         return torch.empty(0, dtype=dtype, device=device)
-    flat = torch.empty(
-        sum(t.numel() for t in tensors), dtype=tensors[0].dtype, device=tensors[0].device
-    )
+    flat = torch.empty(sum(t.numel() for t in tensors), dtype=tensors[0].dtype, device=tensors[0].device)
     for tensor, view in zip(tensors, _views(flat, tensors), strict=True):
         view.copy_(tensor.detach())
         tensor.data = view
@@ -106,4 +104,5 @@ def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 
 def norm(vector: Tensor) -> Tensor:
     """Return the Euclidean norm of `vector` as a scalar; the one place to teach about shards."""
-    return torch.linalg.vector_norm(vector)
+    length: Tensor = torch.linalg.vector_norm(vector)
+    return length

@@ -46,5 +46,5 @@ def test_the_longest_go_first_to_the_least_loaded_group() -> None:
 def test_every_client_is_assigned_once_even_without_examples() -> None:
     clients = np.arange(17)
     plan = assign(clients, np.zeros(17, dtype=np.int64), groups=4)
-    assert sorted(sum(plan, [])) == clients.tolist()
+    assert sorted(client for part in plan for client in part) == clients.tolist()
     assert {len(part) for part in plan} == {4, 5}

@@ -44,9 +44,7 @@ def gray(count: int, size: int = 6) -> list[Any]:
 
 def users_dataset(root: str, train: bool) -> Dataset[Any]:
     """What `data.dataset` may name by dotted path."""
-    return Pairs(
-        gray(12 if train else 6), ids=[f"{root}-{i % 4}" for i in range(12 if train else 6)]
-    )
+    return Pairs(gray(12 if train else 6), ids=[f"{root}-{i % 4}" for i in range(12 if train else 6)])
 
 
 def write_idx(file: Path, values: np.ndarray) -> None:
@@ -108,9 +106,7 @@ def test_every_torchvision_name_fits_its_constructor() -> None:
         for part in parts:
             arguments.bind(root="data", **part)
         assert Data(dataset=name.upper().replace("-", "_")).dataset
-    assert {"mnist", "kmnist", "emnist-balanced", "cifar10", "cifar100", "svhn", "stl10"} <= {
-        *NAMES
-    }
+    assert {"mnist", "kmnist", "emnist-balanced", "cifar10", "cifar100", "svhn", "stl10"} <= {*NAMES}
 
 
 def test_mnist_files_are_read() -> None:
@@ -233,9 +229,7 @@ def test_a_corrupt_image_is_named() -> None:
     write_folder(Path("images"))
     damaged = Path("images/train/dog/2.png")
     damaged.write_bytes(damaged.read_bytes()[:60])
-    with pytest.raises(
-        ValueError, match=r"dog/2.png cannot be read as an image .*; replace or del"
-    ):
+    with pytest.raises(ValueError, match=r"dog/2.png cannot be read as an image .*; replace or del"):
         load(Data(dataset="image_folder", root="images"))
     assert not [*Path("images/.fedddp").glob("*")]
     damaged.write_text("not an image")
@@ -284,9 +278,7 @@ def test_a_users_images_may_be_pictures_tensors_or_arrays() -> None:
     same(from_dataset(TensorDataset(as_bytes[:, 0], labels)), pictures)
     same(from_dataset(TensorDataset(as_bytes / 255, labels)), pictures)
     same(from_dataset(Pairs([(np.asarray(i), np.int64(y)) for i, y in pairs])), pictures)
-    same(
-        from_dataset(Pairs([(x / 255, y) for x, y in zip(as_bytes, labels, strict=True)])), pictures
-    )
+    same(from_dataset(Pairs([(x / 255, y) for x, y in zip(as_bytes, labels, strict=True)])), pictures)
     some = from_dataset(Subset(Subset(Pairs(pairs, ids=[*"abcabcabc"]), [8, 1, 5]), [2, 0]))
     assert some.pixels is not None
     assert torch.equal(some.pixels, as_bytes[[5, 8]])
@@ -300,9 +292,7 @@ def test_a_users_images_may_be_pictures_tensors_or_arrays() -> None:
 
 def test_a_users_transform_is_not_bypassed() -> None:
     for part in ("train", "t10k"):
-        write_idx(
-            Path(f"data/MNIST/raw/{part}-images-idx3-ubyte"), np.full((4, 28, 28), 9, np.uint8)
-        )
+        write_idx(Path(f"data/MNIST/raw/{part}-images-idx3-ubyte"), np.full((4, 28, 28), 9, np.uint8))
         write_idx(Path(f"data/MNIST/raw/{part}-labels-idx1-ubyte"), np.arange(4, dtype=np.uint8))
     whole = torchvision.datasets.MNIST(
         "data", transform=v2.CenterCrop(8), target_transform=lambda label: 3 - label

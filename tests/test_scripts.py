@@ -83,9 +83,7 @@ def only_line(result: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-@pytest.mark.parametrize(
-    "script", ["scripts/quickstart", "scripts/test", "scripts/venv.sh", ".ci/run"]
-)
+@pytest.mark.parametrize("script", ["scripts/quickstart", "scripts/test", "scripts/venv.sh", ".ci/run"])
 def test_script_parses(script: str) -> None:
     subprocess.run(["bash", "-n", ROOT / script], check=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -169,7 +170,7 @@ def _fixed(value: float) -> int:
 
 
 def _describe(client: int, largest: float, limit: float) -> str:
-    finite = largest == largest and largest != float("inf")
+    finite = math.isfinite(largest)
     what = f"reaches {largest:.3g}, beyond {limit:.3g}" if finite else "has NaN or infinite values"
     return (
         f"client {client}: its update {what}; lower local.lr, set local.clip_norm, or choose "

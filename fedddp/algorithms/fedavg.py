@@ -26,7 +26,7 @@ class FedAvg(Method):
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
 
     def start(self, server: Server) -> None:
-        """v = 0."""
+        """V = 0."""
         if self.momentum:
             server.vectors["v"] = torch.zeros_like(server.params)
 

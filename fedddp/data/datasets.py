@@ -362,9 +362,7 @@ def _torchvision(class_name: str, name: str, data: Data, part: dict[str, Any]) -
             way_out = f"pass --data.download true, or {way_out}"
         # Torchvision's own advice here is an argument of its constructor.
         reason = _line(error).replace(". You can use download=True to download it", "")
-        raise ValueError(
-            f"data.root={data.root} has no intact {class_name} ({reason}); {way_out}"
-        ) from error
+        raise ValueError(f"data.root={data.root} has no intact {class_name} ({reason}); {way_out}") from error
     if name == "qmnist":  # its targets say more than the class: column 2 is the writer
         facts = dataset.targets
         return decode.Arrays(dataset.data, facts[:, 0], dataset.classes, ids=facts[:, 2])

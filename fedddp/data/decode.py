@@ -26,9 +26,7 @@ _SAMPLED = 4096
 class Arrays(Dataset[tuple[Tensor, int]]):
     """Images and labels that lie in memory."""
 
-    def __init__(
-        self, data: Tensor, targets: Tensor, classes: list[str], ids: Tensor | None = None
-    ) -> None:
+    def __init__(self, data: Tensor, targets: Tensor, classes: list[str], ids: Tensor | None = None) -> None:
         """Take uint8 images (n, H, W) or (n, C, H, W), labels (n,) and perhaps owners (n,)."""
         self.data, self.targets, self.classes, self.ids = data, targets, classes, ids
 
@@ -44,9 +42,7 @@ class Arrays(Dataset[tuple[Tensor, int]]):
 class Decoded(Dataset[tuple[Tensor, int]]):
     """The examples of `dataset` as (uint8 image of `shape`, label)."""
 
-    def __init__(
-        self, dataset: Dataset[Any], labels: NDArray[np.int64], name: str, size: int | None
-    ) -> None:
+    def __init__(self, dataset: Dataset[Any], labels: NDArray[np.int64], name: str, size: int | None) -> None:
         """Wrap `dataset`, whose images are resized and cropped to `size` unless it is None."""
         self.dataset, self.labels, self.name, self.size = dataset, labels, name, size
         self.files = _files(dataset)
@@ -131,9 +127,7 @@ class Decoded(Dataset[tuple[Tensor, int]]):
         """
         count = min(len(self), _SAMPLED if pixels is not None else 256)
         spaced = torch.arange(count) * len(self) // count
-        some = (
-            torch.stack([self[i][0] for i in spaced.tolist()]) if pixels is None else pixels[spaced]
-        )
+        some = torch.stack([self[i][0] for i in spaced.tolist()]) if pixels is None else pixels[spaced]
         values = some.transpose(0, 1).flatten(1).double() / 255
         # A channel without contrast is centred, not blown up.
         std = values.std(dim=1, correction=0)
@@ -154,7 +148,7 @@ def _to_uint8(image: Any, where: str) -> Tensor:
     if isinstance(image, Image.Image):
         image = v2.pil_to_tensor(image if image.mode in ("L", "RGB") else image.convert("RGB"))
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image))
+        image = torch.from_numpy(np.array(image))  # a copy: torch wants writable memory
     if not isinstance(image, Tensor) or image.dim() not in (2, 3):
         kind = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(f"{where} is {kind}; expected a PIL image or a tensor (C, H, W)")
@@ -289,9 +283,7 @@ def ids(dataset: Any, name: str) -> NDArray[np.int64] | None:
     return np.unique(owners, return_inverse=True)[1].astype(np.int64)
 
 
-def _mapped(
-    file: Path, fill: Callable[[NDArray[np.uint8]], None], shape: tuple[int, ...]
-) -> Tensor:
+def _mapped(file: Path, fill: Callable[[NDArray[np.uint8]], None], shape: tuple[int, ...]) -> Tensor:
     """Return the array in `file`, mapped into memory; if there is none, `fill` it first."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -122,9 +122,7 @@ class Feed:
             images = v2.normalize(images, list(self.images.mean), list(self.images.std), True)
             targets = self._labels[torch.from_numpy(chosen).to(self.device)]
             lengths = [len(part.rows) for part in some]
-            pieces = zip(
-                some, torch.split(images, lengths), torch.split(targets, lengths), strict=True
-            )
+            pieces = zip(some, torch.split(images, lengths), torch.split(targets, lengths), strict=True)
             for part, own_images, own_targets in pieces:
                 yield Batch(own_images, own_targets, part.count, part.total)
 
@@ -203,9 +201,7 @@ def _augment(images: Tensor, draws: Tensor, augment: Augment) -> Tensor:
 class _Stream:
     """A data loader whose workers live on from pass to pass."""
 
-    def __init__(
-        self, source: Dataset[Any], workers: int, pin_memory: bool, share: tuple[int, int]
-    ) -> None:
+    def __init__(self, source: Dataset[Any], workers: int, pin_memory: bool, share: tuple[int, int]) -> None:
         self._plan = _Plan(share[1])
         loader: DataLoader[Tensor | str] = DataLoader(
             _Careful(source),

@@ -49,9 +49,7 @@ class Model:
         elif not Path(self.weights).is_file():
             raise ValueError(f"weights={self.weights} is not a file")
 
-    def build(
-        self, *, classes: int, shape: Shape, seed: int, sync: GroupSum | None = None
-    ) -> nn.Module:
+    def build(self, *, classes: int, shape: Shape, seed: int, sync: GroupSum | None = None) -> nn.Module:
         """Make the model, in training mode on the CPU; a pure function of its arguments.
 
         Args:
@@ -128,9 +126,7 @@ def head_of(module: nn.Module) -> tuple[str, nn.Module]:
         ValueError: `module` has no such layer.
     """
     layers = [
-        (name, layer)
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
+        (name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
     if not layers:
         raise ValueError(f"{type(module).__name__} has no linear layer that could be its head")
@@ -285,9 +281,7 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
             return load_file(weights)
         member = _torchvision_weights(name, weights)
         # torchvision publishes pickles: only tensors are read from them, after a look at the hash.
-        state: dict[str, Tensor] = member.get_state_dict(
-            progress=False, check_hash=True, weights_only=True
-        )
+        state: dict[str, Tensor] = member.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model.weights={weights} cannot be read: {error}") from error
     return state
@@ -315,9 +309,7 @@ def _load(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"model.weights={source} do not fit the model: {', '.join(wrong[:3])}{more}"
-        )
+        raise ValueError(f"model.weights={source} do not fit the model: {', '.join(wrong[:3])}{more}")
     module.load_state_dict(state)
 
 

@@ -93,9 +93,7 @@ class SyncedBatchNorm(_BatchNorm):
 def _with_running_statistics(layer: _BatchNorm, input: Tensor) -> Tensor:
     mean, variance = layer.running_mean, layer.running_var
     batch_statistics = mean is None  # the layer tracks none
-    return F.batch_norm(
-        input, mean, variance, layer.weight, layer.bias, batch_statistics, eps=layer.eps
-    )
+    return F.batch_norm(input, mean, variance, layer.weight, layer.bias, batch_statistics, eps=layer.eps)
 
 
 _KINDS: dict[Norm, tuple[type[nn.Module], ...]] = {
@@ -136,9 +134,7 @@ def _converted(old: nn.Module, norm: Norm, group_sum: GroupSum | None) -> nn.Mod
     }
     new: nn.Module
     if norm == "group":
-        new = nn.GroupNorm(
-            group_count(channels), channels, eps=options["eps"], affine=options["affine"]
-        )
+        new = nn.GroupNorm(group_count(channels), channels, eps=options["eps"], affine=options["affine"])
     elif norm == "sync":
         new = SyncedBatchNorm(channels, group_sum=group_sum, **options)
     else:

@@ -55,9 +55,7 @@ class Classification(Task):
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"label_smoothing must be in [0, 1), got {self.label_smoothing}; 0.1 is usual"
-            )
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}; 0.1 is usual")
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross entropy summed over the batch, with label smoothing.
@@ -66,9 +64,7 @@ class Classification(Task):
             outputs: logits, (b, classes), any float dtype.
             targets: (b,), int64, in range(classes).
         """
-        return F.cross_entropy(
-            outputs, targets, reduction="sum", label_smoothing=self.label_smoothing
-        )
+        return F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return sums and counts of `loss` (no smoothing), `accuracy`, `recall` per class.

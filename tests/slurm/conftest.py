@@ -36,6 +36,4 @@ def cluster() -> Iterator[Cluster]:
     try:
         yield Cluster(variables)
     finally:
-        subprocess.run(
-            [HERE / "stop-slurm.sh", variables["SLURM_CI_DIR"], "--rm"], check=True, timeout=60
-        )
+        subprocess.run([HERE / "stop-slurm.sh", variables["SLURM_CI_DIR"], "--rm"], check=True, timeout=60)

@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 from slurm_cluster import HERE, TEMPLATES, Cluster
 
-FEDERATED, SWEEP, COMPARE = (
-    str(TEMPLATES / f"{name}.sbatch") for name in ("federated", "sweep", "compare")
-)
+FEDERATED, SWEEP, COMPARE = (str(TEMPLATES / f"{name}.sbatch") for name in ("federated", "sweep", "compare"))
 
 
 class Desk:
@@ -41,9 +39,7 @@ class Desk:
     def signal_once_waiting(self, job: str, *options: str, nodes: int = 1) -> None:
         """Signal a job when all its nodes wait to be stopped."""
         deadline = time.monotonic() + 20
-        while (facts := self.cluster.facts(job)) and self.cluster.output(facts).count(
-            "waiting"
-        ) < nodes:
+        while (facts := self.cluster.facts(job)) and self.cluster.output(facts).count("waiting") < nodes:
             assert time.monotonic() < deadline, f"{facts}\n{self.cluster.output(facts)}"
             time.sleep(0.05)
         self.cluster.call("scancel", *options, job)
@@ -112,8 +108,7 @@ def test_stopped_runs_are_requeued_and_go_on(desk: Desk) -> None:
     options = {"near-limit": ("--signal=USR1", "--batch"), "preempted": ("--signal=TERM",)}
     shape = ("--nodes=2", "--ntasks-per-node=1")
     jobs = {
-        name: desk.submit(*shape, f"--job-name={name}", FEDERATED, "digits", do="stop")
-        for name in options
+        name: desk.submit(*shape, f"--job-name={name}", FEDERATED, "digits", do="stop") for name in options
     }
     for name, job in jobs.items():
         desk.signal_once_waiting(job, *options[name], nodes=2)
