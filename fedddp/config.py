@@ -243,13 +243,10 @@ def _default_class(cls: type, name: str) -> type:
 
 def choices(base: type) -> dict[str, type]:
     """Return the concrete subclasses of `base` (itself included) that are loaded, by name."""
-    found: list[type] = [base]
-    unseen = found
-    while unseen:
-        children: list[type] = [cls for parent in unseen for cls in type.__subclasses__(parent)]
-        unseen = [cls for cls in children if cls not in found]
-        found = [*found, *unseen]
-    return {_class_name(cls): cls for cls in found if not inspect.isabstract(cls)}
+    found: dict[str, type] = {} if inspect.isabstract(base) else {_class_name(base): base}
+    for child in base.__subclasses__():
+        found |= choices(child)
+    return found
 
 
 def _class_name(cls: type) -> str:

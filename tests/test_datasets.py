@@ -283,7 +283,7 @@ def test_a_users_images_may_be_pictures_tensors_or_arrays() -> None:
     assert some.pixels is not None
     assert torch.equal(some.pixels, as_bytes[[5, 8]])
     assert some.labels.tolist() == [2, 2]
-    colour = np.asarray(Image.new("RGB", (5, 4), (1, 2, 3)))
+    colour = np.array(Image.new("RGB", (5, 4), (1, 2, 3)))
     in_colour = from_dataset(Pairs([(colour, 0), (torch.from_numpy(colour).permute(2, 0, 1), 1)]))
     assert in_colour.pixels is not None
     assert in_colour.pixels[:, :, 0, 0].tolist() == [[1, 2, 3], [1, 2, 3]]
