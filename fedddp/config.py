@@ -241,7 +241,7 @@ def _default_class(cls: type, name: str) -> type:
     return type(item.default if item.default_factory is dataclasses.MISSING else item.default_factory())
 
 
-def choices(base: type) -> dict[str, type]:
+def choices(base: type[Any]) -> dict[str, type]:
     """Return the concrete subclasses of `base` (itself included) that are loaded, by name."""
     found: dict[str, type] = {} if inspect.isabstract(base) else {_class_name(base): base}
     for child in base.__subclasses__():
