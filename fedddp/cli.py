@@ -183,17 +183,17 @@ def _recipes(_: list[str]) -> None:
 
 
 def _runs(rest: list[str]) -> None:
-    import json
-
     from rich.console import Console
     from rich.table import Table
+
+    from fedddp.history import read_rows
 
     output = Path(rest[0] if rest else "runs")
     if not output.is_dir():
         _fail(f"{output} is not a folder; give the --output of your runs")
     table = Table("run", "rounds", "loss", "accuracy", "state", box=None, header_style="bold")
     for folder in sorted(path.parent for path in output.glob("*/history.jsonl")):
-        rows = [json.loads(line) for line in (folder / "history.jsonl").open() if line.endswith("\n")]
+        rows = read_rows(folder / "history.jsonl")
         last: dict[str, float] = {}
         for row in rows:
             last |= {key: value for key, value in row.items() if value is not None}
