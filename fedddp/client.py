@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedddp.data.feed import Batch, Feed
 from fedddp.method import Contribution, Local, Method, Server, Visit
@@ -45,21 +46,20 @@ class Trainer:
     def __init__(
         self, world: World, flat: FlatModel, task: Task, feed: Feed, local: Local, method: Method
     ) -> None:
-        """Collective over the group: wraps the model in DDP.
-
-        Raises:
-            ValueError: the precision does not work on this device.
-        """
+        """Collective over the group: wraps the model in DDP."""
         self.world, self.flat, self.task, self.feed = world, flat, task, feed
         self.local, self.method = local, method
-        self.replica = world.replicate(flat.module)
-        parameter = torch.nn.Parameter(flat.params)
+        self.replica = self._replicate()
+        parameter = nn.Parameter(flat.params)
         parameter.grad = flat.grad
         self.optimizer = local.make_optimizer(parameter)
         self.parameter = parameter
-        self.autocast, self.make_scaler = _mixed_precision(local, world)
-        self.idle_aware = [m for m in flat.module.modules() if hasattr(m, "idle")]
-        self.loss = torch.zeros(2, dtype=torch.float64)
+        self.autocast, self.make_scaler = _mixed_precision(local, world.device.type)
+        modules = list(flat.module.modules())
+        self.idle_aware = [m for m in modules if hasattr(m, "idle")]
+        self.own_buffers = [b for m in modules if not hasattr(m, "idle") for b in m.buffers(recurse=False)]
+        self.loss_sum = torch.zeros(1, dtype=torch.float64, device=world.device)
+        self.loss_count = 0
 
     def visit(
         self,
@@ -95,13 +95,13 @@ class Trainer:
             train=lambda correct: self._train(visit, indices, correct, seed),
             mean_loss=lambda: self._mean_loss(indices, client),
         )
-        # Dropout and augmentation draw from torch's global generator: make it the visit's own.
+        # Dropout draws from torch's global generator: make it the visit's own.
         torch.manual_seed(stream_seed("visit", seed, round_index, client, world.data_rank))
-        self.loss = torch.zeros(2, dtype=torch.float64, device=world.device)
         self.method.begin(visit)
         self.method.run(visit)
         contribution = self.method.finish(visit)
-        loss = world.group_sum(self.loss).cpu()
+        count = torch.full_like(self.loss_sum, self.loss_count)
+        loss = world.group_sum(torch.cat([self.loss_sum, count])).cpu()
         if not torch.isfinite(loss[0]):
             raise DivergedError(
                 f"client {client}: its training loss became {float(loss[0])} in round {round_index + 1}; "
@@ -120,7 +120,9 @@ class Trainer:
         self.flat.module.train()
         self._load_optimizer(visit)
         scaler = self.make_scaler()
-        visit.steps, visit.lr_sum, seen = 0, 0.0, 0
+        visit.steps, visit.lr_sum = 0, 0.0
+        self.loss_sum.zero_()
+        self.loss_count = 0
         for batch in self._batches(visit, indices, seed):
             visit.grad.zero_()
             self._gradient(visit, batch, scaler)
@@ -129,15 +131,10 @@ class Trainer:
             correct(visit)
             if self.local.clip_norm is not None:
                 visit.grad.mul_(torch.clamp(self.local.clip_norm / norm(visit.grad), max=1.0))
-            if scaler is None:
-                self.optimizer.step()
-            else:
-                scaler.step(self.optimizer)
-                scaler.update()
-            visit.steps += 1
-            visit.lr_sum += visit.lr
-            seen += batch.count
-        self._merge_buffers(seen)
+            if self._step(scaler):
+                visit.steps += 1
+                visit.lr_sum += visit.lr
+        self._merge_buffers(self.loss_count)
         self._save_optimizer(visit)
 
     def _batches(self, visit: Visit, indices: NDArray[np.int64], seed: int) -> Iterator[Batch]:
@@ -158,29 +155,65 @@ class Trainer:
     def _gradient(self, visit: Visit, batch: Batch, scaler: Any) -> None:
         """Add to `grad` the gradient of the mean loss over the whole batch, reduced over the group."""
         # DDP divides by R and the loss is summed, so this makes the result the mean over the batch.
-        scale = self.world.ranks_per_client / batch.total if batch.count else 0.0
-        idle = batch.count == 0
-        statistics = self.flat.buffers.clone() if idle else None
-        for module in self.idle_aware:
-            setattr(module, "idle", idle)  # noqa: B010 - modules type their attributes as tensors
-        parts = min(self.local.accumulate, len(batch.targets))
-        chunks = zip(batch.images.chunk(parts), batch.targets.chunk(parts), strict=True)
-        pieces = [Batch(images, targets, batch.count, batch.total) for images, targets in chunks]
+        rank, ranks = self.world.data_rank, self.world.ranks_per_client
+        pieces = list(_pieces(batch, self.local.accumulate, rank, ranks))
         for index, piece in enumerate(pieces):
             last = index == len(pieces) - 1
-            with contextlib.nullcontext() if last else self._no_sync(), self.autocast():
-                images = piece.images
-                if self.local.channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                outputs = self.replica(images)
-                loss = self.task.loss(outputs.float(), piece.targets)
-                penalty = self.method.penalty(visit, piece, outputs)
-            objective = (loss if penalty is None else loss + penalty) * scale
-            (objective if scaler is None else scaler.scale(objective)).backward()
-            if not idle:
-                self.loss += torch.stack([loss.detach().double(), loss.new_tensor(len(piece.targets))])
-        if statistics is not None:  # a stand-in example must not leave a trace
-            self.flat.buffers.copy_(statistics)
+            idle = self._idle() if piece.count == 0 else contextlib.nullcontext()
+            with contextlib.nullcontext() if last else self._no_sync(), idle:
+                with self.autocast():
+                    images = piece.images
+                    if self.local.channels_last:
+                        images = images.contiguous(memory_format=torch.channels_last)
+                    outputs = self.replica(images)
+                    loss = self.task.loss(outputs.float(), piece.targets)
+                    penalty = self.method.penalty(visit, piece, outputs)
+                objective = (loss if penalty is None else loss + penalty) * (
+                    ranks / batch.total if piece.count else 0.0
+                )
+                (objective if scaler is None else scaler.scale(objective)).backward()
+            if piece.count:
+                self.loss_sum += loss.detach()
+                self.loss_count += piece.count
+
+    @contextlib.contextmanager
+    def _idle(self) -> Iterator[None]:
+        """Let this rank take part with a stand-in example that leaves no trace in the model's buffers."""
+        before = [buffer.clone() for buffer in self.own_buffers]
+        for module in self.idle_aware:
+            setattr(module, "idle", True)  # noqa: B010 - modules type their attributes as tensors
+        yield
+        for module in self.idle_aware:
+            setattr(module, "idle", False)  # noqa: B010
+        for buffer, value in zip(self.own_buffers, before, strict=True):
+            buffer.copy_(value)
+
+    def _step(self, scaler: Any) -> bool:
+        """Step the optimizer; return False when fp16 overflowed, which skips the step on all ranks."""
+        if scaler is None:
+            self.optimizer.step()
+            return True
+        before = scaler.get_scale()
+        scaler.step(self.optimizer)
+        scaler.update()
+        return bool(scaler.get_scale() >= before)
+
+    def _replicate(self) -> nn.Module:
+        """Collective over the group. Wrap the model in DDP, and let it settle before a client trains.
+
+        DDP orders its buckets anew after its first backward pass, and a sum over three ranks or more
+        can depend on that order: a resumed run would differ from one that was never stopped.
+        """
+        if self.world.ranks_per_client == 1 or self.world.group is None:
+            return self.flat.module
+        module = self.flat.module.eval()
+        images = torch.zeros(2, *self.feed.images.shape, device=self.world.device)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(module(images).sum(), trained, allow_unused=True)
+        replica = self.world.replicate(module, some_unused=any(grad is None for grad in grads))
+        for _ in range(2):
+            (replica(images).sum() * 0).backward()
+        return replica
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         no_sync = getattr(self.replica, "no_sync", None)
@@ -229,18 +262,31 @@ class Trainer:
         return float(loss_sum / max(count, 1))
 
 
-def _mixed_precision(local: Local, world: World) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _pieces(batch: Batch, pieces: int, rank: int, ranks: int) -> Iterator[Batch]:
+    """Yield this rank's part of every micro-batch; the micro-batches do not depend on the number of ranks.
+
+    A rank without an example in one gets the first of its batch as a stand-in, with a count of 0.
+    """
+    pieces = min(pieces, batch.total)
+    if pieces == 1:
+        yield batch
+        return
+    for piece in range(pieces):
+        first, end = (-((rank - batch.total * k // pieces) // ranks) for k in (piece, piece + 1))
+        own = slice(max(first, 0), max(end, 0)) if batch.count else slice(0)
+        count = max(end, 0) - max(first, 0) if batch.count else 0
+        own = own if count else slice(1)
+        yield Batch(batch.images[own], batch.targets[own], count, batch.total)
+
+
+def _mixed_precision(local: Local, device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Return a maker of autocast contexts and one of gradient scalers (of None in fp32 and bf16)."""
     if local.precision == "fp32":
         return contextlib.nullcontext, lambda: None
-    if local.precision == "fp16" and world.device.type != "cuda":
-        raise ValueError(
-            f"local.precision=fp16 needs a GPU, but the device is {world.device.type}; use bf16 or fp32"
-        )
-    from accelerate.accelerator import Accelerator
-
-    accelerator = Accelerator(mixed_precision=local.precision, cpu=world.device.type == "cpu")
+    kind = torch.bfloat16 if local.precision == "bf16" else torch.float16
+    autocast = partial(torch.autocast, device, dtype=kind)
     if local.precision == "bf16":
-        return accelerator.autocast, lambda: None
-    # A scaler per visit: its growth must not depend on what the group trained before.
-    return accelerator.autocast, lambda: torch.amp.GradScaler(world.device.type)
+        return autocast, lambda: None
+    # A scaler per visit, which must not depend on what the group trained before; it starts lower than
+    # torch's 2^16, at which a short visit would lose its first steps to overflow.
+    return autocast, lambda: torch.amp.GradScaler(device, init_scale=2.0**12)

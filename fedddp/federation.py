@@ -143,7 +143,7 @@ class Federation:
         split = run.data.partition.split(train.labels, run.data.clients, run.seed, train.ids)
         server = Server(flat.params.clone(), flat.buffers.clone(), flat.counters.clone(), len(split))
         run.algorithm.start(server)
-        feed = Feed(train, run.data, world.device)
+        feed = Feed(train, run.data, world.device, seed=run.seed)
         checkpoints = Checkpoints(folder / "checkpoints", run.checkpoint.keep, world)
         session = Session(
             run=run,
@@ -153,7 +153,7 @@ class Federation:
             trainer=Trainer(world, flat, run.task, feed, run.local, run.algorithm),
             states=ClientStates(world),
             train=feed,
-            test=None if test is None else Feed(test, run.data, world.device),
+            test=None if test is None else Feed(test, run.data, world.device, seed=run.seed),
             split=split,
             sizes=split.sizes - holdout_sizes(split.sizes, run.data.holdout),
             tracker=NullTracker(),

@@ -58,7 +58,7 @@ class Local:
     """Whether a client's optimizer starts anew at each visit or goes on from its last one."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of forward and backward; fp16 scales the loss and needs a GPU."""
+    """Arithmetic of forward and backward; fp16 also scales the loss, and leaves out a step that overflows."""
 
     accumulate: int = 1
     """Micro-batches a batch is computed in, to save memory, >= 1; the step is the same."""

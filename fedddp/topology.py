@@ -154,8 +154,11 @@ class World:
         """Return the world rank that leads `group`."""
         return int(self.dedicated) + group * self.ranks_per_client
 
-    def replicate(self, module: nn.Module) -> nn.Module:
-        """Collective over the group. Wrap `module` in DDP when R > 1; gradients stay in place."""
+    def replicate(self, module: nn.Module, *, some_unused: bool = False) -> nn.Module:
+        """Collective over the group. Wrap `module` in DDP when R > 1; gradients stay in place.
+
+        `some_unused` says that some trainable parameters get no gradient.
+        """
         if self.ranks_per_client == 1 or self._peers is None:
             return module
         with warnings.catch_warnings():
@@ -167,6 +170,7 @@ class World:
                 process_group=self._peers,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=False,
+                find_unused_parameters=some_unused,
             )
 
     def broadcast(self, *tensors: Tensor) -> None:

@@ -59,7 +59,7 @@ class _Part:
 class Feed:
     """The images of one set, as batches on this rank's device."""
 
-    def __init__(self, images: Images, data: Data, device: torch.device, *, seed: int = 0) -> None:
+    def __init__(self, images: Images, data: Data, device: torch.device, *, seed: int) -> None:
         """Put `images` on `device`, or get ready to stream them.
 
         Args:
@@ -85,24 +85,24 @@ class Feed:
     ) -> Iterator[Batch]:
         """Yield one pass over `indices`, batch by batch; no batches if there are none.
 
-        The last batch may be smaller; nothing is repeated or left out. Augmentation draws from
-        torch's global CPU generator, once per pass. Passes do not overlap: the
-        next one ends this one.
+        The last batch may be smaller; nothing is repeated or left out. Passes do not overlap:
+        the next one ends this one.
 
         Args:
             indices: (examples,) of the set.
             batch_size: examples of a batch over all ranks of the group, >= 1.
             client: whose they are, for `data.skew`.
-            order: shuffles the pass; None keeps the order of `indices`.
+            order: shuffles and augments the pass; None keeps the order of `indices`.
             share: (rank, ranks) of the group; rank r takes every ranks-th example of a batch from
                 its r-th on.
-            train: augment.
+            train: augment, which needs `order`.
         """
         if not len(indices):
             return
         examples = indices if order is None else order.permutation(indices)
-        augment = train and self.data.augment != "none"
-        draws = torch.rand(len(examples), 3) if augment else None
+        draws = None
+        if train and order is not None and self.data.augment != "none":
+            draws = torch.from_numpy(order.random((len(examples), 3), np.float32))
         skew = self.data.skew
         look = skew.look(client, self.seed) if skew is not None and client is not None else None
         parts = list(_parts(len(examples), batch_size, share))

@@ -1,0 +1,298 @@
+"""A visit is plain SGD, whatever the number of ranks that share it: checked against a ten-line loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedddp.algorithms import FedAvg
+from fedddp.client import Result, Trainer
+from fedddp.data.datasets import Data, Images
+from fedddp.data.feed import Feed
+from fedddp.method import Local, Server
+from fedddp.rng import stream
+from fedddp.testing import run_world
+from fedddp.topology import Topology, World, connect
+from fedddp.vector import FlatModel
+from fedddp.vision.norms import convert_norm
+from fedddp.vision.tasks import Classification
+
+SEED, CLIENT, ROUND = 7, 3, 2
+MEAN, STD = 0.4, 0.3
+
+
+def images() -> Images:
+    """Return 40 gray images of 6 x 6 in 4 classes."""
+    random = np.random.default_rng(0)
+    pixels = torch.from_numpy(random.integers(0, 256, (40, 1, 6, 6), dtype=np.uint8))
+    labels = random.integers(0, 4, 40)
+    return Images(labels, 4, (1, 6, 6), pixels, None, None, (MEAN,), (STD,))
+
+
+class Net(nn.Module):
+    """A convolution, batch norm if asked, two linear layers; optional oddities."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.norm: nn.Module = nn.BatchNorm2d(4) if "norm" in kind else nn.Identity()
+        self.hidden = nn.Linear(64, 8)
+        self.head = nn.Linear(8, 4)
+        if kind == "frozen":
+            self.conv.requires_grad_(False)
+        if kind == "tied":
+            self.again = nn.Linear(8, 8, bias=False)
+            self.more = nn.Linear(8, 8, bias=False)
+            self.more.weight = self.again.weight
+        if kind == "unused":
+            self.unused = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.hidden(self.norm(self.conv(x)).tanh().flatten(1)))
+        if hasattr(self, "again"):
+            x = self.more(torch.tanh(self.again(x)))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def net(kind: str) -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net(kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One visit: the client's examples, its training, its model."""
+
+    name: str
+    examples: int = 23  # batches of 8: the last has 7
+    local: Local = dataclasses.field(default_factory=lambda: Local(epochs=2, batch_size=8, lr=0.1))
+    kind: str = "plain"
+    smoothing: float = 0.0
+    visits: int = 1
+    tolerance: float = 1e-5
+
+
+def case(name: str, *, local: dict[str, Any] | None = None, **rest: Any) -> Case:
+    settings = {"epochs": 2, "batch_size": 8, "lr": 0.1, **(local or {})}
+    return Case(name, local=Local(**settings), **rest)
+
+
+CASES = [
+    case("sgd"),
+    case("momentum and weight decay", local={"momentum": 0.9, "weight_decay": 0.01}),
+    case("adam", local={"optimizer": "adam", "lr": 0.01, "weight_decay": 0.01}),
+    case("adamw", local={"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1}),
+    case("steps over epochs", local={"steps": 5}),
+    case("clipped", local={"clip_norm": 0.05}),
+    case("one full batch", local={"batch_size": 64, "epochs": 3}),
+    case("batches of one", local={"batch_size": 1, "epochs": 1}, examples=5),
+    case("one example", examples=1),
+    case("last batch of one", examples=17),
+    case("no example", examples=0),
+    case("micro-batches", local={"accumulate": 3}),
+    case("more micro-batches than examples", local={"accumulate": 9}, examples=10),
+    case("channels last", local={"channels_last": True}),
+    case("label smoothing", smoothing=0.1),
+    case("frozen", kind="frozen", local={"weight_decay": 0.01}),
+    case("tied", kind="tied"),
+    case("unused", kind="unused"),
+    case("synced norm", kind="synced norm"),
+    case("synced norm, last batch of two", kind="synced norm", examples=18),
+    case("optimizer kept", local={"momentum": 0.9, "optimizer_state": "keep"}, visits=2),
+    case("optimizer reset", local={"momentum": 0.9}, visits=2),
+    case("adam kept", local={"optimizer": "adam", "optimizer_state": "keep", "lr": 0.01}, visits=2),
+    case("bf16", local={"precision": "bf16"}, tolerance=0.02),
+    case("fp16", local={"precision": "fp16"}, tolerance=0.005),
+]
+
+
+def start_training(world: World, case: Case, *, data: Data | None = None) -> tuple[Trainer, Server]:
+    module: nn.Module = net(case.kind)
+    if case.kind == "synced norm":
+        convert_norm(module, "sync", world.group_sum)
+    if case.local.channels_last:
+        module = module.to(memory_format=torch.channels_last)
+    flat = FlatModel(module)
+    server = Server(flat.params.clone(), flat.buffers.clone(), flat.counters.clone(), 10)
+    feed = Feed(images(), data or Data(), world.device, seed=SEED)
+    task = Classification(label_smoothing=case.smoothing)
+    return Trainer(world, flat, task, feed, case.local, FedAvg()), server
+
+
+def visit(trainer: Trainer, server: Server, case: Case, state: dict[str, Tensor]) -> Result:
+    return trainer.visit(
+        server,
+        client=CLIENT,
+        round_index=ROUND,
+        indices=np.arange(case.examples, dtype=np.int64),
+        examples_in_cohort=case.examples * 2,
+        cohort_size=2,
+        lr=case.local.lr,
+        state=state,
+        seed=SEED,
+    )
+
+
+def ours(case: Case, world: World) -> dict[str, Any]:
+    """Return the state after the case's visits, each from where the last one ended."""
+    trainer, server = start_training(world, case)
+    state: dict[str, Tensor] = {}
+    result = None
+    for _ in range(case.visits):
+        result = visit(trainer, server, case, state)
+        server.params += result.contribution.vectors["update"]
+        server.buffers.copy_(result.buffers)
+        server.counters.copy_(result.counters)
+    assert result is not None
+    trainer.flat.params.copy_(server.params)
+    weights = {name: t.clone().contiguous() for name, t in trainer.flat.module.state_dict().items()}
+    loss = float(result.loss[0] / result.loss[1]) if case.examples else None
+    return {"weights": weights, "loss": loss, "steps": result.steps, "count": float(result.loss[1])}
+
+
+def all_cases(ranks: int) -> list[dict[str, Any]]:
+    world = connect(Topology(ranks_per_client=ranks, device="cpu"))
+    try:
+        return [ours(case, world) for case in CASES]
+    finally:
+        world.close()
+
+
+def plain_loop(case: Case) -> dict[str, Any]:
+    """The oracle: what anyone would write for one process."""
+    model, data, local = net(case.kind), images(), case.local
+    assert data.pixels is not None
+    x, y = (data.pixels.float() / 255 - MEAN) / STD, torch.from_numpy(data.labels)
+    kinds: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    options = {"lr": local.lr, "weight_decay": local.weight_decay}
+    if local.optimizer == "sgd":
+        options["momentum"] = local.momentum
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, steps, losses = None, 0, []
+    for _ in range(case.visits):
+        if optimizer is None or local.optimizer_state == "reset":
+            optimizer = kinds[local.optimizer](trained, **options)
+        steps, losses = 0, []
+        for epoch in range(local.epochs if local.steps is None else 99):
+            order = stream("batches", SEED, ROUND, CLIENT, epoch).permutation(np.arange(case.examples))
+            for batch in torch.from_numpy(order).split(local.batch_size) if case.examples else []:
+                if local.steps is not None and steps == local.steps:
+                    break
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x[batch]), y[batch], label_smoothing=case.smoothing)
+                loss.backward()
+                if local.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(trained, local.clip_norm)
+                optimizer.step()
+                steps += 1
+                losses.append((float(loss.detach()) * len(batch), len(batch)))
+    total, count = (sum(column) for column in zip(*losses, strict=True)) if losses else (0.0, 0)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {"weights": weights, "loss": total / count if count else None, "steps": steps, "count": count}
+
+
+@pytest.fixture(scope="module")
+def references() -> list[dict[str, Any]]:
+    return [plain_loop(case) for case in CASES]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_visit_on_any_number_of_ranks_is_plain_sgd(ranks: int, references: list[dict[str, Any]]) -> None:
+    for rank, results in enumerate(run_world(all_cases, ranks, size=ranks)):
+        for case, result, expected in zip(CASES, results, references, strict=True):
+            where = f"{case.name}, rank {rank} of {ranks}"
+            assert result["steps"] == expected["steps"], where
+            assert result["count"] == expected["count"], where
+            assert result["loss"] == pytest.approx(expected["loss"], abs=case.tolerance), where
+            for name, tensor in expected["weights"].items():
+                difference = (result["weights"][name].double() - tensor.double()).abs().max()
+                assert difference <= case.tolerance, (where, name, float(difference))
+
+
+def test_cases_tell_wrong_training_from_right(references: list[dict[str, Any]]) -> None:
+    """Each setting moves the weights by far more than the tolerance of the comparison."""
+    weights = {
+        case.name: torch.cat([t.flatten().double() for t in result["weights"].values()])
+        for case, result in zip(CASES, references, strict=True)
+        if case.kind == "plain"
+    }
+    for one, other in [
+        ("sgd", "momentum and weight decay"),
+        ("sgd", "clipped"),
+        ("sgd", "steps over epochs"),
+        ("sgd", "label smoothing"),
+        ("adam", "adamw"),
+        ("optimizer kept", "optimizer reset"),
+    ]:
+        assert (weights[one] - weights[other]).abs().max() > 1e-3, (one, other)
+
+
+# ---- statistics of batch norm that is not synchronised ----
+
+
+def norm_statistics(examples: int) -> tuple[Tensor, Tensor]:
+    world = connect(Topology(ranks_per_client=2, device="cpu"))
+    try:
+        norm = case("norm", kind="norm", examples=examples, local={"epochs": 1, "lr": 1e-9})
+        trainer, server = start_training(world, norm)
+        result = visit(trainer, server, norm, {})
+        return result.buffers.clone(), result.counters.clone()
+    finally:
+        world.close()
+
+
+@pytest.mark.parametrize("examples", [8, 7, 1])
+def test_norm_statistics_of_ranks_are_averaged_by_examples(examples: int) -> None:
+    order = stream("batches", SEED, ROUND, CLIENT, 0).permutation(np.arange(examples))
+    pixels = images().pixels
+    assert pixels is not None
+    shares = [order[rank::2] for rank in range(2)]
+    expected = torch.zeros(8)
+    for share in shares:
+        if len(share):
+            model = net("norm")
+            model((pixels[share].float() / 255 - MEAN) / STD)
+            assert isinstance(model.norm, nn.BatchNorm2d)
+            statistics = torch.cat([model.norm.running_mean, model.norm.running_var])  # type: ignore[list-item]
+            expected += statistics * len(share) / examples
+    for buffers, counters in run_world(norm_statistics, examples, size=2):
+        torch.testing.assert_close(buffers, expected)
+        assert counters.tolist() == [1]
+
+
+# ---- the same bits ----
+
+
+def bits_after(first: int, ranks: int) -> list[float]:
+    """Return the update of client 3 after `first` visits of others in this process."""
+    world = connect(Topology(ranks_per_client=ranks, device="cpu"))
+    try:
+        plain = case("sgd", local={"momentum": 0.5})
+        trainer, server = start_training(world, plain, data=Data(augment="crop-flip"))
+        for _ in range(first):
+            visit(trainer, server, dataclasses.replace(plain, examples=9), {})
+        update: Tensor = visit(trainer, server, plain, {}).contribution.vectors["update"]
+        return update.tolist()
+    finally:
+        world.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_bits_of_a_visit_do_not_depend_on_earlier_visits(ranks: int) -> None:
+    fresh, after = run_world(bits_after, 0, ranks, size=ranks), run_world(bits_after, 2, ranks, size=ranks)
+    assert fresh[0] == after[0]
+    assert all(update == fresh[0] for update in fresh)
+
+
+def test_augmentation_does_not_depend_on_the_number_of_ranks() -> None:
+    (alone,) = run_world(bits_after, 0, 1, size=1)
+    together, _ = run_world(bits_after, 0, 2, size=2)
+    assert together == pytest.approx(alone, abs=1e-5)
