@@ -76,9 +76,6 @@ class Trainer:
     ) -> Result:
         """Collective over the group. Train `client` from the server's model; `state` is changed in place."""
         world, flat = self.world, self.flat
-        flat.params.copy_(server.params)
-        flat.buffers.copy_(server.buffers)
-        flat.counters.copy_(server.counters)
         visit = Visit(
             client=client,
             round=round_index,
@@ -88,6 +85,7 @@ class Trainer:
             flat=flat,
             start=server.params,
             start_buffers=server.buffers,
+            start_counters=server.counters,
             sent=server.vectors,
             state=state,
             local=self.local,
@@ -97,6 +95,7 @@ class Trainer:
         )
         # Dropout draws from torch's global generator: make it the visit's own.
         torch.manual_seed(stream_seed("visit", seed, round_index, client, world.data_rank))
+        visit.restart()
         self.method.begin(visit)
         self.method.run(visit)
         contribution = self.method.finish(visit)

@@ -114,6 +114,11 @@ class Run:
                 f"evaluation.clients={self.evaluation.clients} needs held-out local data, but "
                 "data.holdout=0; set data.holdout, e.g. 0.1"
             )
+        if self.algorithm.mean_only and self.aggregation.clip_norm is not None:
+            raise ConfigError(
+                f"aggregation.clip_norm={self.aggregation.clip_norm:g} cannot be combined with "
+                f"{type(self.algorithm).__name__}, whose updates add up only unclipped; leave it out"
+            )
         try:
             self.algorithm.check(self.local)
         except ValueError as error:

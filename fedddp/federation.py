@@ -139,6 +139,7 @@ class Federation:
             train, test = self._load_images(run)
         module = self._build(world, run, train)
         flat = FlatModel(module)
+        run.algorithm.check_model(flat)
         world.broadcast(*(t.detach() for t in module.state_dict().values()))
         split = run.data.partition.split(train.labels, run.data.clients, run.seed, train.ids)
         server = Server(flat.params.clone(), flat.buffers.clone(), flat.counters.clone(), len(split))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedddp.vector import FlatModel
 
@@ -132,6 +132,8 @@ class Visit:
     """x, the dispatched parameters; (P,); read only."""
     start_buffers: Tensor
     """The dispatched float buffers; (B,); read only."""
+    start_counters: Tensor
+    """The dispatched integer buffers; (I,) int64; read only."""
     sent: Mapping[str, Tensor]
     """The server's vectors that the method sends along (`Method.sends`); read only."""
     state: dict[str, Tensor]
@@ -148,6 +150,8 @@ class Visit:
     """K_k, the optimizer steps of the group so far in this `train`."""
     lr_sum: float = 0.0
     """Sum of η over those steps."""
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+    """The method's own tensors during this visit, by name."""
 
     @property
     def params(self) -> Tensor:
@@ -163,6 +167,12 @@ class Visit:
     def update(self) -> Tensor:
         """Δ_k = w − x; a new (P,) tensor."""
         return self.flat.params - self.start
+
+    def restart(self) -> None:
+        """Put parameters and buffers back to what was dispatched, for methods that train twice."""
+        self.flat.params.copy_(self.start)
+        self.flat.buffers.copy_(self.start_buffers)
+        self.flat.counters.copy_(self.start_counters)
 
     def remembered(self, name: str) -> Tensor:
         """Return the client's vector `name` on the model's device; zeros (P,) before its first visit."""
@@ -228,9 +238,14 @@ class Method(ABC):
     """Whether clients keep state between visits."""
     asynchronous: ClassVar[bool] = False
     """Whether contributions are absorbed one by one as they arrive."""
+    mean_only: ClassVar[bool] = False
+    """Whether contributions mean something only as a plain mean: no robust rule, no clipped updates."""
 
     def check(self, local: Local) -> None:
         """Raise ValueError when the method cannot be combined with the run's local training."""
+
+    def check_model(self, flat: FlatModel) -> None:
+        """Raise ValueError when the method cannot train this model."""
 
     def lengths(self, size: int) -> dict[str, int]:
         """Return the length of each vector of a contribution, for a model of P = `size`."""
@@ -267,11 +282,3 @@ class Method(ABC):
 
     def personal(self, flat: FlatModel, state: Mapping[str, Tensor]) -> None:
         """Turn the global model in `flat` into the client's own for its local evaluation, in place."""
-
-
-def head(module: nn.Module) -> nn.Module:
-    """Return the last linear layer of `module`, its classifier."""
-    linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    if not linear:
-        raise ValueError("the model has no linear layer to serve as its head")
-    return linear[-1]

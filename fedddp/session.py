@@ -193,9 +193,9 @@ class Session:
         self.server.buffers.copy_(self.flat.buffers)
         self.server.counters.copy_(self.flat.counters)
         state = saved.tensors("state.safetensors") if saved.files("state.safetensors") else {}
-        for name, vector in self.server.vectors.items():
-            if f"server.{name}" in state:
-                vector.copy_(state[f"server.{name}"])
+        for name, tensor in state.items():
+            if name.startswith("server."):
+                self.server.vectors[name.removeprefix("server.")] = tensor.to(self.world.device)
         self.partial = {n: t for n, t in state.items() if not n.startswith("server.")}
         self.states.load(saved.files("clients-*.safetensors"))
         self.server.version = int(saved.facts["version"])
