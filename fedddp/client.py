@@ -23,8 +23,8 @@ from fedddp.vision.tasks import Task
 OPTIMIZER_STATE = "optimizer."
 
 
-class DivergedError(ValueError):
-    """A client's training loss is NaN or infinite."""
+class NoMemoryError(ValueError):
+    """A client's batch does not fit into memory: one line that says what to set."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,36 @@ class Trainer:
         )
         # Dropout draws from torch's global generator: make it the visit's own.
         torch.manual_seed(stream_seed("visit", seed, round_index, client, world.data_rank))
-        visit.restart()
-        self.method.begin(visit)
-        self.method.run(visit)
-        contribution = self.method.finish(visit)
+        with self._telling(visit):
+            visit.restart()
+            self.method.begin(visit)
+            self.method.run(visit)
+            contribution = self.method.finish(visit)
         count = torch.full_like(self.loss_sum, self.loss_count)
         loss = world.group_sum(torch.cat([self.loss_sum, count])).cpu()
-        if not torch.isfinite(loss[0]):
-            raise DivergedError(
-                f"client {client}: its training loss became {float(loss[0])} in round {round_index + 1}; "
-                f"lower local.lr={self.local.lr:g} or set local.clip_norm"
-            )
         return Result(contribution, flat.buffers, flat.counters, loss, visit.steps)
+
+    @contextlib.contextmanager
+    def _telling(self, visit: Visit) -> Iterator[None]:
+        """Name the client in any error of the block; running out of memory becomes one line."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise NoMemoryError(self._advise(visit)) from error
+            error.add_note(f"while training client {visit.client} in round {visit.round + 1}")
+            raise
+
+    def _advise(self, visit: Visit) -> str:
+        local, ranks = self.local, self.world.ranks_per_client
+        device = "GPU" if self.world.device.type == "cuda" else "CPU"
+        more = "" if local.precision != "fp32" else ", choose local.precision=bf16"
+        return (
+            f"client {visit.client}: out of {device} memory in round {visit.round + 1} with "
+            f"local.batch_size={local.batch_size} over {ranks} rank{'s'[: ranks > 1]} and local.accumulate="
+            f"{local.accumulate}; raise local.accumulate (the result stays the same){more}, raise "
+            "topology.ranks_per_client, or lower local.batch_size"
+        )
 
     def _train(
         self,

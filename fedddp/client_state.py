@@ -39,7 +39,7 @@ class ClientStates:
     def _move(self, client: int, home: int, group: int) -> None:
         source, target = self.world.leader(home), self.world.leader(group)
         if self.world.rank == source:
-            packed = _pack(self.kept.pop(client, {}))
+            packed = _pack(self.kept.pop(client, {}))  # none, if its update was never valid
             self.world.send(torch.tensor([packed.numel()]), target)
             self.world.send(packed, target)
         elif self.world.rank == target:

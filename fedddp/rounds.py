@@ -12,6 +12,9 @@ from fedddp.cohort import assign
 from fedddp.evaluation import Metrics
 from fedddp.session import Indices, Session, Stopped
 
+DONE, INVALID = 1.0, 2.0
+"""How a visit ended: with a valid update, or with one that `aggregation.on_invalid_update` dealt with."""
+
 
 @dataclass
 class Round:
@@ -20,7 +23,7 @@ class Round:
     cohort: Indices
     sums: Accumulator
     visits: Tensor
-    """What each visit came to: [done, loss sum, loss count, steps]; float64, shape (m, 4)."""
+    """What each visit came to: [DONE or INVALID, loss sum, loss count, steps]; float64, shape (m, 4)."""
 
 
 def run_rounds(s: Session) -> None:
@@ -70,6 +73,7 @@ def one_round(s: Session) -> Round:
             server.buffers.copy_(total.vectors.get("buffers", server.buffers))
             server.counters.copy_(current.sums.counters)
     server.version += 1
+    name_invalid(s, current)
     return current
 
 
@@ -112,13 +116,28 @@ def train(s: Session, current: Round, plan: list[list[int]]) -> None:
             state=state,
             seed=s.run.seed,
         )
-        s.states.keep(client, state)
         if s.world.leads_group:
-            weight = int(s.sizes[client]) / max(examples, 1)
-            current.sums.add(client, result.contribution, result.buffers, weight, result.counters)
-            facts = [1.0, *result.loss.tolist(), float(result.steps)]
+            weight, loss = int(s.sizes[client]) / max(examples, 1), result.loss.tolist()
+            valid = current.sums.add(
+                client, result.contribution, result.buffers, weight, result.counters, loss[0]
+            )
+            facts = [DONE, *loss, result.steps] if valid else [INVALID, 0.0, 0.0, result.steps]
             current.visits[row[client]] = torch.tensor(facts, dtype=torch.float64)
+            if valid:
+                s.states.keep(client, state)
         s.tracker.visit_done(s.world.groups)
+
+
+def name_invalid(s: Session, current: Round) -> None:
+    """Say, once a round, whose updates were not added as they came."""
+    invalid = current.cohort[(current.visits[:, 0] == INVALID).numpy()]
+    if s.world.is_coordinator and len(invalid):
+        done = {"skip": "left out", "clip": "cut"}[s.run.aggregation.on_invalid_update]
+        print(
+            f"warning: round {s.rounds_done + 1}: NaN, infinity or overflow in the update of client "
+            f"{', '.join(map(str, invalid))}; {done}",
+            flush=True,
+        )
 
 
 def summarise(s: Session, current: Round) -> Metrics:

@@ -53,11 +53,59 @@ class Mean:
         """
         return Accumulator(self, lengths, clients, like, counters)
 
-    def clip(self, update: Tensor) -> Tensor:
-        """Return `update` scaled to at most `clip_norm`."""
-        if self.clip_norm is None:
-            return update
-        return update * torch.clamp(self.clip_norm / norm(update), max=1.0)
+    def admit(
+        self,
+        client: int,
+        contribution: Contribution,
+        buffers: Tensor,
+        *,
+        example_weight: float = 1.0,
+        loss: float = 0.0,
+        limit: float = math.inf,
+    ) -> Admitted:
+        """Return what of one client's contribution, and of its buffers, goes into the sums.
+
+        Args:
+            client: whose it is.
+            contribution: what it sends.
+            buffers: its float buffers; (B,).
+            example_weight: what `buffers` will be multiplied by.
+            loss: its training loss, which must be finite too.
+            limit: largest weighted value that can be summed.
+
+        Raises:
+            InvalidUpdateError: NaN, infinity or overflow, and the rule is to stop.
+        """
+        vectors, clipped = {**contribution.vectors, "buffers": buffers}, False
+        if self.clip_norm is not None:
+            length = float(norm(vectors["update"]))
+            clipped = self.clip_norm < length < math.inf
+            if clipped:
+                vectors["update"] = vectors["update"] * (self.clip_norm / length)
+        weights = dict.fromkeys(vectors, contribution.weight) | {"buffers": example_weight}
+        largest = _largest(vectors, weights)
+        valid = largest < limit and math.isfinite(loss)
+        if not valid and self.on_invalid_update == "stop":
+            raise InvalidUpdateError(_describe(client, largest, limit, loss))
+        if not valid and self.on_invalid_update == "skip":
+            return Admitted(None, valid=False, clipped=False)
+        if not valid:
+            for name, vector in vectors.items():
+                bound = min(limit, torch.finfo(vector.dtype).max) / 2 / max(weights[name], 1e-12)
+                vectors[name] = torch.nan_to_num(vector, 0.0, 0.0, 0.0).clamp(-bound, bound)
+        return Admitted(vectors, valid=valid, clipped=clipped)
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A contribution as the rule lets it into the sums."""
+
+    vectors: dict[str, Tensor] | None
+    """The vectors to add, with "buffers" among them; None when the client is left out."""
+    valid: bool
+    """Whether all that the client sent was finite and could be summed."""
+    clipped: bool
+    """Whether its update was longer than `clip_norm`."""
 
 
 class Accumulator:
@@ -70,8 +118,8 @@ class Accumulator:
         self.rule = rule
         self.like = like
         self.exact = rule.sums == "exact"
-        # A single weighted value below the limit cannot make the sum over the cohort overflow.
-        self.limit = 2.0 ** (62 - FRACTION_BITS) / max(1, clients)
+        # Weighted values below the limit cannot make the sum over the cohort overflow.
+        self.limit = (2.0 ** (62 - FRACTION_BITS) if self.exact else 2.0**126) / max(1, clients)
         dtype = torch.int64 if self.exact else torch.float32
         self.sums = {
             name: torch.zeros(length, dtype=dtype, device=like.device)
@@ -89,45 +137,28 @@ class Accumulator:
         buffers: Tensor,
         example_weight: float,
         counters: Tensor,
-    ) -> None:
-        """Add one client's contribution, and its buffers by example weight.
+        loss: float = 0.0,
+    ) -> bool:
+        """Add one client's contribution, and its buffers by example weight; see `Mean.admit`.
+
+        Returns:
+            Whether it was valid; else nothing that the client learned is to be trusted.
 
         Raises:
             InvalidUpdateError: NaN, infinity or overflow, and the rule is to stop.
         """
-        vectors = self._admit(client, contribution)
-        if vectors is None:
-            return
-        for name, vector in vectors.items():
-            self._add(name, vector, contribution.weight)
-        self._add("buffers", buffers, example_weight)
-        self.weights += torch.tensor([_fixed(contribution.weight), _fixed(example_weight)])
-        self.counts[0] += 1
-        torch.maximum(self.counters, counters, out=self.counters)
-
-    def _admit(self, client: int, contribution: Contribution) -> dict[str, Tensor] | None:
-        """Return the contribution's vectors, clipped and checked; None when the client is left out."""
-        vectors = dict(contribution.vectors)
-        largest = self._largest(vectors, contribution.weight)
-        if not largest < self.limit:
-            self.counts[1] += 1
-            if self.rule.on_invalid_update == "stop":
-                raise InvalidUpdateError(_describe(client, largest, self.limit))
-            if self.rule.on_invalid_update == "skip":
-                return None
-            bound = self.limit / 2 / max(contribution.weight, 1e-12)
-            vectors = {
-                name: torch.nan_to_num(vector, 0.0, 0.0, 0.0).clamp(-bound, bound)
-                for name, vector in vectors.items()
-            }
-        if self.rule.clip_norm is not None:
-            self.counts[2] += int(norm(vectors["update"]) > self.rule.clip_norm)
-            vectors["update"] = self.rule.clip(vectors["update"])
-        return vectors
-
-    def _largest(self, vectors: Mapping[str, Tensor], weight: float) -> float:
-        largest = [vector.abs().amax().double() for vector in vectors.values() if vector.numel()]
-        return float(torch.stack(largest).amax()) * max(weight, 1e-300) if largest else 0.0
+        admitted = self.rule.admit(
+            client, contribution, buffers, example_weight=example_weight, loss=loss, limit=self.limit
+        )
+        self.counts[1] += int(not admitted.valid)
+        self.counts[2] += int(admitted.clipped)
+        if admitted.vectors is not None:
+            for name, vector in admitted.vectors.items():
+                self._add(name, vector, example_weight if name == "buffers" else contribution.weight)
+            self.weights += torch.tensor([_fixed(contribution.weight), _fixed(example_weight)])
+            self.counts[0] += 1
+            torch.maximum(self.counters, counters, out=self.counters)
+        return admitted.valid
 
     def _add(self, name: str, vector: Tensor, weight: float) -> None:
         if not vector.numel():
@@ -169,10 +200,24 @@ def _fixed(value: float) -> int:
     return round(value * 2.0**FRACTION_BITS)
 
 
-def _describe(client: int, largest: float, limit: float) -> str:
-    finite = math.isfinite(largest)
-    what = f"reaches {largest:.3g}, beyond {limit:.3g}" if finite else "has NaN or infinite values"
+def _largest(vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> float:
+    """Return the largest weighted magnitude; NaN or infinity if a value is."""
+    largest = [
+        vector.abs().amax().double() * max(weights[name], 1e-300)
+        for name, vector in vectors.items()
+        if vector.numel()
+    ]
+    return float(torch.stack(largest).amax()) if largest else 0.0
+
+
+def _describe(client: int, largest: float, limit: float, loss: float) -> str:
+    if not math.isfinite(loss):
+        what = f"training loss became {loss}"
+    elif not math.isfinite(largest):
+        what = "update has NaN or infinite values"
+    else:
+        what = f"update reaches {largest:.3g}, beyond {limit:.3g}"
     return (
-        f"client {client}: its update {what}; lower local.lr, set local.clip_norm, or choose "
+        f"client {client}: its {what}; lower local.lr, set local.clip_norm, or choose "
         "aggregation.on_invalid_update=skip"
     )
