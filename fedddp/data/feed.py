@@ -221,7 +221,7 @@ class _Stream:
 
     def read(self, examples: Indices, batch_size: int) -> Iterator[Tensor]:
         """Yield the pixels of this rank's part of every batch."""
-        self._plan.examples, self._plan.batch_size = examples, batch_size
+        self._plan.examples, self._plan.size = examples, batch_size
         for pixels in self._loader:
             if isinstance(pixels, str):
                 raise ValueError(pixels)
@@ -233,16 +233,17 @@ class _Plan:
 
     Accelerate's sharding deals whole batches, rank after rank, and where batches do not come out
     even, as parts of a last batch, it repeats or leaves out examples. What it deals here are the
-    parts, one for every rank, so nothing is added and nothing is missing.
+    parts, one for every rank, so nothing is added and nothing is missing. (No attribute is named
+    `batch_size`: accelerate holds back the batches that are not of that size.)
     """
 
     def __init__(self, ranks: int) -> None:
-        self.ranks, self.batch_size = ranks, 1
+        self.ranks, self.size = ranks, 1
         self.examples: Indices = np.empty(0, dtype=np.int64)
 
     def __iter__(self) -> Iterator[list[int]]:
         examples, ranks = len(self.examples), range(self.ranks)
-        by_rank = [_parts(examples, self.batch_size, (rank, self.ranks)) for rank in ranks]
+        by_rank = [_parts(examples, self.size, (rank, self.ranks)) for rank in ranks]
         for parts in zip(*by_rank, strict=True):
             for part in parts:
                 yield self.examples[part.rows].tolist()
