@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +21,9 @@ from torch import Tensor, nn
 from fedddp.topology import World
 
 FACTS = "state.json"
+
+NAME = re.compile(r"[a-z]+(-\d+)+")
+"""What a checkpoint is called: a word, and numbers by which it is older or newer than another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +50,12 @@ class Saved:
     facts: dict[str, Any]
 
     def tensors(self, file: str) -> dict[str, Tensor]:
-        """Return the tensors of `file`, on the CPU."""
-        return safetensors.torch.load_file(self.folder / file)
+        """Return the tensors of `file`, on the CPU; none if the checkpoint has no such file."""
+        return safetensors.torch.load_file(self.folder / file) if file in self.facts["files"] else {}
 
     def files(self, pattern: str) -> list[Path]:
-        """Return the checkpoint's files that match `pattern`."""
-        return sorted(self.folder.glob(pattern))
+        """Return the checkpoint's own files that match `pattern`."""
+        return [self.folder / name for name in sorted(fnmatch.filter(self.facts["files"], pattern))]
 
 
 class Checkpoints:
@@ -64,46 +70,45 @@ class Checkpoints:
         model: nn.Module,
         tensors: Mapping[str, Tensor],
         facts: Mapping[str, Any],
-        write_shard: Callable[[Path], None],
+        write_shard: Callable[[Path], Iterable[Path]],
     ) -> None:
-        """Collective. Save under `name`; names sort by age. Either whole, or as if never called.
+        """Collective. Save under `name`, e.g. "round-00010"; either whole, or as if never called.
 
-        The coordinator writes `model`, `tensors` and `facts`; each rank adds its part of the
-        clients' state with `write_shard(folder)`.
+        Numbers in a name sort by age. A whole checkpoint of that name is left alone: it is of the
+        same point of the same run. The coordinator writes `model`, `tensors` and `facts`; each rank
+        adds its part of the clients' state with `write_shard(folder)`, which returns its files.
 
         Raises:
             OSError: a rank could not write; the earlier checkpoints are untouched.
         """
         aside, final = self.folder / f".{name}.part", self.folder / name
         if self.world.is_coordinator:
-            shutil.rmtree(aside, ignore_errors=True)
+            self._clean()
         self.world.barrier()
+        files: dict[str, str] = {}
 
         def write_part() -> None:
             aside.mkdir(parents=True, exist_ok=True)
-            write_shard(aside)
+            files.update({path.name: _digest(path, sync=True) for path in write_shard(aside)})
 
-        problem = self._first(self._attempt(write_part))
-        if problem is None and self.world.is_coordinator:
-            problem = self._attempt(lambda: self._finish(aside, final, model, tensors, facts))
-        problem = self._first(problem)
+        # Ranks tell what they wrote: a network file system may show it to the coordinator too late.
+        told = self.world.gather((_attempt(write_part), files))
+        problem = next((problem for problem, _ in told if problem is not None), None)
+        if problem is None:
+            if self.world.is_coordinator:
+                facts = {
+                    **facts,
+                    "files": {name: digest for _, part in told for name, digest in part.items()},
+                }
+                problem = _attempt(lambda: self._finish(aside, final, model, tensors, facts))
+            problem = self.world.gather(problem)[0]
         if problem is not None:
             if self.world.is_coordinator:
-                shutil.rmtree(aside, ignore_errors=True)
+                self._clean()
             raise OSError(
                 f"cannot write checkpoint {final}: {problem}; make room or choose another --output, "
                 "then start again with --resume auto (the last checkpoint is whole)"
             )
-
-    def _attempt(self, write: Callable[[], object]) -> str | None:
-        try:
-            write()
-        except (OSError, safetensors.SafetensorError) as error:
-            return str(getattr(error, "strerror", None) or error)
-        return None
-
-    def _first(self, problem: str | None) -> str | None:
-        return next((p for p in self.world.gather(problem) if p is not None), None)
 
     def _finish(
         self,
@@ -116,35 +121,69 @@ class Checkpoints:
         save_model(model, aside / "model.safetensors")
         if tensors:
             save_tensors(tensors, aside / "state.safetensors")
-        files = {path.name: _digest(path) for path in sorted(aside.iterdir())}
-        with (aside / FACTS).open("w") as out:
-            json.dump({**facts, "files": files}, out, indent=1)
-            out.flush()
-            os.fsync(out.fileno())
-        shutil.rmtree(final, ignore_errors=True)
+        for name in ("model.safetensors", *(["state.safetensors"] if tensors else [])):
+            facts["files"][name] = _digest(aside / name)
+        plain = json.loads(json.dumps(facts))  # as they will be read, all keys being strings
+        write_text(aside / FACTS, json.dumps({"digest": _digest_facts(plain), "facts": plain}, indent=1))
+        _sync(aside)
+        if final.exists() and not isinstance(_whole(final), str):
+            self._clean()
+            return
+        self._set_aside(final)
         aside.rename(final)
         _sync(self.folder)
         for old in self._names()[: -self.keep]:
-            shutil.rmtree(self.folder / old, ignore_errors=True)
+            (self.folder / old).rename(self.folder / f".{old}.part")
+        self._clean()
+
+    def _clean(self) -> None:
+        """Delete what a killed run left half written or half deleted."""
+        for part in self.folder.glob(".*.part"):
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _set_aside(self, damaged: Path) -> Path | None:
+        """Rename a `damaged` checkpoint, if there is one, so that it is never looked at again."""
+        if not damaged.exists():
+            return None
+        numbers = (damaged.with_name(f".damaged-{n}-{damaged.name}") for n in itertools.count(1))
+        target = next(path for path in numbers if not path.exists())
+        damaged.rename(target)
+        return target
 
     def _names(self) -> list[str]:
+        """Return the names of the checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
+        names = [path.name for path in self.folder.iterdir()]
+        ages = {name: [int(n) for n in re.findall(r"\d+", name)] for name in names if NAME.fullmatch(name)}
+        return sorted(ages, key=lambda name: ages[name])
 
     def open(self, name: str, facts: dict[str, Any]) -> Saved:
         """Return the checkpoint `name`, that another rank found whole."""
         return Saved(self.folder / name, facts)
 
     def newest(self) -> tuple[Saved | None, list[str]]:
-        """Return the newest whole checkpoint, and one line for each damaged one passed over."""
+        """Return the newest whole checkpoint, and one line for each damaged one, which is set aside."""
         damaged: list[str] = []
         for name in reversed(self._names()):
+            facts = _whole(self.folder / name)
+            if not isinstance(facts, str):
+                return Saved(self.folder / name, facts), damaged
             try:
-                return Saved(self.folder / name, _verified(self.folder / name)), damaged
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                damaged.append(f"checkpoint {self.folder / name} is damaged ({error}); passed over")
+                target = self._set_aside(self.folder / name)
+                what = f"set aside as {target.name if target else name}"
+            except OSError:
+                what = "passed over"
+            damaged.append(f"checkpoint {self.folder / name} is damaged ({facts}); {what}")
         return None, damaged
+
+
+def _attempt(write: Callable[[], object]) -> str | None:
+    try:
+        write()
+    except (OSError, safetensors.SafetensorError) as error:
+        return str(getattr(error, "strerror", None) or error)
+    return None
 
 
 def save_model(model: nn.Module, path: Path) -> None:
@@ -191,16 +230,40 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             state[name].copy_(tensor)
 
 
-def _verified(folder: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
-    for file, digest in facts["files"].items():
-        if _digest(folder / file) != digest:
-            raise ValueError(f"{file} is not what was written")
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, atomically: a kill leaves the file as it was or as it shall be."""
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    aside.replace(path)
+
+
+def _whole(folder: Path) -> dict[str, Any] | str:
+    """Return the facts of the checkpoint in `folder`, or what is wrong with it; reads all its bytes."""
+    try:
+        written = json.loads((folder / FACTS).read_bytes())
+        facts: dict[str, Any] = written["facts"]
+        if written["digest"] != _digest_facts(facts):
+            return f"{FACTS} is not what was written"
+        for file, digest in facts["files"].items():
+            if _digest(folder / file) != digest:
+                return f"{file} is not what was written"
+    except OSError as error:
+        return f"{Path(error.filename or FACTS).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{FACTS} is not what was written"
     return facts
 
 
-def _digest(path: Path) -> str:
-    _sync(path)
+def _digest_facts(facts: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _digest(path: Path, *, sync: bool = False) -> str:
+    if sync:
+        _sync(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

@@ -74,11 +74,14 @@ class ClientStates:
         for group, clients in enumerate(plan):
             self.homes.update({client: group for client in clients if client in done})
 
-    def save(self, folder: Path) -> None:
-        """Write the states this rank keeps to `folder`, one file a group; nothing if there are none."""
-        if self.kept:
-            flat = {f"{client}.{n}": t for client, s in self.kept.items() for n, t in s.items()}
-            safetensors.torch.save_file(flat, folder / f"clients-{self.world.group:05d}.safetensors")
+    def save(self, folder: Path) -> list[Path]:
+        """Write the states this rank keeps to `folder`, one file a group; return it, if there are any."""
+        if not self.kept:
+            return []
+        flat = {f"{client}.{n}": t for client, s in self.kept.items() for n, t in s.items()}
+        path = folder / f"clients-{self.world.group:05d}.safetensors"
+        safetensors.torch.save_file(flat, path)
+        return [path]
 
     def load(self, files: Iterable[Path]) -> None:
         """Take back states saved with any number of groups; client k goes to group k mod G."""

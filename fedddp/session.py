@@ -192,7 +192,7 @@ class Session:
         self.server.params.copy_(self.flat.params)
         self.server.buffers.copy_(self.flat.buffers)
         self.server.counters.copy_(self.flat.counters)
-        state = saved.tensors("state.safetensors") if saved.files("state.safetensors") else {}
+        state = saved.tensors("state.safetensors")
         for name, tensor in state.items():
             if name.startswith("server."):
                 self.server.vectors[name.removeprefix("server.")] = tensor.to(self.world.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedddp.checkpoint import Checkpoints, load_into, save_model
+from fedddp.testing import run_world
 from fedddp.topology import Topology, connect
 from fedddp.vector import FlatModel
 
@@ -39,7 +42,7 @@ def save(checkpoints: Checkpoints, name: str, value: float) -> None:
     model = nn.Linear(2, 2)
     nn.init.constant_(model.weight, value)
     state = {"server.v": torch.full((3,), value)}
-    checkpoints.save(name, model, state, {"round": int(value)}, lambda folder: None)
+    checkpoints.save(name, model, state, {"round": int(value)}, lambda folder: [])
 
 
 def test_the_newest_is_found_and_old_ones_go(checkpoints: Checkpoints) -> None:
@@ -80,11 +83,66 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
         data[len(data) // 2] ^= 0x5A
         path.write_bytes(data[: len(data) // 2] if damage == "cut" else data)
     found, damaged = checkpoints.newest()
-    # A flipped bit in state.json may still be JSON with the same meaning only if it hit a space.
     assert found is not None
     assert found.folder.name == "round-00001"
     assert len(damaged) == 1
     assert "round-00002 is damaged" in damaged[0]
+    assert "set aside as .damaged-1-round-00002" in damaged[0]
+    # The name is free again: the run that goes on from round 1 gets there once more.
+    save(checkpoints, "round-00002", 2)
+    again, damaged = checkpoints.newest()
+    assert again is not None
+    assert (again.folder.name, damaged) == ("round-00002", [])
+
+
+def test_age_is_a_number_and_strangers_are_no_checkpoints(checkpoints: Checkpoints) -> None:
+    for number in (99999, 100000):
+        save(checkpoints, f"round-{number:05d}", number)
+    for stranger in ("round-100000 (copy)", "notes", "zzz"):
+        (checkpoints.folder / stranger).mkdir()
+    (checkpoints.folder / "round-200000").write_text("a file of that name is damaged, not whole")
+    found, damaged = checkpoints.newest()
+    assert found is not None
+    assert found.folder.name == "round-100000"
+    assert len(damaged) == 1
+    assert "round-200000" in damaged[0]
+
+
+def test_only_files_that_were_written_are_read(checkpoints: Checkpoints) -> None:
+    save(checkpoints, "round-00001", 1)
+    (checkpoints.folder / "round-00001" / "clients-00009.safetensors").write_bytes(b"of another run")
+    found, damaged = checkpoints.newest()
+    assert found is not None
+    assert not damaged
+    assert found.files("clients-*.safetensors") == []
+    assert found.tensors("clients-00009.safetensors") == {}
+
+
+def test_saving_again_leaves_a_whole_checkpoint_alone_and_replaces_a_damaged_one(
+    checkpoints: Checkpoints,
+) -> None:
+    save(checkpoints, "round-00001", 1)
+    path = checkpoints.folder / "round-00001" / "model.safetensors"
+    before = path.stat().st_ino
+    save(checkpoints, "round-00001", 1)
+    assert path.stat().st_ino == before
+    path.write_bytes(path.read_bytes()[:-1])
+    save(checkpoints, "round-00001", 1)
+    found, damaged = checkpoints.newest()
+    assert found is not None
+    assert not damaged
+
+
+def test_what_a_kill_left_behind_is_cleaned_up(checkpoints: Checkpoints) -> None:
+    for leftover in (".round-00007.part", ".round-00001.part"):
+        (checkpoints.folder / leftover).mkdir(parents=True)
+        (checkpoints.folder / leftover / "clients-00003.safetensors").write_bytes(b"half")
+    assert checkpoints.newest() == (None, [])
+    save(checkpoints, "round-00001", 1)
+    assert [p.name for p in checkpoints.folder.iterdir()] == ["round-00001"]
+    found, _ = checkpoints.newest()
+    assert found is not None
+    assert found.files("clients-*") == []
 
 
 def test_nothing_whole_is_nothing_found(checkpoints: Checkpoints) -> None:
@@ -97,7 +155,7 @@ def test_nothing_whole_is_nothing_found(checkpoints: Checkpoints) -> None:
 def test_a_failed_save_leaves_the_earlier_one(checkpoints: Checkpoints) -> None:
     save(checkpoints, "round-00001", 1)
 
-    def full(_: Path) -> None:
+    def full(_: Path) -> list[Path]:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match=r"round-00002: No space left on device; make room"):
@@ -107,6 +165,37 @@ def test_a_failed_save_leaves_the_earlier_one(checkpoints: Checkpoints) -> None:
     assert found.folder.name == "round-00001"
     assert not damaged
     assert [p.name for p in checkpoints.folder.iterdir()] == ["round-00001"]
+
+
+def _save_in_a_world(folder: Path, full: int | str | None) -> str:
+    world = connect(Topology())
+    if full == "coordinator's model" and world.rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    def shard(part: Path) -> list[Path]:
+        if world.rank == full:
+            raise OSError(28, "No space left on device")
+        path = part / f"clients-{world.rank:05d}.safetensors"
+        safetensors.torch.save_file({"a": torch.full((1,), float(world.rank))}, path)
+        return [path]
+
+    try:
+        Checkpoints(folder, 2, world).save("round-00001", nn.Linear(100, 100), {}, {}, shard)
+    except OSError as error:
+        return str(error)
+    return "saved"
+
+
+@pytest.mark.parametrize("full", [None, 0, 1, "coordinator's model"])
+def test_all_ranks_write_or_all_learn_that_one_could_not(tmp_path: Path, full: int | str | None) -> None:
+    told = run_world(_save_in_a_world, tmp_path / "checkpoints", full, size=2)
+    if full is None:
+        assert told == ["saved"] * 2
+        assert len(list((tmp_path / "checkpoints" / "round-00001").glob("clients-*"))) == 2
+    else:
+        assert told[0] == told[1]
+        assert re.match(r"cannot write checkpoint .*(No space left|File too large).*; make room", told[0])
+        assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_the_model_file_loads_into_the_plain_module(tmp_path: Path) -> None:
