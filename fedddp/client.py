@@ -93,8 +93,7 @@ class Trainer:
             train=lambda correct: self._train(visit, indices, correct, seed),
             mean_loss=lambda: self._mean_loss(indices, client),
         )
-        # Dropout draws from torch's global generator: make it the visit's own.
-        torch.manual_seed(stream_seed("visit", seed, round_index, client, world.data_rank))
+        self._seed_dropout(stream_seed("visit", seed, round_index, client, world.data_rank))
         with self._telling(visit):
             visit.restart()
             self.method.begin(visit)
@@ -153,6 +152,15 @@ class Trainer:
                 visit.lr_sum += visit.lr
         self._merge_buffers(self.loss_count)
         self._save_optimizer(visit)
+
+    def _seed_dropout(self, seed: int) -> None:
+        """Make torch's global generators, which dropout draws from, the visit's own.
+
+        Not by `torch.manual_seed`: without a GPU it keeps a stack trace of every call, for good.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.world.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _batches(self, visit: Visit, indices: NDArray[np.int64], seed: int) -> Iterator[Batch]:
         """Yield this rank's share of every batch of the visit; the batches do not depend on R."""

@@ -68,6 +68,8 @@ class Session:
 
     def _shares(self, client: int) -> tuple[Indices, Indices]:
         data = self.run.data
+        if not data.holdout:
+            return self.split.indices(client), np.empty(0, dtype=np.int64)
         return holdout(self.split.indices(client), data.holdout, client, self.run.seed)
 
     @contextmanager
