@@ -202,7 +202,14 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write `tensors` to `path`, atomically."""
     aside = path.with_name(f".{path.name}.part")
     copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    safetensors.torch.save_file(copies, aside)
+    try:
+        safetensors.torch.save_file(copies, aside)
+    except safetensors.SafetensorError as error:
+        aside.unlink(missing_ok=True)
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     _sync(aside)
     aside.replace(path)
 

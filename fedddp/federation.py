@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import fcntl
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,27 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from torch.utils.data import Dataset
 
-from fedddp.checkpoint import Checkpoints, save_model
+from fedddp.checkpoint import Checkpoints, save_model, write_text
 from fedddp.client import Trainer
 from fedddp.client_state import ClientStates
-from fedddp.config import ConfigError, Run, to_dict, to_yaml
+from fedddp.config import ConfigError, Run, to_dict
 from fedddp.data.datasets import Images, from_dataset, load
 from fedddp.data.feed import Feed
 from fedddp.data.partition import holdout_sizes
 from fedddp.evaluation import Metrics
+from fedddp.folder import run_folder
 from fedddp.method import Server
 from fedddp.rounds import run_rounds
 from fedddp.session import Session, Stopped
-from fedddp.topology import Launch, World, connect, stop_on_signals
+from fedddp.topology import World, connect, stop_on_signals
 from fedddp.tracking import NullTracker, Tracker
 from fedddp.vector import FlatModel
 
-MAY_CHANGE = ("rounds", "topology", "evaluation", "checkpoint", "track", "output", "name", "resume")
-"""Settings that a resumed run may change; the others would make it another run."""
+WANDB_RUN = ".wandb-run"
+"""File of the run directory with the id of its wandb run."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,8 @@ class Federation:
             ValueError: what the user gave cannot run.
             AnotherRankFailedError: the error is another rank's, which reports it.
         """
-        world = connect(self.config.topology)
+        with _refusing():
+            world = connect(self.config.topology)
         try:
             with torch.random.fork_rng(devices=[]), stop_on_signals(world):
                 return self._run(world)
@@ -111,17 +110,19 @@ class Federation:
             world.close()
 
     def _run(self, world: World) -> Outcome:
-        with _run_folder(self.config, self.default_name, world) as (folder, config):
-            session = self._session(world, folder, config)
-            failed = True
+        with run_folder(self.config, self.default_name, world) as (folder, config):
+            with _refusing():
+                session = self._session(world, folder, config)
             try:
                 run_rounds(session)
-                failed = False
+                finished = True
             except Stopped:
-                return self._outcome(session, finished=False)
-            finally:
-                session.tracker.finish(failed=failed) if failed else None
-            return self._outcome(session, finished=True)
+                finished = False
+            except BaseException:
+                world.failed = True
+                session.tracker.finish(failed=True)
+                raise
+            return self._outcome(session, finished=finished)
 
     def _outcome(self, s: Session, *, finished: bool) -> Outcome:
         s.send()
@@ -172,6 +173,8 @@ class Federation:
                 resume_round=session.rounds_done,
                 run_id=run_id,
             )
+            if session.tracker.run_id:
+                write_text(folder / WANDB_RUN, session.tracker.run_id)
         return session
 
     def _load_images(self, run: Run) -> tuple[Images, Images | None]:
@@ -198,13 +201,27 @@ def _resume(s: Session) -> str | None:
     found, damaged = s.checkpoints.newest() if s.world.is_coordinator else (None, [])
     for line in damaged:
         print(f"warning: {line}", flush=True)
+    if damaged and found is None:
+        print(f"warning: no checkpoint of {s.folder} is whole; starting anew", flush=True)
     name, facts = s.world.gather((found.folder.name, found.facts) if found else (None, {}))[0]
-    if name is None:
-        return None
-    s.restore(s.checkpoints.open(name, facts))
-    if s.world.is_coordinator:
-        print(f"resuming {s.folder} from {name}", flush=True)
-    return facts["wandb_run_id"]  # type: ignore[no-any-return]
+    if name is not None:
+        s.restore(s.checkpoints.open(name, facts))
+        if s.world.is_coordinator:
+            print(f"resuming {s.folder} from {name}", flush=True)
+    noted = s.folder / WANDB_RUN  # newer than the checkpoint, if the run was killed before its first one
+    text = noted.read_text(errors="replace") if noted.exists() else ""
+    return text if re.fullmatch(r"\w+", text) else facts.get("wandb_run_id")
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Make a ValueError of the block, in which nothing is trained yet, a refusal of the settings."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -215,85 +232,3 @@ def _one_rank_first(world: World) -> Iterator[None]:
     world.barrier()
     if world.local_rank != 0:
         yield
-
-
-@contextlib.contextmanager
-def _run_folder(run: Run, default_name: str, world: World) -> Iterator[tuple[Path, Run]]:
-    """Collective. Make (or find) the run directory and hold it against other runs."""
-    folder, problem, lock, again = None, None, None, False
-    if world.is_coordinator:
-        again = run.resume == "auto" or Launch.from_environment().restarts > 0
-        try:
-            folder, lock = _claim(run, default_name, again)
-            earlier = folder / "config.yaml"
-            if again and earlier.exists():
-                _check_same(run, earlier)
-            earlier.write_text(to_yaml(dataclasses.replace(run, name=folder.name)))
-        except ValueError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = (
-                f"output: cannot write {error.filename or run.output}: {error.strerror}; "
-                "choose another --output"
-            )
-    folder, problem, again = world.gather((folder, problem, again))[0]
-    if problem is not None:
-        raise ConfigError(problem)
-    try:
-        yield (
-            folder,
-            dataclasses.replace(run, name=folder.name, resume="auto" if again else "never"),
-        )
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def _claim(run: Run, default_name: str, again: bool) -> tuple[Path, int]:
-    """Return the run directory and the descriptor of its lock."""
-    output, name = Path(run.output), run.name or default_name
-    if run.name is None and not again:
-        output.mkdir(parents=True, exist_ok=True)
-        taken = {path.name for path in output.iterdir()}
-        name = next(n for n in _numbered(name) if n not in taken)
-    elif run.name is None:
-        runs = [p for p in output.glob(f"{name}*") if re.fullmatch(rf"{re.escape(name)}(-\d+)?", p.name)]
-        name = max(runs, key=lambda p: (len(p.name), p.name)).name if runs else name
-    folder = output / name
-    if not again and (folder / "history.jsonl").exists():
-        raise ConfigError(
-            f"name: {folder} holds a run already; choose another --name, or go on with --resume auto"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ConfigError(
-            f"name: another run is writing to {folder}; wait for it or choose another --name"
-        ) from None
-    return folder, lock
-
-
-def _numbered(name: str) -> Iterator[str]:
-    yield name
-    number = 2
-    while True:
-        yield f"{name}-{number}"
-        number += 1
-
-
-def _check_same(run: Run, earlier: Path) -> None:
-    """Refuse to resume a run with settings that would make it another run."""
-    before, now = yaml.safe_load(earlier.read_text()), to_dict(run)
-    for section in now:
-        if section not in MAY_CHANGE and before.get(section) != now[section]:
-            name, old, new = section, before.get(section), now[section]
-            if isinstance(old, dict) and isinstance(new, dict):
-                key = next(k for k in {**new, **old} if old.get(k) != new.get(k))
-                name, old, new = f"{section}.{key}", old.get(key), new.get(key)
-            raise ConfigError(
-                f"{name}: is {new}, but {earlier} was started with {old}; go on with the "
-                "same settings, or start another run with --name"
-            )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 Row = dict[str, Any]
 
@@ -15,8 +16,8 @@ Row = dict[str, Any]
 class History:
     """The files `history.jsonl` (a line a round) and `clients.jsonl` (a line a client and round).
 
-    Lines come in the order of rounds and are flushed one by one, so that a killed run loses at
-    most the line it was writing.
+    Lines come in the order of rounds and reach the file as they are logged, so that a killed run
+    loses at most the line it was writing, and one that finds the disk full leaves no part of a line.
     """
 
     def __init__(self, folder: Path, keep_rounds: int = 0) -> None:
@@ -82,22 +83,32 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, Row]]:
             yield end, row
 
 
-def _open_after(path: Path, keep_rounds: int) -> TextIO:
+def _open_after(path: Path, keep_rounds: int) -> BinaryIO:
     end = 0
     if keep_rounds and path.exists():
         for offset, row in _whole_lines(path):
             if row["round"] > keep_rounds:
                 break
             end = offset
-    file = path.open("a", encoding="utf-8")
+    file = path.open("ab", buffering=0)
     file.truncate(end)  # one system call: a kill leaves the file as it was or as it shall be
     return file
 
 
-def _write(file: TextIO, rows: Iterable[Mapping[str, Any]]) -> None:
-    for row in rows:
-        file.write(json.dumps(plain(row), allow_nan=False) + "\n")
-        file.flush()
+def _write(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
+    lines = "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows).encode()
+    end = os.fstat(file.fileno()).st_size
+    try:
+        while lines:  # a disk that fills up takes a part, and refuses the rest
+            lines = lines[file.write(lines) :]
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.truncate(end)
+        raise OSError(
+            error.errno,
+            f"{error.strerror}; make room, then start again with --resume auto (what was written is whole)",
+            file.name,
+        ) from None
 
 
 def plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ The only module (with `testing.py`) that names `torch.distributed` and reads the
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -27,6 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 HEARTBEAT_S = 1.0
 STOP_POLL_S = 0.2
+FOLLOW_S = 4.0
+"""Seconds a rank has to notice by itself that another one failed."""
+SECOND_SIGINT_S = 2.0
+"""A terminal and torchrun both hand on one Ctrl-C: what comes sooner is the same one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,8 @@ class Launch:
     local_rank: int
     local_world_size: int
     restarts: int
+    launcher: str
+    """Which launcher started this process; the same after it restarted its ranks."""
 
     @classmethod
     def from_environment(cls) -> Launch:
@@ -99,6 +106,7 @@ class Launch:
             local_rank=int(env.get("LOCAL_RANK", "0")),
             local_world_size=int(env.get("LOCAL_WORLD_SIZE", str(size))),
             restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            launcher=f"{socket.gethostname()} {os.getppid()} {env.get('TORCHELASTIC_RUN_ID', '')}",
         )
 
 
@@ -136,7 +144,7 @@ class World:
         self.data_rank: int = 0 if place is None else int(place[1])
         self._peers = None if place is None else self.mesh.get_group("data")
         self._heart = threading.Event()
-        self.stopping = False
+        self.stopping = self.failed = False
         self._announced = False
         self._asked = 0.0
 
@@ -266,12 +274,21 @@ class World:
     # ---- errors: the first one is told once, a rank that does not answer is named ----
 
     def start_heartbeat(self) -> None:
-        """Show the others, from a thread, that this process runs (a stopped one does not)."""
+        """Show the others, from a thread, that this process runs (a stopped one does not).
+
+        The thread also ends this process when another rank reported an error and this one, deep in
+        a visit or waiting for a third, has not noticed by itself.
+        """
 
         def beat() -> None:
-            with contextlib.suppress(RuntimeError, dist.DistError):
-                while not self._heart.wait(HEARTBEAT_S):
+            errors_since = None
+            while not self._heart.wait(HEARTBEAT_S):
+                with contextlib.suppress(RuntimeError, dist.DistError):  # a slow store: the next beat counts
                     self.store.add(f"fedddp/heart/{self.rank}", 1)
+                    if not self.failed and self.store.add("fedddp/errors", 0):
+                        errors_since = errors_since or time.monotonic()
+                if errors_since and time.monotonic() - errors_since > FOLLOW_S:
+                    os._exit(1)
 
         if self.size > 1:
             threading.Thread(target=beat, name="fedddp-heartbeat", daemon=True).start()
@@ -279,6 +296,7 @@ class World:
     def silent_ranks(self) -> list[int]:
         """Return the ranks whose heart does not beat; takes three heartbeats."""
         others = [rank for rank in range(self.size) if rank != self.rank]
+        others = [rank for rank in others if not self.store.check([f"fedddp/left/{rank}"])]
         before = [self.store.add(f"fedddp/heart/{rank}", 0) for rank in others]
         time.sleep(3 * HEARTBEAT_S)
         after = [self.store.add(f"fedddp/heart/{rank}", 0) for rank in others]
@@ -298,6 +316,7 @@ class World:
 
     def first_to_fail(self) -> bool:
         """Return whether no other rank reported an error before this one."""
+        self.failed = True
         try:
             return int(self.store.add("fedddp/errors", 1)) == 1
         except (
@@ -309,6 +328,9 @@ class World:
     def close(self) -> None:
         """Leave the world; the process may connect again."""
         self._heart.set()
+        if self.size > 1:
+            with contextlib.suppress(RuntimeError, dist.DistError):
+                self.store.set(f"fedddp/left/{self.rank}", "1")
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -405,15 +427,20 @@ def _loopback_warning(launch: Launch) -> str | None:
 def stop_on_signals(world: World) -> Iterator[None]:
     """Turn SIGUSR1, SIGTERM and SIGINT into a request to stop at the next safe point.
 
-    A second SIGINT interrupts at once. Does nothing outside the main thread (notebooks' workers).
+    A second SIGINT, two seconds after the first, interrupts at once. Does nothing outside the main
+    thread (notebooks' workers).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    first = [math.inf]
+
     def on_signal(number: int, _: object) -> None:
-        if number == signal.SIGINT and world.stopping:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            first[0] = min(first[0], time.monotonic())
+            if time.monotonic() - first[0] > SECOND_SIGINT_S:
+                raise KeyboardInterrupt
         world.stopping = True
 
     watched = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -119,6 +120,32 @@ def test_a_killed_run_leaves_every_logged_round(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert len(read_rows(tmp_path / "history.jsonl")) == 5
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """Let no file of this process grow beyond 4,000 bytes, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_gives_one_clear_line_and_tears_no_row(tmp_path: Path, small_files: None) -> None:
+    history, row = History(tmp_path), {"x": "y" * 300}
+    for written in range(12):
+        history.log({"round": written + 1, **row})
+    with pytest.raises(OSError, match=r"make room, then start again with --resume auto .*history.jsonl"):
+        history.log({"round": 13, **row})
+    assert [r["round"] for r in read_rows(tmp_path / "history.jsonl")] == list(range(1, 13))
+    assert (tmp_path / "history.jsonl").read_bytes().endswith(b"\n")
+    with pytest.raises(OSError, match="make room"):  # rows that belong together: all or none
+        history.log_clients([{"round": 1, **row}] * 100)
+    assert (tmp_path / "clients.jsonl").read_bytes() == b""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    history.log({"round": 13, **row})
+    assert len(read_rows(tmp_path / "history.jsonl")) == 13
+    history.close()
 
 
 def test_plain_progress_is_one_unwrapped_line_a_round(tmp_path: Path) -> None:
