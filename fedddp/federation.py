@@ -27,7 +27,8 @@ from fedddp.folder import run_folder
 from fedddp.method import Server
 from fedddp.rounds import run_rounds
 from fedddp.session import Session, Stopped
-from fedddp.topology import World, connect, stop_on_signals
+from fedddp.signals import stop_on_signals
+from fedddp.topology import World, connect
 from fedddp.tracking import NullTracker, Tracker
 from fedddp.vector import FlatModel
 

@@ -6,15 +6,12 @@ The only module (with `testing.py`) that names `torch.distributed` and reads the
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import signal
 import socket
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -30,8 +27,6 @@ HEARTBEAT_S = 1.0
 STOP_POLL_S = 0.2
 FOLLOW_S = 4.0
 """Seconds a rank has to notice by itself that another one failed."""
-SECOND_SIGINT_S = 2.0
-"""A terminal and torchrun both hand on one Ctrl-C: what comes sooner is the same one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,32 +416,3 @@ def _loopback_warning(launch: Launch) -> str | None:
                 "set GLOO_SOCKET_IFNAME=<network interface> (see docs/slurm.md)"
             )
     return None
-
-
-@contextlib.contextmanager
-def stop_on_signals(world: World) -> Iterator[None]:
-    """Turn SIGUSR1, SIGTERM and SIGINT into a request to stop at the next safe point.
-
-    A second SIGINT, two seconds after the first, interrupts at once. Does nothing outside the main
-    thread (notebooks' workers).
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    first = [math.inf]
-
-    def on_signal(number: int, _: object) -> None:
-        if number == signal.SIGINT:
-            first[0] = min(first[0], time.monotonic())
-            if time.monotonic() - first[0] > SECOND_SIGINT_S:
-                raise KeyboardInterrupt
-        world.stopping = True
-
-    watched = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, on_signal) for number in watched}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedddp.signals import stop_on_signals
 from fedddp.testing import run_world
-from fedddp.topology import Topology, connect, stop_on_signals
+from fedddp.topology import Topology, connect
 
 
 def places(topology: Topology) -> tuple[object, ...]:
