@@ -58,6 +58,14 @@ class FlatModel:
                 assert parameter.grad is not None, name
                 assert parameter.grad.untyped_storage().data_ptr() == start, name
 
+    def named(self, params: Tensor, buffers: Tensor) -> dict[str, Tensor]:
+        """Return `params` (P,) and `buffers` (B,) cut up under the module's names, for `functional_call`."""
+        trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        saved = self.module.state_dict(keep_vars=True).keys()
+        floats = {n: b for n, b in self.module.named_buffers() if n in saved and b.dtype == torch.float32}
+        cut = zip(trained, _views(params, list(trained.values())), strict=True)
+        return {**dict(cut), **dict(zip(floats, _views(buffers, list(floats.values())), strict=True))}
+
     def mask(self, names: Iterable[str]) -> Tensor:
         """Return which elements of `params` belong to the parameters `names`; (P,) bool."""
         chosen = torch.zeros_like(self.params, dtype=torch.bool)

@@ -1,5 +1,32 @@
 """Federated methods, one file per family; each method is one small class."""
 
-from fedddp.algorithms.fedavg import FedAvg
+from fedddp.algorithms.adaptive import FedAdagrad, FedAdam, FedYogi, ServerOptimizer
+from fedddp.algorithms.control import SCAFFOLD, FedDyn
+from fedddp.algorithms.fedavg import FedAvg, FedAvgM
+from fedddp.algorithms.fednova import FedNova
+from fedddp.algorithms.localsgd import DiLoCo, LocalSGD, SyncSGD
+from fedddp.algorithms.moon import MOON
+from fedddp.algorithms.personal import Ditto, FedBN, FedPer
+from fedddp.algorithms.proximal import FedProx
+from fedddp.algorithms.qfedavg import QFedAvg
 
-__all__ = ["FedAvg"]
+__all__ = [
+    "MOON",
+    "SCAFFOLD",
+    "DiLoCo",
+    "Ditto",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedBN",
+    "FedDyn",
+    "FedNova",
+    "FedPer",
+    "FedProx",
+    "FedYogi",
+    "LocalSGD",
+    "QFedAvg",
+    "ServerOptimizer",
+    "SyncSGD",
+]

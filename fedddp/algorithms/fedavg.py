@@ -1,4 +1,4 @@
-"""Federated averaging."""
+"""Federated averaging, with and without server momentum."""
 
 from __future__ import annotations
 
@@ -36,3 +36,14 @@ class FedAvg(Method):
         if self.momentum:
             direction = server.vectors["v"].mul_(self.momentum).add_(direction)
         server.params.sub_(direction, alpha=self.lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvgM(FedAvg):
+    """FedAvg with server momentum: v ← βv − Σp_kΔ_k; x ← x − η_g v (Hsu et al., 2019, arXiv:1909.06335).
+
+    The default β is the paper's. Buffers such as running statistics take no part in the momentum.
+    """
+
+    momentum: float = 0.9
+    """Server momentum β, in [0, 1); 0 is FedAvg."""

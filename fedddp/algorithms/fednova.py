@@ -1,0 +1,64 @@
+"""Normalised averaging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedddp.algorithms.proximal import FedProx
+from fedddp.method import Contribution, Local, Server, Total, Visit
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedNova(FedProx):
+    """x ← x + η_g τ_eff Σ_S p_k Δ_k/a_k with τ_eff = Σ_S p_k a_k (Wang et al., 2020, arXiv:2007.07481).
+
+    a_k = ‖coefficients of the client's gradients in −Δ_k/η‖₁: K_k for SGD, less K_k for momentum and
+    the pull μ. Weight decay counts as part of the loss and its gradient.
+    """
+
+    mu: float = 0.0
+    """Strength μ of FedProx's pull to the dispatched model, >= 0; 0 is none."""
+
+    mean_only = True
+
+    def check(self, local: Local) -> None:
+        """Refuse what leaves no fixed coefficients, or others than `coefficients` counts."""
+        if local.optimizer != "sgd":
+            raise ValueError(
+                "FedNova knows the gradients' coefficients of sgd only, but "
+                f"local.optimizer={local.optimizer}; use sgd"
+            )
+        if local.momentum and local.optimizer_state == "keep":
+            raise ValueError(
+                "FedNova counts a visit's own gradients only, but local.optimizer_state=keep carries "
+                "momentum over; use reset"
+            )
+        if self.mu and local.clip_norm is not None:
+            raise ValueError(
+                f"mu={self.mu} leaves no fixed coefficients with local.clip_norm={local.clip_norm}; "
+                "leave one out"
+            )
+
+    def coefficients(self, visit: Visit) -> float:
+        """Return a_k: run the local optimizer with gradients 1, and −(w − x)/η is their coefficients' sum."""
+        a = v = 0.0
+        for _ in range(visit.steps):
+            v = visit.local.momentum * v + 1 - visit.lr * self.mu * a
+            a += v
+        return a
+
+    def lengths(self, size: int) -> dict[str, int]:
+        """Normalised update, and a_k."""
+        return {"update": size, "a": 1}
+
+    def finish(self, visit: Visit) -> Contribution:
+        """Send Δ_k/a_k and a_k; a client that took no step sends zeros."""
+        a = self.coefficients(visit)
+        vectors = {"update": visit.update / (a or 1.0), "a": torch.full_like(visit.params[:1], a)}
+        return Contribution(vectors, self.weight(visit))
+
+    def step(self, server: Server, total: Total) -> None:
+        """X ← x + η_g τ_eff Σ p_k Δ_k/a_k, through the server's momentum if any."""
+        super().step(server, Total({"update": total["a"] * total["update"]}, total.clients))

@@ -1,0 +1,98 @@
+"""Distributed training as rounds: synchronous SGD, local SGD, DiLoCo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedddp.algorithms.fedavg import FedAvg
+from fedddp.method import Local, Method, Server, Total, Visit
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncSGD(FedAvg):
+    """Synchronous SGD: every round is one step x ← x − η Σ_S p_k g_k(x) on one batch of each client.
+
+    p_k is by the examples of the batches, so the step is that of one batch of them all, uneven ones
+    included. η is `local.lr`; momentum is the server's. With one client on R ranks (`data.clients=1`,
+    FedAvg) DDP takes the same steps without a coordinator in between.
+    """
+
+    def check(self, local: Local) -> None:
+        """Only one plain step is a gradient."""
+        for name, value, wanted in (
+            ("steps", local.steps, 1),
+            ("optimizer", local.optimizer, "sgd"),
+            ("momentum", local.momentum, 0),
+        ):
+            if value != wanted:
+                raise ValueError(
+                    f"SyncSGD's visit is one step of plain sgd, but local.{name}={value}; set it to {wanted} "
+                    "(momentum: algorithm.momentum)"
+                )
+
+    def weight(self, visit: Visit) -> float:
+        """The examples of the batch, in units that keep the cohort's sum below 1."""
+        batch = min(visit.examples, visit.local.batch_size)
+        return batch / visit.local.batch_size * visit.share
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSGD(Method):
+    """x ← x + η_g mean_S Δ_k, clients counting equally, with Nesterov momentum if any.
+
+    Stich, 2019 (arXiv:1805.09767): workers average their parameters every H steps; H is `local.steps`.
+    g = −mean_S Δ_k;  v ← βv + g;  x ← x − η_g (g + βv), as torch's SGD with nesterov.
+    """
+
+    lr: float = 1.0
+    """Outer learning rate η_g, > 0; 1 is the paper's average."""
+
+    momentum: float = 0.0
+    """Outer Nesterov momentum β, in [0, 1); 0 is the paper's average."""
+
+    uniform = True
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr must be > 0, got {self.lr}; 1 is the plain average")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+
+    def start(self, server: Server) -> None:
+        """V = 0."""
+        server.vectors["v"] = torch.zeros_like(server.params)
+
+    def step(self, server: Server, total: Total) -> None:
+        """X ← Nesterov(x, −mean Δ_k)."""
+        gradient, v = -total["update"], server.vectors["v"]
+        v.mul_(self.momentum).add_(gradient)
+        server.params.sub_(gradient.add_(v, alpha=self.momentum), alpha=self.lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiLoCo(LocalSGD):
+    """Local AdamW inside, Nesterov outside (Douillard et al., 2023, arXiv:2311.08105).
+
+    Needs `local.optimizer=adamw` and `local.optimizer_state=keep`: the inner optimizer goes on from round
+    to round. The defaults of the outer one are the paper's.
+    """
+
+    lr: float = 0.7
+    """Outer learning rate η_g, > 0."""
+
+    momentum: float = 0.9
+    """Outer Nesterov momentum β, in [0, 1)."""
+
+    def check(self, local: Local) -> None:
+        """Refuse another inner optimizer, or one that starts anew."""
+        for name, value, wanted in (
+            ("optimizer", local.optimizer, "adamw"),
+            ("optimizer_state", local.optimizer_state, "keep"),
+        ):
+            if value != wanted:
+                raise ValueError(
+                    f"DiLoCo's inner optimizer is AdamW kept between rounds, but local.{name}={value}; "
+                    f"set it to {wanted}, or choose LocalSGD"
+                )

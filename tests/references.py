@@ -1,0 +1,322 @@
+"""Every method again, in a few lines of float64 on one process, from the papers' equations alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from fedddp import Run
+from fedddp.data.datasets import Images, from_dataset
+from fedddp.rng import stream
+
+ROUNDS, CLIENTS, COHORT = 3, 5, 3
+
+
+class Pixels(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """36 images of 3 x 3 in 3 classes."""
+
+    def __init__(self) -> None:
+        random = np.random.default_rng(0)
+        self.pixels = torch.from_numpy(random.integers(0, 256, (36, 1, 3, 3), dtype=np.uint8))
+        self.targets = random.integers(0, 3, 36).tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.pixels[index], self.targets[index]
+
+
+def net(norm: bool = False) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        middle = nn.BatchNorm1d(4) if norm else nn.Identity()
+        return nn.Sequential(nn.Flatten(), nn.Linear(9, 4), middle, nn.Tanh(), nn.Linear(4, 3))
+
+
+HEAD = slice(-15, None)  # of the parameters: 4 x 3 weights, 3 biases
+NORM = slice(40, 48)
+
+
+class Reference:
+    """The data and the local training of `run`, in float64 and without fedddp's own loops."""
+
+    def __init__(self, run: Run, norm: bool = False, clients: int = CLIENTS) -> None:
+        images: Images = from_dataset(Pixels())
+        assert images.pixels is not None
+        x = images.pixels.double() / 255
+        self.x = (x - images.mean[0]) / images.std[0]
+        self.y = torch.from_numpy(images.labels)
+        self.split = run.data.partition.split(images.labels, clients, run.seed)
+        self.run, self.local = run, run.local
+        self.net = net(norm).double()
+        self.w0 = parameters_to_vector(self.net.parameters()).detach().clone()
+        self.b0 = self.buffers()
+        self.b = self.b0  # of the last visit
+        self.round = 0
+
+    def buffers(self) -> Tensor:
+        floats = [b.flatten() for b in self.net.buffers() if b.dtype.is_floating_point]
+        return torch.cat(floats).clone() if floats else torch.empty(0)
+
+    def set(self, w: Tensor, b: Tensor | None = None) -> None:
+        vector_to_parameters(w, self.net.parameters())
+        if b is not None and len(b):
+            self.net[2].running_mean.copy_(b[:4])
+            self.net[2].running_var.copy_(b[4:])
+
+    def cohorts(self) -> Iterator[list[int]]:
+        for self.round in range(ROUNDS):
+            yield self.run.cohort.sample(CLIENTS, self.run.seed, self.round).tolist()
+
+    def n(self, client: int) -> int:
+        return len(self.split.indices(client))
+
+    def p(self, cohort: list[int]) -> list[float]:
+        total = sum(map(self.n, cohort))
+        return [self.n(k) / total for k in cohort]
+
+    def batches(self, client: int) -> Iterator[np.ndarray]:
+        step, epoch, size = 0, 0, self.local.batch_size
+        while epoch < self.local.epochs if self.local.steps is None else step < self.local.steps:
+            order = stream("batches", self.run.seed, self.round, client, epoch)
+            indices = order.permutation(self.split.indices(client))
+            for start in range(0, len(indices), size):
+                if step == self.local.steps:
+                    return
+                yield indices[start : start + size]
+                step += 1
+            epoch += 1
+
+    def loss(self, w: Tensor, client: int) -> float:
+        self.set(w)
+        chosen = self.split.indices(client)
+        return float(F.cross_entropy(self.net(self.x[chosen]), self.y[chosen]).detach())
+
+    def train(
+        self,
+        w: Tensor,
+        client: int,
+        correct: Callable[[Tensor], Tensor | float] = lambda w: 0.0,
+        extra: Callable[[np.ndarray], Tensor | float] = lambda chosen: 0.0,
+        b: Tensor | None = None,
+        make: Callable[[Tensor], torch.optim.Optimizer] | None = None,
+    ) -> tuple[Tensor, int]:
+        """Return y_k and K_k; `correct(w)` is added to each gradient, `extra(batch)` to each loss."""
+        weights = nn.Parameter(w.clone())
+        optimizer = (
+            torch.optim.SGD([weights], self.local.lr, self.local.momentum) if make is None else make(weights)
+        )
+        steps = 0
+        self.set(weights, self.b0 if b is None else b)
+        for chosen in self.batches(client):
+            self.set(weights.detach().clone())
+            self.net.train().zero_grad()
+            objective = F.cross_entropy(self.net(self.x[chosen]), self.y[chosen]) + extra(chosen)
+            objective.backward()
+            gradient = torch.cat([p.grad.flatten() for p in self.net.parameters()])
+            weights.grad = gradient + correct(weights.detach())
+            optimizer.step()
+            steps += 1
+        self.b = self.buffers()
+        return weights.detach().clone(), steps
+
+
+def mean(vectors: list[Tensor], weights: list[float] | None = None) -> Tensor:
+    weights = weights or [1 / len(vectors)] * len(vectors)
+    return sum(weight * vector for weight, vector in zip(weights, vectors, strict=True))  # type: ignore[return-value]
+
+
+def fedavg(r: Reference, mu: float = 0.0, lr: float = 1.0, beta: float = 0.0) -> Tensor:
+    x, v = r.w0, torch.zeros_like(r.w0)
+    for cohort in r.cohorts():
+        updates = [r.train(x, k, lambda w, x=x: mu * (w - x))[0] - x for k in cohort]
+        v = beta * v - mean(updates, r.p(cohort))
+        x = x - lr * v
+    return x
+
+
+def adaptive(r: Reference, kind: str, lr: float, b1: float, tau: float, b2: float = 0.99) -> Tensor:
+    x, m, v = r.w0, torch.zeros_like(r.w0), torch.full_like(r.w0, tau**2)
+    for cohort in r.cohorts():
+        d = mean([r.train(x, k)[0] - x for k in cohort], r.p(cohort))
+        m = b1 * m + (1 - b1) * d
+        if kind == "adam":
+            v = b2 * v + (1 - b2) * d**2
+        elif kind == "yogi":
+            v = v - (1 - b2) * d**2 * torch.sign(v - d**2)
+        else:
+            v = v + d**2
+        x = x + lr * m / (v.sqrt() + tau)
+    return x
+
+
+def server_adam(r: Reference, lr: float, betas: tuple[float, float]) -> Tensor:
+    x, m, v = r.w0, torch.zeros_like(r.w0), torch.zeros_like(r.w0)
+    for t, cohort in enumerate(r.cohorts(), 1):
+        g = -mean([r.train(x, k)[0] - x for k in cohort], r.p(cohort))
+        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
+        x = x - lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + 1e-8)
+    return x
+
+
+def scaffold(r: Reference, lr: float) -> Tensor:
+    x, c, own = r.w0, torch.zeros_like(r.w0), {}
+    for cohort in r.cohorts():
+        updates, changes = [], []
+        for k in cohort:
+            c_k = own.get(k, torch.zeros_like(x))
+            y, steps = r.train(x, k, lambda w, c=c, c_k=c_k: c - c_k)
+            own[k] = c_k - c + (x - y) / (steps * r.local.lr)
+            updates.append(y - x)
+            changes.append(own[k] - c_k)
+        x = x + lr * mean(updates)
+        c = c + len(cohort) / CLIENTS * mean(changes)
+    return x
+
+
+def feddyn(r: Reference, alpha: float) -> Tensor:
+    x, h, own = r.w0, torch.zeros_like(r.w0), {}
+    for cohort in r.cohorts():
+        ys = []
+        for k in cohort:
+            dual = own.get(k, torch.zeros_like(x))
+            y, _ = r.train(x, k, lambda w, x=x, dual=dual: -dual + alpha * (w - x))
+            own[k] = dual - alpha * (y - x)
+            ys.append(y)
+        h = h - alpha / CLIENTS * sum(y - x for y in ys)
+        x = mean(ys) - h / alpha
+    return x
+
+
+def fednova(r: Reference, mu: float = 0.0) -> Tensor:
+    x, rho, eta = r.w0, r.local.momentum, r.local.lr
+    for cohort in r.cohorts():
+        directions, a = [], []
+        for k in cohort:
+            y, steps = r.train(x, k, lambda w, x=x: mu * (w - x))
+            if mu:  # the paper's forms, for momentum and for prox
+                a_k = sum((1 - eta * mu) ** i for i in range(steps))
+            else:
+                a_k = (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
+            directions.append((y - x) / a_k)
+            a.append(a_k)
+        p = r.p(cohort)
+        x = x + sum(w * a_k for w, a_k in zip(p, a, strict=True)) * mean(directions, p)
+    return x
+
+
+def qfedavg(r: Reference, q: float) -> Tensor:
+    x, lipschitz = r.w0, 1 / r.local.lr
+    for cohort in r.cohorts():
+        total, h = torch.zeros_like(x), 0.0
+        for k in cohort:
+            loss = r.loss(x, k)
+            step = lipschitz * (x - r.train(x, k)[0])
+            total += loss**q * step
+            h += q * loss ** (q - 1) * float(step.square().sum()) + lipschitz * loss**q
+        x = x - total / h
+    return x
+
+
+def local_sgd(r: Reference, lr: float, beta: float, adamw: bool = False) -> Tensor:
+    outer = nn.Parameter(r.w0.clone())
+    optimizer = torch.optim.SGD([outer], lr, beta, nesterov=beta > 0)
+    kept: dict[int, dict[str, Tensor]] = {}
+    for cohort in r.cohorts():
+        x, updates = outer.detach().clone(), []
+        for k in cohort:
+            inner: list[torch.optim.Optimizer] = []
+
+            def make(
+                weights: Tensor, k: int = k, inner: list[torch.optim.Optimizer] = inner
+            ) -> torch.optim.Optimizer:
+                inner.append(torch.optim.AdamW([weights], lr=r.local.lr, weight_decay=0.0))
+                inner[0].state[weights] = kept.get(k, {})
+                return inner[0]
+
+            updates.append(r.train(x, k, make=make if adamw else None)[0] - x)
+            if adamw:
+                kept[k] = next(iter(inner[0].state.values()))
+        outer.grad = -mean(updates)
+        optimizer.step()
+    return outer.detach()
+
+
+def sync_sgd(r: Reference) -> Tensor:
+    x = r.w0
+    for cohort in r.cohorts():  # one batch of all clients' examples, at once
+        together = np.concatenate([next(iter(r.batches(k))) for k in cohort])
+        r.set(x)
+        r.net.zero_grad()
+        F.cross_entropy(r.net(r.x[together]), r.y[together]).backward()
+        x = x - r.local.lr * torch.cat([p.grad.flatten() for p in r.net.parameters()])
+    return x
+
+
+def moon(r: Reference, mu: float, temperature: float) -> Tensor:
+    x, previous = r.w0, {}
+
+    def features(w: Tensor | None, chosen: np.ndarray) -> Tensor:
+        module = r.net
+        if w is not None:
+            module = net().double()
+            vector_to_parameters(w, module.parameters())
+        return module[:-1](r.x[chosen])
+
+    for cohort in r.cohorts():
+        ys = []
+        for k in cohort:
+            old = previous.get(k)
+
+            def term(chosen: np.ndarray, x: Tensor = x, old: Tensor | None = old) -> Tensor | float:
+                if old is None:
+                    return 0.0
+                z, near, far = (features(w, chosen) for w in (None, x, old))
+                near, far = (
+                    torch.exp((z * f.detach()).sum(1) / z.norm(dim=1) / f.detach().norm(dim=1) / temperature)
+                    for f in (near, far)
+                )
+                return mu * -torch.log(near / (near + far)).mean()
+
+            y, _ = r.train(x, k, extra=term)
+            previous[k] = y
+            ys.append(y)
+        x = mean(ys, r.p(cohort))
+    return x
+
+
+def local_layers(r: Reference, where: slice, buffers: bool) -> tuple[Tensor, dict[int, Tensor]]:
+    x, own, own_b = r.w0, {}, {}
+    b = r.b0
+    for cohort in r.cohorts():
+        ys, bs = [], []
+        for k in cohort:
+            start = x.clone()
+            start[where] = own.get(k, x[where])
+            y, _ = r.train(start, k, b=own_b.get(k, b))
+            own[k] = y[where].clone()
+            bs.append(r.b)
+            if buffers:
+                own_b[k] = r.b
+            y[where] = x[where]
+            ys.append(y)
+        x = mean(ys, r.p(cohort))
+        b = b if buffers else mean(bs, r.p(cohort))
+    return torch.cat([x, b]), {k: torch.cat([own[k], own_b.get(k, torch.empty(0))]) for k in own}
+
+
+def ditto(r: Reference, lam: float) -> tuple[Tensor, dict[int, Tensor]]:
+    x, own = r.w0, {}
+    for cohort in r.cohorts():
+        ys = []
+        for k in cohort:
+            own[k] = r.train(own.get(k, x), k, lambda v, x=x: lam * (v - x))[0]
+            ys.append(r.train(x, k)[0])
+        x = mean(ys, r.p(cohort))
+    return x, own

@@ -1,0 +1,238 @@
+"""What methods must equal when their settings make them equal, and what they find on two quadratics."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import references as ref
+import test_methods as rig
+import torch
+from torch import Tensor, nn
+
+from fedddp import (
+    MOON,
+    SCAFFOLD,
+    Cohort,
+    Data,
+    Ditto,
+    FedAvg,
+    FedAvgM,
+    FedBN,
+    FedDyn,
+    FedNova,
+    FedPer,
+    FedProx,
+    Local,
+    LocalSGD,
+    Method,
+    QFedAvg,
+    Run,
+    ServerOptimizer,
+    SyncSGD,
+    Track,
+)
+from fedddp.config import ConfigError, load
+from fedddp.federation import Federation
+from fedddp.rounds import run_rounds
+from fedddp.testing import run_world
+from fedddp.topology import Topology, connect
+from fedddp.vision.tasks import Classification
+
+WORLDS = list(itertools.product((1, 2), (1, 2)))
+ONE_STEP = Local(steps=1, batch_size=36, lr=0.3)  # every client's whole data
+EQUAL_STEPS = Local(steps=3, batch_size=4, lr=0.2)
+
+RUNS: dict[str, Run] = {
+    "FedAvg": rig.run_of(FedAvg(), rig.LOCAL),
+    "FedProx, mu 0": rig.run_of(FedProx(mu=0.0), rig.LOCAL),
+    "FedAvgM, beta 0": rig.run_of(FedAvgM(momentum=0.0), rig.LOCAL),
+    "MOON, mu 0": rig.run_of(MOON(mu=0.0), rig.LOCAL),
+    "Ditto": rig.run_of(Ditto(lam=0.3), rig.LOCAL),
+    "torch's SGD": rig.run_of(ServerOptimizer(optimizer="SGD", lr=1.0), rig.LOCAL),
+    "uniform FedAvg": rig.run_of(LocalSGD(), rig.LOCAL),
+    "QFedAvg, q 0": rig.run_of(QFedAvg(q=0.0), rig.LOCAL),
+    "uniform FedAvg, one round": dataclasses.replace(rig.run_of(LocalSGD(), rig.LOCAL), rounds=1),
+    "SCAFFOLD, one round": dataclasses.replace(rig.run_of(SCAFFOLD(), rig.LOCAL), rounds=1),
+    "FedAvg, equal steps": rig.run_of(FedAvg(), EQUAL_STEPS),
+    "FedNova, equal steps": rig.run_of(FedNova(), EQUAL_STEPS),
+    "SyncSGD": rig.run_of(SyncSGD(), ONE_STEP),
+    "FedAvg, one step": rig.run_of(FedAvg(), ONE_STEP),
+    "SyncSGD, everyone": dataclasses.replace(
+        rig.run_of(SyncSGD(momentum=0.9), ONE_STEP), cohort=Cohort(size=ref.CLIENTS)
+    ),
+    "one client": dataclasses.replace(
+        rig.run_of(FedAvg(), Local(epochs=ref.ROUNDS, batch_size=36, lr=0.3, momentum=0.9)),
+        data=Data(clients=1),
+        cohort=Cohort(size=1),
+        rounds=1,
+    ),
+    "one client, batches": dataclasses.replace(
+        rig.run_of(FedAvg(), rig.MOMENTUM), data=Data(clients=1), cohort=Cohort(size=1)
+    ),
+}
+EQUAL = [
+    ("FedProx, mu 0", "FedAvg"),
+    ("FedAvgM, beta 0", "FedAvg"),
+    ("MOON, mu 0", "FedAvg"),
+    ("Ditto", "FedAvg"),
+    ("torch's SGD", "FedAvg"),
+    ("QFedAvg, q 0", "uniform FedAvg"),
+    ("SCAFFOLD, one round", "uniform FedAvg, one round"),
+    ("FedNova, equal steps", "FedAvg, equal steps"),
+    ("FedAvg, one step", "SyncSGD"),
+    ("SyncSGD, everyone", "one client"),  # the coordinator's steps are those of DDP on R ranks
+]
+
+
+@functools.cache
+def trained(groups: int, ranks: int, folder: str) -> dict[str, Any]:
+    return run_world(rig.train, RUNS, ranks, folder, size=groups * ranks, timeout_s=50)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.parametrize(("left", "right"), EQUAL)
+@pytest.mark.parametrize(("groups", "ranks"), WORLDS)
+def test_equal(left: str, right: str, groups: int, ranks: int, folder: str) -> None:
+    results = trained(groups, ranks, f"{folder}/{groups}x{ranks}")
+    torch.testing.assert_close(results[left][0], results[right][0], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("groups", "ranks"), WORLDS)
+def test_one_client_is_plain_sgd(groups: int, ranks: int, folder: str) -> None:
+    run = RUNS["one client, batches"]
+    reference = ref.Reference(run, clients=1)
+    weights = reference.w0
+    for reference.round in range(run.rounds):
+        weights, _ = reference.train(weights, 0)
+    model, _ = trained(groups, ranks, f"{folder}/{groups}x{ranks}")["one client, batches"]
+    torch.testing.assert_close(model.double(), weights, rtol=0, atol=1e-5)
+
+
+# ---- two quadratics: f_1 = (w − 1)²/2 and f_2 = 10 (w + 1)²/2, whose mean is least at −9/11 ----
+
+
+class Point(nn.Module):
+    """The one parameter w, as an output (b, 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.w.expand(len(images), 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quadratic(Classification):
+    """f_1 for targets 0, f_2 for targets 1."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        curvature, minimum = 1.0 + 9.0 * targets, 1.0 - 2.0 * targets
+        return (0.5 * curvature * (outputs[:, 0] - minimum).square()).sum()
+
+
+class TwoExamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __init__(self) -> None:
+        self.targets = [0, 1]
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((1, 2, 2), 100 * index, dtype=torch.uint8), index
+
+
+def quadratics(methods: dict[str, Method], ranks: int, folder: str) -> dict[str, float]:
+    world, found = connect(Topology(ranks_per_client=ranks, device="cpu")), {}
+    for name, method in methods.items():
+        run = Run(
+            data=Data(clients=2),
+            task=Quadratic(),
+            local=Local(steps=20, batch_size=1, lr=0.05),
+            cohort=Cohort(size=2),
+            algorithm=method,
+            rounds=16,
+            track=Track(with_=[], progress=False),
+        )
+        where = Path(folder) / name
+        where.mkdir(parents=True, exist_ok=True)
+        session = Federation(run, model=Point(), train=TwoExamples())._session(world, where, run)
+        run_rounds(session)
+        found[name] = float(session.server.params)
+    world.close()
+    return found
+
+
+@pytest.mark.parametrize(("groups", "ranks"), WORLDS)
+def test_two_quadratics(groups: int, ranks: int, tmp_path: Path) -> None:
+    methods = {"FedAvg": FedAvg(), "SCAFFOLD": SCAFFOLD(), "FedDyn": FedDyn(alpha=2.0)}
+    (found, *_) = run_world(quadratics, methods, ranks, str(tmp_path), size=groups * ranks)
+    assert {name: round(value, 3) for name, value in found.items()} == {
+        "FedAvg": -0.218,
+        "SCAFFOLD": -0.818,
+        "FedDyn": -0.818,
+    }
+
+
+# ---- combinations that cannot work ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--algorithm SCAFFOLD --local.momentum 0.9", "only plain sgd .* local.momentum=0.9"),
+        ("--algorithm SCAFFOLD --local.optimizer adam", "only plain sgd .* local.optimizer=adam"),
+        ("--algorithm SCAFFOLD --local.clip_norm 1", "only plain sgd .* local.clip_norm=1"),
+        ("--algorithm SCAFFOLD --aggregation.clip_norm 1", "aggregation.clip_norm=1 .* SCAFFOLD"),
+        ("--algorithm FedDyn --aggregation.clip_norm 1", "aggregation.clip_norm=1 .* FedDyn"),
+        ("--algorithm FedNova --local.optimizer adamw", "of sgd only, .*adamw; use sgd"),
+        (
+            "--algorithm FedNova --local.momentum 0.5 --local.optimizer_state keep",
+            "carries momentum over; use reset",
+        ),
+        ("--algorithm FedNova --algorithm.mu 0.1 --local.clip_norm 1", "mu=0.1 .*; leave one out"),
+        ("--algorithm Ditto --local.optimizer_state keep", "two models a visit.*use reset"),
+        ("--algorithm DiLoCo --local.optimizer_state keep", "optimizer=sgd; set it to adamw"),
+        ("--algorithm DiLoCo --local.optimizer adamw", "optimizer_state=reset; set it to keep"),
+        ("--algorithm SyncSGD", "one step of plain sgd, but local.steps=None; set it to 1"),
+        ("--algorithm SyncSGD --local.steps 1 --local.momentum 0.5", "local.momentum=0.5; set it to 0"),
+        ("--algorithm ServerOptimizer --algorithm.optimizer Adamm", "optimizer=Adamm is not a class"),
+        ("--algorithm ServerOptimizer --algorithm.optimizer LBFGS", "LBFGS cannot step a flat vector"),
+        ("--algorithm FedAdam --algorithm.tau 0", "tau must be > 0"),
+        ("--algorithm FedYogi --algorithm.beta2 1", "beta2 must be in .*, got 1"),
+        ("--algorithm FedProx --algorithm.mu -1", "mu must be >= 0"),
+        ("--algorithm QFedAvg --algorithm.q -1", "q must be >= 0"),
+        ("--algorithm MOON --algorithm.temperature 0", "temperature must be > 0"),
+        ("--algorithm FedDyn --algorithm.alpha 0", "alpha must be > 0"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(flags: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as refused:
+        load("digits", flags.split())
+    assert str(refused.value).startswith(("algorithm", "aggregation"))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "words"),
+    [
+        (FedBN(), ref.net(), "FedBN: none of the model's trainable parameters"),
+        (FedPer(), nn.Sequential(nn.Flatten(), nn.Linear(9, 3)), "FedPer: all of the model's"),
+        (MOON(), Point(), "Point has no linear layer"),
+        (FedPer(), Point(), "Point has no linear layer"),
+    ],
+)
+def test_models_that_a_method_cannot_train_are_refused(method: Method, model: nn.Module, words: str) -> None:
+    run = dataclasses.replace(rig.run_of(method, rig.LOCAL), data=Data(clients=2), cohort=Cohort(size=1))
+    images = TwoExamples() if isinstance(model, Point) else ref.Pixels()
+    with pytest.raises(ValueError, match=words):
+        Federation(run, model=model, train=images).run()
