@@ -45,12 +45,17 @@ class Topology:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models train; `auto` is the GPU when there is one."""
 
+    threads: int = 1
+    """CPU threads of each rank, >= 1; sums in another order, so a model's last bits, depend on it."""
+
     timeout_s: float = 1800.0
     """Seconds a rank waits for the others before it gives up, > 0; longer than the longest round."""
 
     def __post_init__(self) -> None:
         if self.ranks_per_client < 1:
             raise ValueError(f"ranks_per_client must be >= 1, got {self.ranks_per_client}")
+        if self.threads < 1:
+            raise ValueError(f"threads must be >= 1, got {self.threads}")
         if self.timeout_s <= 0:
             raise ValueError(f"timeout_s must be > 0 seconds, got {self.timeout_s}")
         if self.backend == "nccl" and self.device == "cpu":
@@ -138,6 +143,8 @@ class World:
         self.group: int | None = None if place is None else int(place[0])
         self.data_rank: int = 0 if place is None else int(place[1])
         self._peers = None if place is None else self.mesh.get_group("data")
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(topology.threads)
         self._heart = threading.Event()
         self.stopping = self.failed = False
         self._announced = False
@@ -326,6 +333,7 @@ class World:
         if self.size > 1:
             with contextlib.suppress(RuntimeError, dist.DistError):
                 self.store.set(f"fedddp/left/{self.rank}", "1")
+        torch.set_num_threads(self._threads)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -45,6 +45,15 @@ def test_without_a_launcher_it_is_a_world_of_one() -> None:
     world.close()
 
 
+def test_threads_do_not_depend_on_the_launcher() -> None:
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        world = connect(Topology(threads=threads))
+        assert torch.get_num_threads() == threads
+        world.close()
+        assert torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize(
     ("topology", "size", "words"),
     [
