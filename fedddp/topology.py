@@ -146,6 +146,7 @@ class World:
         self._threads = torch.get_num_threads()
         torch.set_num_threads(topology.threads)
         self._heart = threading.Event()
+        self._pulse: threading.Thread | None = None
         self.stopping = self.failed = False
         self._announced = False
         self._asked = 0.0
@@ -293,7 +294,8 @@ class World:
                     os._exit(1)
 
         if self.size > 1:
-            threading.Thread(target=beat, name="fedddp-heartbeat", daemon=True).start()
+            self._pulse = threading.Thread(target=beat, name="fedddp-heartbeat", daemon=True)
+            self._pulse.start()
 
     def silent_ranks(self) -> list[int]:
         """Return the ranks whose heart does not beat; takes three heartbeats."""
@@ -330,6 +332,9 @@ class World:
     def close(self) -> None:
         """Leave the world; the process may connect again."""
         self._heart.set()
+        if self._pulse is not None:
+            # A thread that is inside the store when the interpreter ends would abort the process.
+            self._pulse.join(timeout=2 * HEARTBEAT_S)
         if self.size > 1:
             with contextlib.suppress(RuntimeError, dist.DistError):
                 self.store.set(f"fedddp/left/{self.rank}", "1")
