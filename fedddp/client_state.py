@@ -92,7 +92,7 @@ class ClientStates:
                     client, name = int(key.split(".", 1)[0]), key.split(".", 1)[1]
                     self.homes[client] = client % self.world.groups
                     if self.world.leads_group and self.homes[client] == self.world.group:
-                        self.kept.setdefault(client, {})[name] = saved.get_tensor(key)
+                        self.kept.setdefault(client, {})[name] = saved.get_tensor(key).clone()
 
 
 def _pack(state: Mapping[str, Tensor]) -> Tensor:
@@ -101,4 +101,5 @@ def _pack(state: Mapping[str, Tensor]) -> Tensor:
 
 
 def _unpack(packed: Tensor) -> State:
-    return safetensors.torch.load(packed.numpy().tobytes())
+    # Cloned, as above: kernels round differently where memory is not aligned as torch aligns its own.
+    return {name: tensor.clone() for name, tensor in safetensors.torch.load(packed.numpy().tobytes()).items()}

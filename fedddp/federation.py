@@ -99,6 +99,7 @@ class Federation:
         """
         with _refusing():
             world = connect(self.config.topology)
+        threads = torch.get_num_threads()
         try:
             with torch.random.fork_rng(devices=[]), stop_on_signals(world):
                 return self._run(world)
@@ -108,6 +109,7 @@ class Federation:
             world.name_silent_ranks(error)
             raise
         finally:
+            torch.set_num_threads(threads)
             world.close()
 
     def _run(self, world: World) -> Outcome:
@@ -207,6 +209,7 @@ def _resume(s: Session) -> str | None:
     name, facts = s.world.gather((found.folder.name, found.facts) if found else (None, {}))[0]
     if name is not None:
         s.restore(s.checkpoints.open(name, facts))
+        torch.set_num_threads(facts["threads"])  # float sums depend on the threads that share them
         if s.world.is_coordinator:
             print(f"resuming {s.folder} from {name}", flush=True)
     noted = s.folder / WANDB_RUN  # newer than the checkpoint, if the run was killed before its first one
