@@ -21,6 +21,8 @@ import yaml
 
 from fedddp import algorithms
 from fedddp.aggregation import Mean
+from fedddp.aggregation.robust import Robust
+from fedddp.attacks import Attack, NoAttack
 from fedddp.checkpoint import Checkpoint
 from fedddp.cohort import Cohort
 from fedddp.data.datasets import Data
@@ -34,7 +36,7 @@ from fedddp.vision.tasks import Classification, Task
 
 RECIPES = Path(__file__).parent / "recipes"
 
-CHOICES: tuple[type, ...] = (Partition, Method, Mean, Task)
+CHOICES: tuple[type, ...] = (Partition, Method, Mean, Attack, Task)
 """Bases whose subclass is chosen by name: `algorithm: {name: FedProx, mu: 0.1}`."""
 
 
@@ -66,6 +68,9 @@ class Run:
 
     aggregation: Mean = field(default_factory=Mean)
     """How contributions become one."""
+
+    attacks: Attack = field(default_factory=NoAttack)
+    """What malicious clients do."""
 
     topology: Topology = field(default_factory=Topology)
     """Ranks, groups, coordinator."""
@@ -114,15 +119,30 @@ class Run:
                 f"evaluation.clients={self.evaluation.clients} needs held-out local data, but "
                 "data.holdout=0; set data.holdout, e.g. 0.1"
             )
+        self._check_aggregation()
+        try:
+            self.algorithm.check(self.local)
+        except ValueError as error:
+            raise ConfigError(f"algorithm: {error}") from None
+
+    def _check_aggregation(self) -> None:
+        rule, least, cohort = type(self.aggregation).__name__, self.aggregation.least(), self.cohort
+        if self.algorithm.mean_only and isinstance(self.aggregation, Robust):
+            raise ConfigError(
+                f"aggregation={rule} cannot be combined with {type(self.algorithm).__name__}, whose updates "
+                "mean something only as a plain mean; use Mean, or FedAvg"
+            )
+        if least > cohort.size or (least > 1 and cohort.sampling == "poisson"):
+            raise ConfigError(
+                f"aggregation={rule} needs at least {least} clients in every round, but "
+                f"cohort.size={cohort.size} with sampling={cohort.sampling}; raise cohort.size, use "
+                "sampling=fixed, or lower aggregation.attackers"
+            )
         if self.algorithm.mean_only and self.aggregation.clip_norm is not None:
             raise ConfigError(
                 f"aggregation.clip_norm={self.aggregation.clip_norm:g} cannot be combined with "
                 f"{type(self.algorithm).__name__}, whose updates add up only unclipped; leave it out"
             )
-        try:
-            self.algorithm.check(self.local)
-        except ValueError as error:
-            raise ConfigError(f"algorithm: {error}") from None
 
 
 def load(target: str | None, arguments: Sequence[str] = ()) -> Run:

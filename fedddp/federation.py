@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -21,7 +23,7 @@ from fedddp.client_state import ClientStates
 from fedddp.config import ConfigError, Run, to_dict
 from fedddp.data.datasets import Images, from_dataset, load
 from fedddp.data.feed import Feed
-from fedddp.data.partition import holdout_sizes
+from fedddp.data.partition import Split, holdout, holdout_sizes
 from fedddp.evaluation import Metrics
 from fedddp.folder import run_folder
 from fedddp.method import Server
@@ -148,7 +150,8 @@ class Federation:
         split = run.data.partition.split(train.labels, run.data.clients, run.seed, train.ids)
         server = Server(flat.params.clone(), flat.buffers.clone(), flat.counters.clone(), len(split))
         run.algorithm.start(server)
-        feed = Feed(train, run.data, world.device, seed=run.seed)
+        liars = run.attacks.malicious(len(split), run.seed)
+        feed = Feed(_relabelled(train, split, run, liars), run.data, world.device, seed=run.seed)
         checkpoints = Checkpoints(folder / "checkpoints", run.checkpoint.keep, world)
         session = Session(
             run=run,
@@ -164,6 +167,7 @@ class Federation:
             tracker=NullTracker(),
             checkpoints=checkpoints,
             folder=folder,
+            liars=frozenset(liars.tolist()),
         )
         run_id = _resume(session) if run.resume == "auto" else None
         if world.is_coordinator:
@@ -226,6 +230,15 @@ def _refusing() -> Iterator[None]:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _relabelled(images: Images, split: Split, run: Run, liars: NDArray[np.int64]) -> Images:
+    """Return `images` with the labels that malicious clients train on; held-out ones stay true."""
+    labels = images.labels.copy()
+    for client in liars.tolist():
+        mine, _ = holdout(split.indices(client), run.data.holdout, client, run.seed)
+        labels[mine] = run.attacks.relabel(labels[mine], images.classes)
+    return dataclasses.replace(images, labels=labels)
 
 
 @contextlib.contextmanager

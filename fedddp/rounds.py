@@ -69,7 +69,8 @@ def one_round(s: Session) -> Round:
     with s.timed("step"):  # 5. step
         if world.is_coordinator and current.sums.counts[0]:
             total = current.sums.total()
-            method.step(server, total)
+            if "update" in total.vectors:  # else nobody had an example to learn from
+                method.step(server, total)
             server.buffers.copy_(total.vectors.get("buffers", server.buffers))
             server.counters.copy_(current.sums.counters)
     server.version += 1
@@ -118,9 +119,8 @@ def train(s: Session, current: Round, plan: list[list[int]]) -> None:
         )
         if s.world.leads_group:
             weight, loss = int(s.sizes[client]) / max(examples, 1), result.loss.tolist()
-            valid = current.sums.add(
-                client, result.contribution, result.buffers, weight, result.counters, loss[0]
-            )
+            contribution = s.received(client, result.contribution)
+            valid = current.sums.add(client, contribution, result.buffers, weight, result.counters, loss[0])
             facts = [DONE, *loss, result.steps] if valid else [INVALID, 0.0, 0.0, result.steps]
             current.visits[row[client]] = torch.tensor(facts, dtype=torch.float64)
             if valid:

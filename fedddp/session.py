@@ -21,7 +21,8 @@ from fedddp.config import Run
 from fedddp.data.feed import Feed
 from fedddp.data.partition import Split, holdout
 from fedddp.evaluation import Metrics, evaluate, evaluate_clients, spread
-from fedddp.method import Server
+from fedddp.method import Contribution, Server
+from fedddp.rng import stream
 from fedddp.topology import World
 from fedddp.tracking import NullTracker
 from fedddp.vector import FlatModel
@@ -51,6 +52,8 @@ class Session:
     tracker: NullTracker
     checkpoints: Checkpoints
     folder: Path
+    liars: frozenset[int] = frozenset()
+    """The malicious clients."""
     rounds_done: int = 0
     partial: Mapping[str, Tensor] = field(default_factory=dict)
     """Sums of a round that was stopped in the middle; empty between rounds."""
@@ -72,6 +75,14 @@ class Session:
         if not data.holdout:
             return self.split.indices(client), np.empty(0, dtype=np.int64)
         return holdout(self.split.indices(client), data.holdout, client, self.run.seed)
+
+    def received(self, client: int, contribution: Contribution) -> Contribution:
+        """Return what arrives of the `contribution` of `client`, which may be malicious."""
+        if client not in self.liars:
+            return contribution
+        return self.run.attacks.corrupt(
+            contribution, stream("attack", self.run.seed, self.rounds_done, client)
+        )
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from pathlib import Path
@@ -42,8 +43,10 @@ from fedddp import (
 )
 from fedddp.federation import Federation
 from fedddp.rounds import run_rounds
+from fedddp.session import Stopped
 from fedddp.testing import run_world
-from fedddp.topology import Topology, connect
+from fedddp.topology import Topology, World, connect
+from fedddp.tracking import NullTracker
 
 LOCAL = Local(epochs=2, batch_size=4, lr=0.2)
 NORM = Local(epochs=2, batch_size=7, lr=0.2)  # leaves no batch of one, which batch norm refuses in float64
@@ -103,19 +106,42 @@ def run_of(method: Method, local: Local, norm: bool = False) -> Run:
     )
 
 
-def train(runs: dict[str, Run], ranks: int, folder: str) -> dict[str, Any]:
-    """Run each of `runs` on this world; return the server's model, and what clients keep."""
+def train(runs: dict[str, Run], ranks: int, folder: str, stop: bool = False) -> dict[str, Any]:
+    """Run each of `runs` on this world; return the server's model, and what clients keep.
+
+    With `stop` (a world of one), each is stopped after its fourth visit, within a round, and resumed.
+    """
     world, results = connect(Topology(ranks_per_client=ranks, device="cpu")), {}
     for number, (name, run) in enumerate(runs.items()):
         where = Path(folder) / str(number)
         where.mkdir(parents=True, exist_ok=True)
         federation = Federation(run, model=ref.net(has_norm(name)), train=ref.Pixels())
         session = federation._session(world, where, run)
+        if stop:
+            session.tracker = StopsRun(world)
+            with pytest.raises(Stopped):
+                run_rounds(session)
+            assert list(where.glob("checkpoints/round-0000?-0*"))
+            world.store.delete_key("fedddp/stop")
+            world.stopping = world._announced = False
+            session = federation._session(world, where, dataclasses.replace(run, resume="auto"))
         run_rounds(session)
         kept = {k: v for part in world.gather(session.states.kept) for k, v in part.items()}
         results[name] = (torch.cat([session.server.params, session.server.buffers]), kept)
     world.close()
     return results
+
+
+class StopsRun(NullTracker):
+    """Asks the run to stop after some visits."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world, self.visits = world, 0
+
+    def visit_done(self, groups: int) -> None:
+        self.visits += 1
+        self.world.stopping = self.world.stopping or self.visits == 4
 
 
 @functools.cache
@@ -164,10 +190,27 @@ def test_three_rounds_are_the_papers(name: str, groups: int, ranks: int, folder:
         torch.testing.assert_close(own(kept[client]).double(), vector, rtol=0, atol=1e-5)
 
 
+@functools.cache
+def resumed(folder: str) -> dict[str, Any]:
+    runs = {name: run_of(method, local, has_norm(name)) for name, (method, local, _) in CASES.items()}
+    return run_world(train, runs, 1, folder, True, size=1, timeout_s=50)[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_stopped_in_the_middle_of_a_round_goes_on_bit_for_bit(name: str, folder: str) -> None:
+    whole = trained(2, 1, folder + "/2x1")[name]
+    same(resumed(folder + "/resumed")[name], whole)
+
+
+def same(one: Any, two: Any) -> None:
+    assert torch.equal(one[0], two[0])
+    assert one[1].keys() == two[1].keys()
+    for client, state in one[1].items():
+        assert state.keys() == two[1][client].keys()
+        assert all(torch.equal(tensor, two[1][client][name]) for name, tensor in state.items())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bits_do_not_depend_on_the_number_of_groups(name: str, folder: str) -> None:
     for ranks in (1, 2):
-        one, two = (trained(groups, ranks, folder + f"/{groups}x{ranks}")[name] for groups in (1, 2))
-        assert torch.equal(one[0], two[0])
-        assert one[1].keys() == two[1].keys()
-        assert all(torch.equal(t, two[1][k][n]) for k, state in one[1].items() for n, t in state.items())
+        same(*(trained(groups, ranks, folder + f"/{groups}x{ranks}")[name] for groups in (1, 2)))

@@ -40,6 +40,10 @@ class Mean:
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be > 0, got {self.clip_norm}; leave it out for no clipping")
 
+    def least(self) -> int:
+        """Return the fewest clients of a round that the rule can combine."""
+        return 1
+
     def accumulator(
         self, lengths: Mapping[str, int], clients: int, like: Tensor, counters: Tensor
     ) -> Accumulator:
