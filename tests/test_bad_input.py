@@ -1,0 +1,170 @@
+"""Bad input gets one line: what is wrong, its value, the rule and the way out; nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from fedddp.cli import main
+
+FEW = "--data.clients 2 --cohort.size 1"
+TRIAL = "--data.examples 200 --track.with [] --track.progress false --rounds 2"
+
+
+def users_labels_out_of_range(root: str, train: bool) -> Dataset[object]:
+    return TensorDataset(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.arange(8) - 3)
+
+
+def users_model_of_other_outputs() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+
+def prepare(folder: Path) -> None:
+    """Put the broken things that the commands below name into `folder`."""
+    (folder / "broken.yaml").write_text("data: [unclosed\n")
+    (folder / "list.yaml").write_text("- 1\n- 2\n")
+    (folder / "typo.yaml").write_text("local: {learning_rate: 0.1}\n")
+    (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    (folder / "file").write_text("not a folder")
+    (folder / "weights.safetensors").write_bytes(b"garbage")
+    for label in ("cat", "dog"):
+        for part in ("train", "val"):
+            (folder / "images" / part / label).mkdir(parents=True)
+            for number in range(3):
+                pixels = np.zeros((8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "images" / part / label / f"{number}.png")
+    (folder / "images" / "train" / "cat" / "1.png").write_bytes(b"not a picture")
+
+
+# command, exit code, what the line must say: the key or file, the value, the rule or way out
+TABLE: list[tuple[str, int, tuple[str, ...]]] = [
+    ("", 2, ()),
+    ("walk digits", 2, ("unknown command 'walk'", "run")),
+    ("run", 2, ("recipe or a .yaml file", "fedddp recipes")),
+    ("run digitz", 2, ("unknown recipe 'digitz'", "digits")),
+    ("run none.yaml", 2, ("none.yaml", "No such file")),
+    ("run broken.yaml", 2, ("broken.yaml", "not valid YAML")),
+    ("run binary.yaml", 2, ("binary.yaml", "not valid YAML")),
+    ("run list.yaml", 2, ("list.yaml", "sections such as")),
+    ("run typo.yaml", 2, ("local.learning_rate",)),
+    ("run digits --round 3", 2, ("'round'", "Did you mean 'rounds'")),
+    ("run digits --local.epoch 3", 2, ("local.epoch", "Did you mean 'local.epochs'")),
+    ("run digits --rounds three", 2, ("rounds", "three")),
+    ("run digits --rounds 0", 2, ("rounds must be >= 1, got 0",)),
+    ("run digits --seed -1", 2, ("seed must be >= 0, got -1",)),
+    ("run digits --local.lr 0", 2, ("local.lr must be > 0", "got 0")),
+    ("run digits --local.lr nan", 2, ("local.lr", "nan")),
+    ("run digits --local.batch_size 0", 2, ("local.batch_size must be >= 1, got 0",)),
+    ("run digits --local.optimizer lion", 2, ("local.optimizer", "lion", "adamw")),
+    ("run digits --cohort.size 21", 2, ("cohort.size=21", "data.clients=20", "lower cohort.size")),
+    ("run digits --evaluation.clients 3", 2, ("evaluation.clients=3", "data.holdout", "set data.holdout")),
+    ("run digits --algorithm FedProxx", 2, ("algorithm", "FedProxx", "FedProx")),
+    ("run digits --algorithm no_lab.fl.Mine", 2, ("algorithm", "no_lab.fl.Mine")),
+    ("run digits --algorithm FedProx --algorithm.mu -1", 2, ("algorithm.mu must be >= 0", "got -1")),
+    ("run digits --data.partition.alpha 0", 2, ("data.partition.alpha", "got 0")),
+    ("run digits --data.clients 2000 --cohort.size 10", 2, ("data.clients=2000", "training examples")),
+    ("run digits --data.dataset digitz", 2, ("data.dataset", "digitz")),
+    ("run digits --data.dataset mnist --data.root nowhere", 2, ("nowhere", "data.download")),
+    ("run digits --data.dataset image_folder --data.root nowhere", 2, ("nowhere",)),
+    (
+        "run digits --data.dataset image_folder --data.root images --data.clients 2 --cohort.size 1",
+        2,
+        ("1.png",),
+    ),
+    (f"run digits --data.dataset {__name__}.users_labels_out_of_range", 2, ("label", "-3")),
+    ("run digits --model.name resnet9999", 2, ("model.name", "resnet9999")),
+    ("run digits --model.name alexnet", 2, ("alexnet", "data.image_size")),
+    (f"run digits --model.name {__name__}.users_model_of_other_outputs", 2, ("10 classes", "(2, 3)")),
+    ("run digits --model.weights weights.pt", 2, ("weights.pt", "safetensors")),
+    ("run digits --model.weights weights.safetensors", 2, ("weights.safetensors", "cannot be read")),
+    ("run digits --model.freeze [conv9]", 2, ("model.freeze", "conv9", "conv1")),
+    ("run digits --topology.ranks_per_client 2", 2, ("topology.ranks_per_client=2", "1", "--nproc-per-node")),
+    ("run digits --topology.coordinator dedicated", 2, ("topology.coordinator=dedicated", "2 ranks")),
+    ("run digits --topology.device cuda", 2, ("topology.device=cuda", "no GPU")),
+    ("run digits --track.with [wandbb]", 2, ("track.with", "wandbb")),
+    ("run digits --output file", 2, ("file", "--output")),
+    ("run digits --name a/b", 2, ("name", "a/b", "output")),
+    ("run digits --checkpoint.every 0", 2, ("checkpoint.every must be >= 1, got 0",)),
+    (f"run digits {TRIAL} --local.lr 1e30", 1, ("client", "local.lr")),
+    ("runs nowhere", 2, ("nowhere", "--output")),
+    ("partition digits --data.clients 0", 2, ("data.clients must be >= 1, got 0",)),
+    ("plan digits --topology.ranks_per_client 3", 2, ("topology.ranks_per_client=3",)),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    prepare(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("command", "code", "words"), TABLE, ids=[row[0] or "(nothing)" for row in TABLE])
+def test_one_line_names_what_is_wrong_and_the_way_out(
+    command: str, code: int, words: tuple[str, ...], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if "cuda" in command and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as stop:
+        main(shlex.split(command))
+    err = capfd.readouterr().err
+    assert stop.value.code == code, err
+    if words:
+        lines = [line for line in err.splitlines() if line.strip()]
+        assert len(lines) == 1, err
+        assert lines[0].startswith("error: ")
+        assert "Traceback" not in err
+        for word in words:
+            assert word in lines[0], (word, lines[0])
+    assert (folder / "file").read_text() == "not a folder"
+
+
+def test_a_taken_name_and_changed_settings_leave_the_run_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def run(arguments: str) -> tuple[object, str]:
+        with pytest.raises(SystemExit) as stop:
+            main(shlex.split(f"run digits {TRIAL} --name one {arguments}"))
+        return stop.value.code, capfd.readouterr().err
+
+    assert not run("")[0]
+    history = (tmp_path / "runs" / "one" / "history.jsonl").read_bytes()
+    for arguments, words in (
+        ("", ("runs/one", "--name", "--resume auto")),
+        ("--resume auto --local.lr 0.3", ("local.lr", "0.3", "--name")),
+        ("--resume auto --algorithm FedProx", ("algorithm", "FedProx")),
+    ):
+        code, err = run(arguments)
+        assert code == 2
+        assert len(err.splitlines()) == 1
+        assert all(word in err for word in words), err
+        assert (tmp_path / "runs" / "one" / "history.jsonl").read_bytes() == history
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if os.system("mkdir small && mount -t tmpfs -o size=9m tmpfs small 2>/dev/null") != 0:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(
+                shlex.split(
+                    f"run digits {TRIAL} --rounds 9 --checkpoint.every 1 --checkpoint.keep 9 --output small"
+                )
+            )
+        err = capfd.readouterr().err
+        assert stop.value.code == 1
+        assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
+        assert "No space left" in err
+        assert "Traceback" not in err
+        assert list((tmp_path / "small").glob("*/checkpoints/round-*/state.json"))
+    finally:
+        os.system("umount small")
