@@ -101,7 +101,6 @@ class Federation:
         """
         with _refusing():
             world = connect(self.config.topology)
-        threads = torch.get_num_threads()
         try:
             with torch.random.fork_rng(devices=[]), stop_on_signals(world):
                 return self._run(world)
@@ -111,7 +110,6 @@ class Federation:
             world.name_silent_ranks(error)
             raise
         finally:
-            torch.set_num_threads(threads)
             world.close()
 
     def _run(self, world: World) -> Outcome:
@@ -213,7 +211,6 @@ def _resume(s: Session) -> str | None:
     name, facts = s.world.gather((found.folder.name, found.facts) if found else (None, {}))[0]
     if name is not None:
         s.restore(s.checkpoints.open(name, facts))
-        torch.set_num_threads(facts["threads"])  # float sums depend on the threads that share them
         if s.world.is_coordinator:
             print(f"resuming {s.folder} from {name}", flush=True)
     noted = s.folder / WANDB_RUN  # newer than the checkpoint, if the run was killed before its first one

@@ -18,8 +18,8 @@ from fedddp.checkpoint import write_text
 from fedddp.config import ConfigError, Run, to_dict, to_yaml
 from fedddp.topology import Launch, World
 
-MAY_CHANGE = ("rounds", "topology", "evaluation", "checkpoint", "track", "output", "name", "resume")
-"""Settings that a resumed run may change; the others would make it another run."""
+MAY_CHANGE = ("rounds", "evaluation", "checkpoint", "track", "output", "name", "resume")
+"""Settings that a resumed run may change, with those of the topology; others would make it another run."""
 
 LOCK_WAIT_S = 100.0
 """Seconds a resumed run waits for the lock: a file server frees that of a dead machine after up to 90."""
@@ -144,6 +144,9 @@ def _check_same(run: Run, earlier: Path) -> None:
             "settings given"
         )
     now = to_dict(run)
+    for settings in (before, now):  # of the topology only the threads change a model's last bits
+        topology = settings.get("topology")
+        settings["topology"] = {"threads": topology.get("threads")} if isinstance(topology, dict) else None
     for section in now:
         if section not in MAY_CHANGE and before.get(section) != now[section]:
             name, old, new = section, before.get(section), now[section]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -191,7 +190,6 @@ class Session:
                 "round": self.rounds_done,
                 "version": self.server.version,
                 "wandb_run_id": self.tracker.run_id,
-                "threads": torch.get_num_threads(),
             }
             self.checkpoints.save(
                 name,

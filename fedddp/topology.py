@@ -382,6 +382,8 @@ def connect(topology: Topology) -> World:
         if warning:
             print(warning, file=sys.stderr, flush=True)
         store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
+        # torchrun's store lives on when ranks are restarted, with addresses and errors of those before.
+        store = PrefixStore(f"start-{launch.restarts}", store)
     if not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",

@@ -138,7 +138,9 @@ def test_a_resume_with_settings_of_another_run_is_refused_and_leaves_them(world:
     with pytest.raises(ConfigError, match=r"local.lr: is 0.5, but .* was started with 0.05"):
         enter(world, resume="auto", local=Local(lr=0.5))
     assert (folder / "config.yaml").read_text() == before
-    enter(world, resume="auto", rounds=99)
+    with pytest.raises(ConfigError, match=r"topology.threads: is 2, but .* was started with 1"):
+        enter(world, resume="auto", topology=Topology(threads=2))
+    enter(world, resume="auto", rounds=99, topology=Topology(timeout_s=5))
     assert "rounds: 99" in (folder / "config.yaml").read_text()
 
 

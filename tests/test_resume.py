@@ -59,15 +59,6 @@ class Net(nn.Module):
         return logits
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums of floats depend on the threads that share them, and ranks of `run_world` have one each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def net() -> Net:
     with torch.random.fork_rng():
         torch.manual_seed(5)
@@ -252,14 +243,3 @@ def test_the_wandb_run_is_the_same_one_even_if_no_checkpoint_was_left(tmp_path: 
     sessions = [path.name for path in (tmp_path / "one" / "wandb").glob("offline-run-*")]
     assert len(sessions) == 2
     assert all(noted in name for name in sessions)
-
-
-def test_a_resumed_run_has_as_many_threads_as_before(tmp_path: Path) -> None:
-    whole = dataclasses.replace(BASE, local=LOCALS[0], output=str(tmp_path), name="whole")
-    train(whole)
-    parted = dataclasses.replace(whole, name="parted", resume="auto")
-    train(parted, 5)
-    torch.set_num_threads(2)
-    assert train(parted)[0]
-    assert torch.get_num_threads() == 2
-    assert_same(tmp_path / "parted", tmp_path / "whole", BASE.rounds)
