@@ -18,21 +18,31 @@ class Cohort:
     size: int = 10
     """Clients per round m (the expected number with `poisson`), from 1 to the population."""
 
+    extra: int = 0
+    """Clients sampled beyond `size`, >= 0: a round keeps the first `size` that arrive (`clock`)."""
+
     sampling: Literal["fixed", "poisson"] = "fixed"
     """`fixed`: exactly `size` clients; `poisson`: each client with probability size / population."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size must be >= 1, got {self.size}")
+        if self.extra < 0:
+            raise ValueError(f"extra must be >= 0, got {self.extra}")
+        if self.extra and self.sampling == "poisson":
+            raise ValueError(f"extra={self.extra} does not go with sampling=poisson; use sampling=fixed")
 
     def sample(self, population: int, seed: int, round_index: int) -> NDArray[np.int64]:
-        """Return the cohort of a round in ascending order; a function of the arguments only."""
+        """Return the clients of a round in ascending order, the extra ones included.
+
+        A function of the arguments only.
+        """
         random = stream("cohort", seed, round_index)
         if self.sampling == "poisson":
             # A binomial number of clients, each equally likely: Poisson sampling without a draw per client.
             size = int(random.binomial(population, self.size / population))
         else:
-            size = self.size
+            size = self.size + self.extra
         return np.sort(random.choice(population, size, replace=False, shuffle=False)).astype(np.int64)
 
 

@@ -22,8 +22,10 @@ import yaml
 from fedddp import algorithms
 from fedddp.aggregation import Mean
 from fedddp.aggregation.robust import Robust
+from fedddp.algorithms.asynchronous import Staleness
 from fedddp.attacks import Attack, NoAttack
 from fedddp.checkpoint import Checkpoint
+from fedddp.clock import Clock, Speed, Virtual, Wall
 from fedddp.cohort import Cohort
 from fedddp.data.datasets import Data
 from fedddp.data.partition import Partition
@@ -36,7 +38,7 @@ from fedddp.vision.tasks import Classification, Task
 
 RECIPES = Path(__file__).parent / "recipes"
 
-CHOICES: tuple[type, ...] = (Partition, Method, Mean, Attack, Task)
+CHOICES: tuple[type, ...] = (Partition, Method, Mean, Attack, Task, Clock, Speed, Staleness)
 """Bases whose subclass is chosen by name: `algorithm: {name: FedProx, mu: 0.1}`."""
 
 
@@ -72,6 +74,9 @@ class Run:
     attacks: Attack = field(default_factory=NoAttack)
     """What malicious clients do."""
 
+    clock: Clock = field(default_factory=Virtual)
+    """How long clients take: stragglers, and who arrives when in asynchronous training."""
+
     topology: Topology = field(default_factory=Topology)
     """Ranks, groups, coordinator."""
 
@@ -96,6 +101,9 @@ class Run:
     name: str | None = None
     """Name of the run directory in `output`; by default the recipe's, numbered when it is taken."""
 
+    replay: str | None = None
+    """Directory of an asynchronous run whose order of arrivals is repeated, bit for bit."""
+
     resume: Literal["never", "auto"] = "never"
     """`auto`: go on from the newest checkpoint of the run directory, if there is one."""
 
@@ -108,6 +116,11 @@ class Run:
             raise ConfigError(
                 f"name must be letters, digits and . _ + = -, got {self.name!r}; "
                 "choose the folder around it with output"
+            )
+        if self.cohort.size + self.cohort.extra > self.data.clients and self.cohort.size <= self.data.clients:
+            raise ConfigError(
+                f"cohort.extra={self.cohort.extra} and cohort.size={self.cohort.size} are more clients than "
+                f"the population data.clients={self.data.clients}; lower one of them or raise data.clients"
             )
         if self.cohort.size > self.data.clients:
             raise ConfigError(
@@ -124,6 +137,9 @@ class Run:
             self.algorithm.check(self.local)
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from None
+        self._check_clock()
+        if self.algorithm.asynchronous:
+            self._check_asynchronous()
 
     def _check_aggregation(self) -> None:
         rule, least, cohort = type(self.aggregation).__name__, self.aggregation.least(), self.cohort
@@ -142,6 +158,45 @@ class Run:
             raise ConfigError(
                 f"aggregation.clip_norm={self.aggregation.clip_norm:g} cannot be combined with "
                 f"{type(self.algorithm).__name__}, whose updates add up only unclipped; leave it out"
+            )
+
+    def _check_clock(self) -> None:
+        """Who is waited for needs a clock that says when they come."""
+        if self.replay is not None and not self.algorithm.asynchronous:
+            raise ConfigError(
+                f"replay={self.replay} is for asynchronous methods, but algorithm="
+                f"{type(self.algorithm).__name__} is the same in every run; leave it out"
+            )
+        if self.cohort.extra and (self.algorithm.asynchronous or not isinstance(self.clock, Virtual)):
+            raise ConfigError(
+                f"cohort.extra={self.cohort.extra} is for rounds that end with the first arrivals "
+                "of the virtual clock; leave it out, or use a synchronous method"
+            )
+
+    def _check_asynchronous(self) -> None:
+        """Refuse what has no meaning when contributions come one by one."""
+        name, rule = type(self.algorithm).__name__, self.aggregation
+        if self.replay is None and isinstance(self.clock, Wall) and self.topology.coordinator != "dedicated":
+            raise ConfigError(
+                f"topology.coordinator={self.topology.coordinator}, but algorithm={name} needs one "
+                "that takes arrivals while others train (clock=Wall); use --topology.coordinator "
+                "dedicated and one rank more, or --clock Virtual"
+            )
+        if type(rule) is not Mean or (rule.clip_norm and "update" not in self.algorithm.lengths(1)):
+            raise ConfigError(
+                f"aggregation={type(rule).__name__} with clip_norm={getattr(rule, 'clip_norm', None)} needs "
+                f"updates, but algorithm={name} absorbs one by one what arrives; leave it out"
+            )
+        if self.cohort.sampling != "fixed":
+            raise ConfigError(
+                f"cohort.sampling={self.cohort.sampling} is for rounds, but algorithm={name} samples "
+                "clients one by one; use cohort.sampling=fixed"
+            )
+        wanted = self.clock.in_flight if isinstance(self.clock, Virtual) else None
+        if wanted is not None and wanted > self.data.clients:
+            raise ConfigError(
+                f"clock.in_flight={wanted} is larger than the population data.clients={self.data.clients}; "
+                "lower clock.in_flight or raise data.clients"
             )
 
 

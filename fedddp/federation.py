@@ -25,7 +25,8 @@ from fedddp.data.datasets import Images, from_dataset, load
 from fedddp.data.feed import Feed
 from fedddp.data.partition import Split, holdout, holdout_sizes
 from fedddp.evaluation import Metrics
-from fedddp.folder import run_folder
+from fedddp.events import run_events
+from fedddp.folder import check_replay, run_folder
 from fedddp.method import Server
 from fedddp.rounds import run_rounds
 from fedddp.session import Session, Stopped
@@ -87,6 +88,7 @@ class Federation:
             ValueError: the configuration cannot run.
         """
         self.config = dataclasses.replace(run or Run(), **sections)
+        check_replay(self.config)
         self.module, self.images = model, (train, test)
         self.default_name = default_name
         if test is not None and train is None:
@@ -117,7 +119,7 @@ class Federation:
             with _refusing():
                 session = self._session(world, folder, config)
             try:
-                run_rounds(session)
+                (run_events if config.algorithm.asynchronous else run_rounds)(session)
                 finished = True
             except Stopped:
                 finished = False

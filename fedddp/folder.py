@@ -21,6 +21,9 @@ from fedddp.topology import Launch, World
 MAY_CHANGE = ("rounds", "evaluation", "checkpoint", "track", "output", "name", "resume")
 """Settings that a resumed run may change, with those of the topology; others would make it another run."""
 
+MAY_CHANGE_IN_REPLAY = (*MAY_CHANGE, "clock", "replay")
+"""Settings that a run which repeats another's order of arrivals may change."""
+
 LOCK_WAIT_S = 100.0
 """Seconds a resumed run waits for the lock: a file server frees that of a dead machine after up to 90."""
 
@@ -129,7 +132,16 @@ def _lock(folder: Path, wait_s: float) -> int:
         time.sleep(0.5)
 
 
-def _check_same(run: Run, earlier: Path) -> None:
+def check_replay(run: Run) -> None:
+    """Refuse to repeat the arrivals of a run that had other settings."""
+    if run.replay is not None:
+        earlier = Path(run.replay) / "config.yaml"
+        if not earlier.exists():
+            raise ConfigError(f"replay: {run.replay} is no run directory; give that of an asynchronous run")
+        _check_same(run, earlier, MAY_CHANGE_IN_REPLAY)
+
+
+def _check_same(run: Run, earlier: Path, may_change: tuple[str, ...] = MAY_CHANGE) -> None:
     """Refuse to resume a run with settings that would make it another run."""
     if not earlier.exists():
         return
@@ -148,7 +160,7 @@ def _check_same(run: Run, earlier: Path) -> None:
         topology = settings.get("topology")
         settings["topology"] = {"threads": topology.get("threads")} if isinstance(topology, dict) else None
     for section in now:
-        if section not in MAY_CHANGE and before.get(section) != now[section]:
+        if section not in may_change and before.get(section) != now[section]:
             name, old, new = section, before.get(section), now[section]
             if isinstance(old, dict) and isinstance(new, dict):
                 key = next(k for k in {**new, **old} if old.get(k) != new.get(k))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedddp.aggregation import Accumulator
+from fedddp.clock import examples_trained
 from fedddp.cohort import assign
 from fedddp.evaluation import Metrics
 from fedddp.session import Indices, Session, Stopped
@@ -21,6 +22,10 @@ class Round:
     """A round under way on this rank."""
 
     cohort: Indices
+    """Those whose contributions count, of all that were sampled."""
+    sampled: int
+    virtual_s: float | None
+    """What the round takes on the virtual clock; None on the wall clock."""
     sums: Accumulator
     visits: Tensor
     """What each visit came to: [DONE or INVALID, loss sum, loss count, steps]; float64, shape (m, 4)."""
@@ -49,8 +54,8 @@ def run_rounds(s: Session) -> None:
 def one_round(s: Session) -> Round:
     """Collective. One round of the method over a sampled cohort."""
     world, method, server = s.world, s.run.algorithm, s.server
-    cohort = s.run.cohort.sample(len(s.split), s.run.seed, s.rounds_done)  # 1. sample
-    current, waiting = begin(s, cohort)
+    current, waiting = begin(s)  # 1. sample
+    cohort = current.cohort
     plan = assign(waiting, s.sizes[waiting], world.groups)
     s.send()  # 2. send
     with s.timed("train"):  # 3. train
@@ -78,8 +83,13 @@ def one_round(s: Session) -> Round:
     return current
 
 
-def begin(s: Session, cohort: Indices) -> tuple[Round, Indices]:
-    """Return the round's empty sums, or those it was stopped with, and the clients left to visit."""
+def begin(s: Session) -> tuple[Round, Indices]:
+    """Return the round with empty sums, or those it was stopped with, and the clients left to visit."""
+    run = s.run
+    sampled = run.cohort.sample(len(s.split), run.seed, s.rounds_done)
+    wanted = len(sampled) - run.cohort.extra
+    work = examples_trained(run.local, s.sizes[sampled])
+    cohort, seconds = run.clock.arrivals(sampled, work, wanted, run.seed, s.rounds_done)
     rule, method, size = s.run.aggregation, s.run.algorithm, s.server.params.numel()
     lengths = {**method.lengths(size), "buffers": s.server.buffers.numel()}
     sums = rule.accumulator(lengths, len(cohort), s.server.params, s.server.counters)
@@ -91,7 +101,7 @@ def begin(s: Session, cohort: Indices) -> tuple[Round, Indices]:
             sums.load(s.partial)
             visits.copy_(s.partial["visits"])
         s.partial = {}
-    return Round(cohort, sums, visits), waiting
+    return Round(cohort, len(sampled), seconds, sums, visits), waiting
 
 
 def train(s: Session, current: Round, plan: list[list[int]]) -> None:
@@ -148,14 +158,17 @@ def summarise(s: Session, current: Round) -> Metrics:
     up = sum(s.run.algorithm.lengths(size).values()) + s.server.buffers.numel()
     down = sum(tensor.numel() for tensor in s.sent_tensors())
     item = s.server.params.element_size()
+    virtual = {} if current.virtual_s is None else {"time/virtual": current.virtual_s}
     return {
         "train/loss": loss / count if count else None,
         "train/examples": int(count),
         "train/steps": int(steps),
+        "clients/missing": current.sampled - s.run.cohort.extra - len(current.cohort),
         "clients/contributed": clients,
         "clients/invalid": invalid,
         "clients/clipped": clipped,
         "bytes/up": len(current.cohort) * up * item,
-        "bytes/down": len(current.cohort) * down * item,
+        "bytes/down": current.sampled * down * item,
+        **virtual,
         "cohort": current.cohort.tolist(),
     }

@@ -56,6 +56,8 @@ class Session:
     rounds_done: int = 0
     partial: Mapping[str, Tensor] = field(default_factory=dict)
     """Sums of a round that was stopped in the middle; empty between rounds."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """The facts of the checkpoint that the run goes on from; empty in a new run."""
     history: list[Metrics] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     _sent: int = -1
@@ -211,5 +213,6 @@ class Session:
                 self.server.vectors[name.removeprefix("server.")] = tensor.to(self.world.device)
         self.partial = {n: t for n, t in state.items() if not n.startswith("server.")}
         self.states.load(saved.files("clients-*.safetensors"))
+        self.facts = saved.facts
         self.server.version = int(saved.facts["version"])
         self.rounds_done = int(saved.facts["round"])

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -25,6 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 HEARTBEAT_S = 1.0
 STOP_POLL_S = 0.2
+NUMBERS = 1
+"""Tag of messages of numbers; tensors have 0."""
 FOLLOW_S = 4.0
 """Seconds a rank has to notice by itself that another one failed."""
 
@@ -231,12 +234,21 @@ class World:
         """Send `tensor` to `rank`, which must `receive` it."""
         dist.send(tensor.to(self._transport).contiguous(), dst=rank)
 
-    def receive(self, tensor: Tensor, rank: int | None = None) -> int:
-        """Fill `tensor` from `rank` (None: from whichever sends first, CPU only); return the sender."""
-        staged = torch.empty_like(tensor, device=tensor.device if rank is None else self._transport)
-        sender = dist.recv(staged, src=rank)
+    def receive(self, tensor: Tensor, rank: int) -> None:
+        """Fill `tensor` from `rank`."""
+        staged = torch.empty_like(tensor, device=self._transport)
+        dist.recv(staged, src=rank)
         tensor.copy_(staged)
-        return int(sender)
+
+    def post(self, numbers: Sequence[float], rank: int) -> None:
+        """Send a few numbers to `rank`, through the CPU; it must `collect` as many."""
+        dist.send(torch.tensor(numbers, dtype=torch.float64), dst=rank, tag=NUMBERS)
+
+    def collect(self, count: int, rank: int) -> list[float]:
+        """Wait for `count` numbers from `rank`; may be called from any thread."""
+        numbers = torch.empty(count, dtype=torch.float64)
+        dist.recv(numbers, src=rank, tag=NUMBERS)
+        return [float(number) for number in numbers]
 
     def gather(self, value: object) -> list[Any]:
         """Collective. Return every rank's `value`, by rank; for small things."""
