@@ -23,7 +23,7 @@ from fedddp import algorithms
 from fedddp.aggregation import Mean
 from fedddp.aggregation.robust import Robust
 from fedddp.algorithms.asynchronous import Staleness
-from fedddp.attacks import Attack, NoAttack
+from fedddp.attacks import Attack, LabelFlip, NoAttack
 from fedddp.checkpoint import Checkpoint
 from fedddp.clock import Clock, Speed, Virtual, Wall
 from fedddp.cohort import Cohort
@@ -186,6 +186,11 @@ class Run:
             raise ConfigError(
                 f"aggregation={type(rule).__name__} with clip_norm={getattr(rule, 'clip_norm', None)} needs "
                 f"updates, but algorithm={name} absorbs one by one what arrives; leave it out"
+            )
+        if "update" not in self.algorithm.lengths(1) and not isinstance(self.attacks, (NoAttack, LabelFlip)):
+            raise ConfigError(
+                f"attacks={type(self.attacks).__name__} changes updates, but algorithm={name} sends models; "
+                "use attacks=LabelFlip or algorithm=FedBuff"
             )
         if self.cohort.sampling != "fixed":
             raise ConfigError(

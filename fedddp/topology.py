@@ -26,8 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 HEARTBEAT_S = 1.0
 STOP_POLL_S = 0.2
-NUMBERS = 1
-"""Tag of messages of numbers; tensors have 0."""
+NUMBERS = 1  # the tag of messages of numbers; tensors have 0
 FOLLOW_S = 4.0
 """Seconds a rank has to notice by itself that another one failed."""
 
@@ -236,8 +235,7 @@ class World:
 
     def receive(self, tensor: Tensor, rank: int) -> None:
         """Fill `tensor` from `rank`."""
-        staged = torch.empty_like(tensor, device=self._transport)
-        dist.recv(staged, src=rank)
+        dist.recv(staged := torch.empty_like(tensor, device=self._transport), src=rank)
         tensor.copy_(staged)
 
     def post(self, numbers: Sequence[float], rank: int) -> None:
@@ -246,8 +244,7 @@ class World:
 
     def collect(self, count: int, rank: int) -> list[float]:
         """Wait for `count` numbers from `rank`; may be called from any thread."""
-        numbers = torch.empty(count, dtype=torch.float64)
-        dist.recv(numbers, src=rank, tag=NUMBERS)
+        dist.recv(numbers := torch.empty(count, dtype=torch.float64), src=rank, tag=NUMBERS)
         return [float(number) for number in numbers]
 
     def gather(self, value: object) -> list[Any]:
@@ -335,10 +332,7 @@ class World:
         self.failed = True
         try:
             return int(self.store.add("fedddp/errors", 1)) == 1
-        except (
-            RuntimeError,
-            dist.DistError,
-        ):  # the store's host is gone, and with it who was first
+        except (RuntimeError, dist.DistError):  # the store's host is gone, and with it who was first
             return False
 
     def close(self) -> None:
