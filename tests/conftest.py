@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,3 +29,13 @@ def no_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     allowed = {"PYTEST_CURRENT_TEST", "GLOO_SOCKET_IFNAME", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
     assert changed <= allowed, changed
     assert not dist.is_initialized(), "a process group was left behind"
+
+
+@pytest.fixture
+def no_dashboards() -> Iterator[None]:
+    """Keep wandb out of tests that are about something else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        yield
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].teardown()  # it would stay disabled for the tests that follow

@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,13 +31,6 @@ def test_configuration_is_current() -> None:
     before = page.read_text()
     subprocess.run([sys.executable, ROOT / "scripts" / "configuration"], check=True)
     assert page.read_text() == before, "run scripts/configuration"
-
-
-@pytest.fixture
-def no_dashboards() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        yield
 
 
 @pytest.mark.usefixtures("no_dashboards")

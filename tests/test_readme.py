@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from fedddp.config import load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+pytestmark = pytest.mark.usefixtures("no_dashboards")
 
 
 def blocks(language: str) -> list[str]:
@@ -25,13 +25,6 @@ def commands(program: str) -> list[list[str]]:
     """Return the shell lines that start with `program`, in the order in which they are read."""
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
     return [shlex.split(line, comments=True) for line in lines if line.startswith(program)]
-
-
-@pytest.fixture(autouse=True)
-def no_dashboards() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        yield
 
 
 def test_first_screen_has_what_a_newcomer_needs() -> None:
