@@ -298,9 +298,8 @@ def _pieces(batch: Batch, pieces: int, rank: int, ranks: int) -> Iterator[Batch]
         return
     for piece in range(pieces):
         first, end = (-((rank - batch.total * k // pieces) // ranks) for k in (piece, piece + 1))
-        own = slice(max(first, 0), max(end, 0)) if batch.count else slice(0)
-        count = max(end, 0) - max(first, 0) if batch.count else 0
-        own = own if count else slice(1)
+        count = end - first if batch.count else 0
+        own = slice(first, end) if count else slice(1)
         yield Batch(batch.images[own], batch.targets[own], count, batch.total)
 
 

@@ -234,23 +234,19 @@ class Coordinator:
     def _summarise(self) -> Metrics:
         tally, s = self.tally, self.s
         elapsed, groups = time.perf_counter() - self.began, range(self.world.groups)
-        item, server = s.server.params.element_size(), s.server
-        up = sum(self.method.lengths(server.params.numel()).values()) + server.buffers.numel()
-        down = sum(tensor.numel() for tensor in s.sent_tensors())
         seen = Counter(tally.staleness)
         row: Metrics = {
-            "train/loss": tally.loss[0] / tally.loss[1] if tally.loss[1] else None,
-            "train/examples": int(tally.loss[1]),
-            "train/steps": tally.steps,
-            "clients/contributed": tally.counts[0],
-            "clients/invalid": tally.counts[1],
-            "clients/clipped": tally.counts[2],
-            "bytes/up": len(tally.cohort) * up * item,
-            "bytes/down": (self.order.dispatched - tally.dispatched) * down * item,
+            **s.summary(
+                loss=tally.loss,
+                steps=tally.steps,
+                counts=tally.counts,
+                received=len(tally.cohort),
+                dispatched=self.order.dispatched - tally.dispatched,
+            ),
             "staleness/mean": sum(tally.staleness) / len(tally.staleness),
             "staleness/max": max(tally.staleness),
             "staleness/histogram": [seen[tau] for tau in range(max(seen) + 1)],
-            "server/version": server.version,
+            "server/version": s.server.version,
             "time/idle": [max(0.0, elapsed - tally.busy.get(str(g), 0.0)) for g in groups],
             "cohort": tally.cohort,
         }

@@ -233,6 +233,8 @@ def _refusing() -> Iterator[None]:
 
 def _relabelled(images: Images, split: Split, run: Run, liars: NDArray[np.int64]) -> Images:
     """Return `images` with the labels that malicious clients train on; held-out ones stay true."""
+    if not len(liars):
+        return images
     labels = images.labels.copy()
     for client in liars.tolist():
         mine, _ = holdout(split.indices(client), run.data.holdout, client, run.seed)

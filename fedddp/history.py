@@ -36,11 +36,11 @@ class History:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one round; `row["round"]` is its number, from 1."""
-        _write(self._files[0], [row])
+        write_rows(self._files[0], [row])
 
     def log_clients(self, rows: list[Row]) -> None:
         """Append the metrics of clients; each row has its "round"."""
-        _write(self._files[1], rows)
+        write_rows(self._files[1], rows)
 
     def sync(self) -> None:
         """Force the lines to the disk, so that no checkpoint is newer than its lines."""
@@ -95,7 +95,12 @@ def _open_after(path: Path, keep_rounds: int) -> BinaryIO:
     return file
 
 
-def _write(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_rows(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append `rows` to an unbuffered `file`: all of them, or an error and none.
+
+    Raises:
+        OSError: the disk is full or gone.
+    """
     lines = "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows).encode()
     end = os.fstat(file.fileno()).st_size
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedddp.clock import Virtual
-from fedddp.history import Row, plain, read_rows
+from fedddp.history import Row, read_rows, write_rows
 from fedddp.rng import stream
 
 ARRIVALS = "arrivals.jsonl"
@@ -88,7 +87,9 @@ class SampledOrder(Order):
     def _dispatch(self, version: int) -> Flight:
         ticket, busy = self.dispatched, {flight.client for flight in self.flights.values()}
         random = stream("dispatch", self.seed, ticket)
-        client = next(c for c in iter(lambda: int(random.choice(self.clients)), None) if c not in busy)
+        client = int(random.choice(self.clients))
+        while client in busy:
+            client = int(random.choice(self.clients))
         self.flights[ticket] = self._flight(ticket, client, version)
         self.dispatched += 1
         return self.flights[ticket]
@@ -182,15 +183,16 @@ class Record:
 
     def __init__(self, folder: Path, keep: int) -> None:
         """Open it; lines after the first `keep`, those of the checkpoint, are cut off."""
-        self._file = (folder / ARRIVALS).open("a+b")
-        self._file.seek(0)
-        end = sum(len(line) for _, line in zip(range(keep), self._file, strict=False))
+        path = folder / ARRIVALS
+        path.touch()
+        with path.open("rb") as lines:
+            end = sum(len(line) for _, line in zip(range(keep), lines, strict=False))
+        self._file = path.open("ab", buffering=0)
         self._file.truncate(end)
 
     def add(self, row: Row) -> None:
         """Append one arrival."""
-        self._file.write(json.dumps(plain(row), allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        write_rows(self._file, [row])
 
     def sync(self) -> None:
         """Force the lines to the disk, so that no checkpoint is newer than its lines."""

@@ -151,24 +151,18 @@ def name_invalid(s: Session, current: Round) -> None:
 
 
 def summarise(s: Session, current: Round) -> Metrics:
-    """Return what the round says of its training: loss, clients, steps, bytes."""
-    _, loss, count, steps = current.visits.sum(0).tolist()
-    clients, invalid, clipped = current.sums.counts.tolist()
-    size = s.server.params.numel()
-    up = sum(s.run.algorithm.lengths(size).values()) + s.server.buffers.numel()
-    down = sum(tensor.numel() for tensor in s.sent_tensors())
-    item = s.server.params.element_size()
+    """Return what the round says of its training: loss, clients, steps, bytes, virtual time."""
+    _, *loss, steps = current.visits.sum(0).tolist()
     virtual = {} if current.virtual_s is None else {"time/virtual": current.virtual_s}
     return {
-        "train/loss": loss / count if count else None,
-        "train/examples": int(count),
-        "train/steps": int(steps),
+        **s.summary(
+            loss=loss,
+            steps=int(steps),
+            counts=current.sums.counts.tolist(),
+            received=len(current.cohort),
+            dispatched=current.sampled,
+        ),
         "clients/missing": current.sampled - s.run.cohort.extra - len(current.cohort),
-        "clients/contributed": clients,
-        "clients/invalid": invalid,
-        "clients/clipped": clipped,
-        "bytes/up": len(current.cohort) * up * item,
-        "bytes/down": current.sampled * down * item,
         **virtual,
         "cohort": current.cohort.tolist(),
     }

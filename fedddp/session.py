@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +107,33 @@ class Session:
         server, method = self.server, self.run.algorithm
         along = [server.vectors[name] for name in method.sends]
         return [server.params, server.buffers, server.counters, *along]
+
+    def summary(
+        self, *, loss: Sequence[float], steps: int, counts: Sequence[int], received: int, dispatched: int
+    ) -> Metrics:
+        """Return what a round says of its training, in either loop.
+
+        Args:
+            loss: sum and count of the training loss.
+            steps: optimizer steps.
+            counts: contributions that were combined, invalid, clipped.
+            received: contributions that were sent.
+            dispatched: clients that were sent the model.
+        """
+        size, item = self.server.params.numel(), self.server.params.element_size()
+        up = sum(self.run.algorithm.lengths(size).values()) + self.server.buffers.numel()
+        down = sum(tensor.numel() for tensor in self.sent_tensors())
+        total, examples = loss
+        return {
+            "train/loss": total / examples if examples else None,
+            "train/examples": int(examples),
+            "train/steps": steps,
+            "clients/contributed": counts[0],
+            "clients/invalid": counts[1],
+            "clients/clipped": counts[2],
+            "bytes/up": received * up * item,
+            "bytes/down": dispatched * down * item,
+        }
 
     def load_global_model(self) -> None:
         """Put the server's model into the module."""

@@ -30,7 +30,7 @@ class FlatModel:
             ValueError: nothing to train, or trainable parameters of different dtypes or devices.
         """
         self.module = module
-        named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self._trained = named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         if not named:
             raise ValueError("the model has no trainable parameter; unfreeze some (model.freeze)")
         kinds = {(p.dtype, p.device) for p in named.values()}
@@ -45,9 +45,10 @@ class FlatModel:
             assert self.slices[name].stop <= self.params.numel()
             parameter.grad = view
         saved = module.state_dict(keep_vars=True).keys()
-        buffers = [b for name, b in module.named_buffers() if name in saved]
-        self.buffers = _rehome([b for b in buffers if b.dtype == torch.float32], self.params.device)
-        counters = [b for b in buffers if b.dtype == torch.int64]
+        buffers = {name: b for name, b in module.named_buffers() if name in saved}
+        self._floats = {name: b for name, b in buffers.items() if b.dtype == torch.float32}
+        self.buffers = _rehome(list(self._floats.values()), self.params.device)
+        counters = [b for b in buffers.values() if b.dtype == torch.int64]
         self.counters = _rehome(counters, self.params.device, torch.int64)
 
     def restore_gradient_views(self) -> None:
@@ -60,11 +61,8 @@ class FlatModel:
 
     def named(self, params: Tensor, buffers: Tensor) -> dict[str, Tensor]:
         """Return `params` (P,) and `buffers` (B,) cut up under the module's names, for `functional_call`."""
-        trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        saved = self.module.state_dict(keep_vars=True).keys()
-        floats = {n: b for n, b in self.module.named_buffers() if n in saved and b.dtype == torch.float32}
-        cut = zip(trained, _views(params, list(trained.values())), strict=True)
-        return {**dict(cut), **dict(zip(floats, _views(buffers, list(floats.values())), strict=True))}
+        views = _views(params, list(self._trained.values())) + _views(buffers, list(self._floats.values()))
+        return dict(zip([*self._trained, *self._floats], views, strict=True))
 
     def mask(self, names: Iterable[str]) -> Tensor:
         """Return which elements of `params` belong to the parameters `names`; (P,) bool."""

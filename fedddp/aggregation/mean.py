@@ -157,12 +157,16 @@ class Accumulator:
         self.counts[1] += int(not admitted.valid)
         self.counts[2] += int(admitted.clipped)
         if admitted.vectors is not None:
-            for name, vector in admitted.vectors.items():
-                self._add(name, vector, example_weight if name == "buffers" else contribution.weight)
-            self.weights += torch.tensor([_fixed(contribution.weight), _fixed(example_weight)])
+            self._take(client, admitted.vectors, contribution.weight, example_weight)
             self.counts[0] += 1
             torch.maximum(self.counters, counters, out=self.counters)
         return admitted.valid
+
+    def _take(self, client: int, vectors: Mapping[str, Tensor], weight: float, example_weight: float) -> None:
+        """Take in what was admitted of one client."""
+        for name, vector in vectors.items():
+            self._add(name, vector, example_weight if name == "buffers" else weight)
+        self.weights += torch.tensor([_fixed(weight), _fixed(example_weight)])
 
     def _add(self, name: str, vector: Tensor, weight: float) -> None:
         if not vector.numel():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedddp.aggregation.mean import Accumulator, Mean
-from fedddp.method import Contribution, Total
+from fedddp.method import Total
 from fedddp.topology import World
 
 WEISZFELD_STEPS = 100
@@ -51,27 +51,13 @@ class Rows(Accumulator):
     ) -> None:
         """Start with none; see `Mean.accumulator`."""
         super().__init__(rule, {}, clients, like, counters)
+        self.limit = math.inf  # nothing is summed
         self.size, self.length = lengths["update"], lengths["update"] + lengths.get("buffers", 0)
         self.rows: dict[int, Tensor] = {}
 
-    def add(
-        self,
-        client: int,
-        contribution: Contribution,
-        buffers: Tensor,
-        example_weight: float,
-        counters: Tensor,
-        loss: float = 0.0,
-    ) -> bool:
-        """Keep one client's update and buffers, whatever its weight; see `Accumulator.add`."""
-        admitted = self.rule.admit(client, contribution, buffers, loss=loss)
-        self.counts[1] += int(not admitted.valid)
-        self.counts[2] += int(admitted.clipped)
-        if admitted.vectors is not None:
-            self.rows[client] = torch.cat([admitted.vectors["update"], admitted.vectors["buffers"]])
-            self.counts[0] += 1
-            torch.maximum(self.counters, counters, out=self.counters)
-        return admitted.valid
+    def _take(self, client: int, vectors: Mapping[str, Tensor], weight: float, example_weight: float) -> None:
+        """Keep one client's update and buffers, whatever its weights."""
+        self.rows[client] = torch.cat([vectors["update"], vectors["buffers"]])
 
     def combine(self, world: World) -> None:
         """Collective. Bring all rows to the coordinator."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from fedddp.algorithms.fedavg import FedAvg
-from fedddp.method import Local, Method, Server, Total, Visit
+from fedddp.method import Local, Server, Total, Visit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +37,7 @@ class SyncSGD(FedAvg):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalSGD(Method):
+class LocalSGD(FedAvg):
     """x ← x + η_g mean_S Δ_k, clients counting equally, with Nesterov momentum if any.
 
     Stich, 2019 (arXiv:1805.09767): workers average their parameters every H steps; H is `local.steps`.
@@ -54,21 +52,13 @@ class LocalSGD(Method):
 
     uniform = True
 
-    def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr must be > 0, got {self.lr}; 1 is the plain average")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-
-    def start(self, server: Server) -> None:
-        """V = 0."""
-        server.vectors["v"] = torch.zeros_like(server.params)
-
     def step(self, server: Server, total: Total) -> None:
         """X ← Nesterov(x, −mean Δ_k)."""
-        gradient, v = -total["update"], server.vectors["v"]
-        v.mul_(self.momentum).add_(gradient)
-        server.params.sub_(gradient.add_(v, alpha=self.momentum), alpha=self.lr)
+        gradient = -total["update"]
+        if self.momentum:
+            v = server.vectors["v"].mul_(self.momentum).add_(gradient)
+            gradient.add_(v, alpha=self.momentum)
+        server.params.sub_(gradient, alpha=self.lr)
 
 
 @dataclass(frozen=True, kw_only=True)
