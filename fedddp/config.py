@@ -133,13 +133,20 @@ class Run:
                 "data.holdout=0; set data.holdout, e.g. 0.1"
             )
         self._check_aggregation()
-        try:
-            self.algorithm.check(self.local)
-        except ValueError as error:
-            raise ConfigError(f"algorithm: {error}") from None
+        self._check_local()
         self._check_clock()
         if self.algorithm.asynchronous:
             self._check_asynchronous()
+
+    def _check_local(self) -> None:
+        method = self.algorithm
+        for name, wanted in method.needs(self.local).items():
+            value = getattr(self.local, name)
+            if value != wanted:
+                way_out = "leave it out" if wanted is None else f"set local.{name}={wanted}"
+                raise ConfigError(
+                    f"algorithm={type(method).__name__} {method.because}, but local.{name}={value}; {way_out}"
+                )
 
     def _check_aggregation(self) -> None:
         rule, least, cohort = type(self.aggregation).__name__, self.aggregation.least(), self.cohort
@@ -154,11 +161,13 @@ class Run:
                 f"cohort.size={cohort.size} with sampling={cohort.sampling}; raise cohort.size, use "
                 "sampling=fixed, or lower aggregation.attackers"
             )
-        if self.algorithm.mean_only and self.aggregation.clip_norm is not None:
-            raise ConfigError(
-                f"aggregation.clip_norm={self.aggregation.clip_norm:g} cannot be combined with "
-                f"{type(self.algorithm).__name__}, whose updates add up only unclipped; leave it out"
-            )
+        for name, unlike in (("clip_norm", None), ("on_invalid_update", "clip")):
+            value = getattr(self.aggregation, name)
+            if self.algorithm.mean_only and (value == unlike if unlike else value is not None):
+                raise ConfigError(
+                    f"aggregation.{name}={value} cannot be combined with {type(self.algorithm).__name__}, "
+                    "whose updates add up only uncut; leave it out"
+                )
 
     def _check_clock(self) -> None:
         """Who is waited for needs a clock that says when they come."""

@@ -240,9 +240,15 @@ class Method(ABC):
     """Whether contributions are absorbed one by one as they arrive."""
     mean_only: ClassVar[bool] = False
     """Whether contributions mean something only as a plain mean: no robust rule, no clipped updates."""
+    because: ClassVar[str] = ""
+    """Why the method needs what it `needs`: words that follow its name."""
 
-    def check(self, local: Local) -> None:
-        """Raise ValueError when the method cannot be combined with the run's local training."""
+    def needs(self, local: Local) -> dict[str, object]:
+        """Return the fields of `local` that must have a certain value (None: be left out), with that value.
+
+        A run whose local training is another is refused in one line, which says why (`because`).
+        """
+        return {}
 
     def check_model(self, flat: FlatModel) -> None:
         """Raise ValueError when the method cannot train this model."""

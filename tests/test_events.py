@@ -367,7 +367,7 @@ def test_clients_that_all_miss_the_deadline_are_an_error_not_a_hang(tmp_path: Pa
         ({"algorithm": AsyncSGD()}, "local.steps=3; set local.steps=1"),
         (
             {"algorithm": AsyncSGD(), "local": Local(steps=1, momentum=0.9)},
-            "use sgd with local.momentum=0",
+            "momentum=0.9; set local.momentum=0.0",
         ),
         ({"algorithm": FedAsync(), "aggregation": Mean(clip_norm=1.0)}, "clip_norm=1.0"),
         ({"algorithm": FedBuff(), "local": Local(optimizer_state="keep")}, "optimizer_state=reset"),

@@ -151,13 +151,11 @@ def check(run: Run, where: Path, seed: str, worlds: tuple[int, int, int] = (1, 1
 
 
 def local_for(method: Method) -> Local:
-    for local in LOCALS:
-        try:
-            method.check(local)
-        except ValueError:
-            continue
-        return local
-    raise AssertionError(f"no local training of this test suits {method}")
+    return next(
+        local
+        for local in LOCALS
+        if all(getattr(local, name) == wanted for name, wanted in method.needs(local).items())
+    )
 
 
 METHODS = {name: method for name, method in choices(Method).items() if "." not in name}

@@ -79,13 +79,11 @@ class AsynchronousMethod(Method):
 
     asynchronous: ClassVar[bool] = True
 
-    def check(self, local: Local) -> None:
-        """Clients hand over nothing but contributions."""
-        if local.optimizer_state == "keep":
-            raise ValueError(
-                "clients keep nothing between visits, but local.optimizer_state=keep; use "
-                "local.optimizer_state=reset"
-            )
+    because: ClassVar[str] = "lets clients keep nothing between visits"
+
+    def needs(self, local: Local) -> dict[str, object]:
+        """Clients that hand over nothing but contributions."""
+        return {"optimizer_state": "reset"}
 
     @abstractmethod
     def absorb(self, server: Server, contribution: Contribution, staleness: int) -> bool:
@@ -196,16 +194,11 @@ class AsyncSGD(AsynchronousMethod):
     staleness: Staleness = field(default_factory=Constant)
     """s(τ): Constant is the classical server, Inverse that of arXiv:1511.05950."""
 
-    def check(self, local: Local) -> None:
+    because = "applies the gradient of one batch as it is, and lets clients keep nothing"
+
+    def needs(self, local: Local) -> dict[str, object]:
         """One plain step a visit."""
-        super().check(local)
-        if local.steps != 1:
-            raise ValueError(f"one batch makes a gradient, but local.steps={local.steps}; set local.steps=1")
-        if local.optimizer != "sgd" or local.momentum:
-            raise ValueError(
-                f"stale gradients are applied as they are, but local.optimizer={local.optimizer} with "
-                f"momentum={local.momentum}; use sgd with local.momentum=0"
-            )
+        return {**super().needs(local), "steps": 1, "optimizer": "sgd", "momentum": 0.0}
 
     def finish(self, visit: Visit) -> Contribution:
         """−η (g + λ x), λ the weight decay; nothing from a client without a batch."""

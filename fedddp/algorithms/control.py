@@ -25,23 +25,15 @@ class SCAFFOLD(Method):
     uniform = True
     stateful = True
     mean_only = True
+    because = "reads the mean gradient off x − y_k, which only plain sgd leaves there"
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ValueError(f"lr must be > 0, got {self.lr}; the paper's is 1")
 
-    def check(self, local: Local) -> None:
-        """Refuse what breaks (x − y_k)/(K_k η) = the mean of the corrected gradients."""
-        for name, value in (
-            ("optimizer", "" if local.optimizer == "sgd" else local.optimizer),
-            ("momentum", local.momentum),
-            ("clip_norm", local.clip_norm),
-        ):
-            if value:
-                raise ValueError(
-                    f"SCAFFOLD reads the mean gradient off x − y_k, which only plain sgd leaves there, but "
-                    f"local.{name}={value}; leave it out"
-                )
+    def needs(self, local: Local) -> dict[str, object]:
+        """Plain steps: else (x − y_k)/(K_k η) is not the mean of the corrected gradients."""
+        return {"optimizer": "sgd", "momentum": 0.0, "clip_norm": None}
 
     def lengths(self, size: int) -> dict[str, int]:
         """Update and control variate."""

@@ -22,24 +22,12 @@ class FedNova(FedProx):
     """Strength μ of FedProx's pull to the dispatched model, >= 0; 0 is none."""
 
     mean_only = True
+    because = "must know the coefficients of a visit's own gradients"
 
-    def check(self, local: Local) -> None:
-        """Refuse what leaves no fixed coefficients, or others than `coefficients` counts."""
-        if local.optimizer != "sgd":
-            raise ValueError(
-                "FedNova knows the gradients' coefficients of sgd only, but "
-                f"local.optimizer={local.optimizer}; use sgd"
-            )
-        if local.momentum and local.optimizer_state == "keep":
-            raise ValueError(
-                "FedNova counts a visit's own gradients only, but local.optimizer_state=keep carries "
-                "momentum over; use reset"
-            )
-        if self.mu and local.clip_norm is not None:
-            raise ValueError(
-                f"mu={self.mu} leaves no fixed coefficients with local.clip_norm={local.clip_norm}; "
-                "leave one out"
-            )
+    def needs(self, local: Local) -> dict[str, object]:
+        """Fixed coefficients, of a visit's own gradients: no kept momentum, no clipping of g + μ(w − x)."""
+        own = {"optimizer_state": "reset"} if local.momentum else {}
+        return {"optimizer": "sgd", **own, **({"clip_norm": None} if self.mu else {})}
 
     def coefficients(self, visit: Visit) -> float:
         """Return a_k: run the local optimizer with gradients 1, and −(w − x)/η is their coefficients' sum."""

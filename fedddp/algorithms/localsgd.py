@@ -17,18 +17,11 @@ class SyncSGD(FedAvg):
     FedAvg) DDP takes the same steps without a coordinator in between.
     """
 
-    def check(self, local: Local) -> None:
-        """Only one plain step is a gradient."""
-        for name, value, wanted in (
-            ("steps", local.steps, 1),
-            ("optimizer", local.optimizer, "sgd"),
-            ("momentum", local.momentum, 0),
-        ):
-            if value != wanted:
-                raise ValueError(
-                    f"SyncSGD's visit is one step of plain sgd, but local.{name}={value}; set it to {wanted} "
-                    "(momentum: algorithm.momentum)"
-                )
+    because = "takes one plain step a visit, and has its momentum on the server (algorithm.momentum)"
+
+    def needs(self, local: Local) -> dict[str, object]:
+        """One plain step: only that is a gradient."""
+        return {"steps": 1, "optimizer": "sgd", "momentum": 0.0}
 
     def weight(self, visit: Visit) -> float:
         """The examples of the batch, in units that keep the cohort's sum below 1."""
@@ -75,14 +68,8 @@ class DiLoCo(LocalSGD):
     momentum: float = 0.9
     """Outer Nesterov momentum β, in [0, 1)."""
 
-    def check(self, local: Local) -> None:
-        """Refuse another inner optimizer, or one that starts anew."""
-        for name, value, wanted in (
-            ("optimizer", local.optimizer, "adamw"),
-            ("optimizer_state", local.optimizer_state, "keep"),
-        ):
-            if value != wanted:
-                raise ValueError(
-                    f"DiLoCo's inner optimizer is AdamW kept between rounds, but local.{name}={value}; "
-                    f"set it to {wanted}, or choose LocalSGD"
-                )
+    because = "has an inner AdamW that goes on from round to round, unlike LocalSGD"
+
+    def needs(self, local: Local) -> dict[str, object]:
+        """AdamW that does not start anew."""
+        return {"optimizer": "adamw", "optimizer_state": "keep"}

@@ -102,18 +102,16 @@ class Ditto(FedAvg):
     """Strength λ of the pull of v_k to the global model, >= 0; 0 is local training alone."""
 
     stateful = True
+    because = "trains two models a visit, which cannot share an optimizer's state"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.lam >= 0:
             raise ValueError(f"lam must be >= 0, got {self.lam}; the paper's are 0.05 to 2")
 
-    def check(self, local: Local) -> None:
-        """Two trainings cannot share one optimizer's state."""
-        if local.optimizer_state == "keep":
-            raise ValueError(
-                "Ditto trains two models a visit, which cannot share local.optimizer_state=keep; use reset"
-            )
+    def needs(self, local: Local) -> dict[str, object]:
+        """An optimizer that starts anew for each of the two."""
+        return {"optimizer_state": "reset"}
 
     def run(self, visit: Visit) -> None:
         """Train v_k first, then the global model as FedAvg does."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedddp.method import Contribution, Method, Server, Total, Visit
+from fedddp.method import Contribution, Local, Method, Server, Total, Visit
 from fedddp.vector import norm
 
 TINY = 1e-10
@@ -28,6 +28,11 @@ class QFedAvg(Method):
     sends = ("loss",)
     uniform = True
     mean_only = True
+    because = "takes L = 1/η, the step of sgd, for the curvature of the losses"
+
+    def needs(self, local: Local) -> dict[str, object]:
+        """Steps whose length η tells: Adam's do not depend on the curvature."""
+        return {"optimizer": "sgd"}
 
     def __post_init__(self) -> None:
         if not self.q >= 0:
