@@ -6,6 +6,7 @@ The only module (with `testing.py`) that names `torch.distributed` and reads the
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import sys
@@ -25,6 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 STOP_POLL_S = 0.2
 NUMBERS = 1  # the tag of messages of numbers; tensors have 0
+
+_CONNECTIONS = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,7 +340,8 @@ def connect(topology: Topology) -> World:
             print(warning, file=sys.stderr, flush=True)
         store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
         # torchrun's store lives on when ranks are restarted, with addresses and errors of those before.
-        store = PrefixStore(f"start-{launch.restarts}", store)
+        # So it does when a script starts its second run; ranks do so in the same order.
+        store = PrefixStore(f"start-{launch.restarts}-{next(_CONNECTIONS)}", store)
         _wait_for_all(launch, store, timeout)
     if not dist.is_initialized():
         dist.init_process_group(

@@ -106,6 +106,21 @@ def test_collectives_reach_the_world_or_the_group() -> None:
     assert rows[0]["gathered"] == [0, 1, 2, 3]
 
 
+def join_thrice() -> list[float]:
+    sums = []
+    for number in range(3):
+        world = connect(Topology(ranks_per_client=2))
+        world.stopping = number == 0
+        world.sum(total := torch.ones(1))
+        sums.append(float(total) + 10 * world.agree_to_stop())
+        world.close()
+    return sums
+
+
+def test_a_script_may_start_one_run_after_another() -> None:
+    assert run_world(join_thrice, size=2) == [[12.0, 2.0, 2.0]] * 2
+
+
 def fail_on_rank_1() -> None:
     world = connect(Topology())
     if world.rank == 1:
