@@ -11,7 +11,8 @@ __version__ = _version("fedddp")
 # Resolved on first use, so that `import fedddp` and `fedddp --help` do not import torch.
 _HOMES = {
     "fedddp.federation": ("Federation", "Outcome"),
-    "fedddp.config": ("Run", "load"),
+    "fedddp.config": ("Run",),
+    "fedddp.settings": ("load",),
     "fedddp.method": ("Contribution", "Local", "Method", "Server", "Total", "Visit"),
     "fedddp.algorithms": (
         "MOON",

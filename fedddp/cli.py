@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fedddp.config import Run
     from fedddp.federation import Outcome
 
@@ -63,19 +65,24 @@ def _fail(message: str, code: int = 2) -> NoReturn:
     """Print one error line, by one rank, and exit."""
     # Every rank finds the same error. A launcher ends the job as soon as one rank has left, so the
     # others give rank 0 the time to speak.
-    if os.environ.get("RANK", "0") != "0":
+    if not _is_coordinator():
         time.sleep(10)
     else:
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
+def _is_coordinator() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _load(rest: list[str]) -> tuple[Run, str]:
     """Return the run described on the command line, and its default name."""
-    from fedddp.config import ConfigError, load, make_parser
+    from fedddp.settings import load, make_parser
+    from fedddp.topology import Launch, place
 
     if "-h" in rest or "--help" in rest:
-        if os.environ.get("RANK", "0") == "0":
+        if _is_coordinator():
             make_parser().print_help()
         sys.exit(0)
     target = rest[0] if rest and not rest[0].startswith("-") else None
@@ -83,9 +90,7 @@ def _load(rest: list[str]) -> tuple[Run, str]:
         _fail("give a recipe or a .yaml file, e.g. `fedddp run digits`; `fedddp recipes` lists them")
     try:
         run = load(target, rest[1:])
-        run.topology.groups(int(os.environ.get("WORLD_SIZE", "1")))
-    except ConfigError as error:
-        _fail(str(error))
+        place(run.topology, Launch.from_environment())
     except ValueError as error:
         _fail(str(error))
     return run, Path(target).stem
@@ -124,16 +129,15 @@ def _explain(error: Exception) -> NoReturn:
 
 
 def _say_what_next(outcome: Outcome, rest: list[str]) -> None:
-    coordinator = os.environ.get("RANK", "0") == "0"
     if outcome.finished:
-        if coordinator:
+        if _is_coordinator():
             print(f"run directory: {outcome.folder}")
         return
     again = [*rest]
     for flag, value in (("--name", outcome.folder.name), ("--resume", "auto")):
         if flag not in again:
             again += [flag, value]
-    if coordinator:
+    if _is_coordinator():
         print(f"stopped; go on with the same launcher and: fedddp run {shlex.join(again)}", flush=True)
     marker = os.environ.get("FEDDDP_STOPPED_FILE")
     if marker:  # torchrun turns any other exit code than 0 into 1, so a batch script looks for a file
@@ -144,8 +148,6 @@ def _say_what_next(outcome: Outcome, rest: list[str]) -> None:
 
 def _partition(rest: list[str]) -> None:
     run, _ = _load(rest)
-    from rich.console import Console
-
     from fedddp.data.datasets import load
     from fedddp.data.describe import describe, table
 
@@ -154,13 +156,11 @@ def _partition(rest: list[str]) -> None:
         split = run.data.partition.split(train.labels, run.data.clients, run.seed, train.ids)
     except (ValueError, OSError) as error:
         _fail(str(error))
-    Console().print(table(describe(split, train.labels, train.classes)))
+    _show(table(describe(split, train.labels, train.classes)))
 
 
 def _plan(rest: list[str]) -> None:
     run, name = _load(rest)
-    from rich.console import Console
-
     from fedddp.plan import plan
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -168,22 +168,29 @@ def _plan(rest: list[str]) -> None:
         table = plan(dataclasses.replace(run, name=run.name or name), world_size)
     except (ValueError, OSError) as error:
         _fail(str(error))
-    Console().print(table)
+    _show(table)
+
+
+def _show(table: Table) -> None:
+    """Print `table`, once however many ranks there are."""
+    from rich.console import Console
+
+    if _is_coordinator():
+        Console().print(table)
 
 
 def _recipes(_: list[str]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     folder = Path(__file__).parent / "recipes"
     table = Table("recipe", "what it trains", box=None, header_style="bold")
-    for path in sorted(folder.glob("*.yaml")):
+    # Each set of images first as it is, then with other methods.
+    for path in sorted(folder.glob("*.yaml"), key=lambda path: (path.stem.startswith("digits-"), path.stem)):
         table.add_row(path.stem, path.read_text().partition("\n")[0].lstrip("# "))
-    Console().print(table)
+    _show(table)
 
 
 def _runs(rest: list[str]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from fedddp.history import read_rows
@@ -201,4 +208,4 @@ def _runs(rest: list[str]) -> None:
         cells = ["-" if score is None else f"{score:.4f}" for score in scores]
         state = "finished" if (folder / "model.safetensors").exists() else "unfinished"
         table.add_row(folder.name, str(len(rows)), *cells, state)
-    Console().print(table)
+    _show(table)

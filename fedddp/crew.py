@@ -96,10 +96,8 @@ class Crew:
                         world.send(tensor, rank=0)
 
     def place(self) -> list[Tensor]:
-        """Return where a dispatched model goes, in the order of `Session.sent_tensors`; nothing empty."""
-        along = list(self.model.vectors.values())
-        parts = [self.model.params, self.model.buffers, self.model.counters, *along]
-        return [tensor for tensor in parts if tensor.numel()]
+        """Return where a dispatched model goes, in the order in which it comes; nothing empty."""
+        return [tensor for tensor in self.s.run.algorithm.dispatch(self.model) if tensor.numel()]
 
     def train(self, *, ticket: int, client: int) -> Update:
         """Collective over the group. Visit `client`, from the model that the leader holds."""

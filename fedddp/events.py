@@ -115,7 +115,9 @@ class Coordinator:
         due = self.order.next(self.s.server.version)
         version = self.s.server.version
         if version not in self.models and any(flight.version == version for flight in self._untrained()):
-            self.models[version] = [tensor.clone() for tensor in self.s.sent_tensors() if tensor.numel()]
+            self.models[version] = [
+                tensor.clone() for tensor in self.method.dispatch(self.s.server) if tensor.numel()
+            ]
         self._hand_out()
         while (ticket := due.ticket if due else next(iter(self.updates), None)) not in self.updates:
             waiting = self._wanted() if self.crew is not None else []
@@ -293,7 +295,7 @@ class Coordinator:
         self.order.load(facts["order"])
         self.tally = Tally(**facts["tally"])
         self.counters.copy_(saved["counters"])
-        parts = sum(1 for tensor in self.s.sent_tensors() if tensor.numel())
+        parts = sum(1 for tensor in self.method.dispatch(self.s.server) if tensor.numel())
         for version in facts["models"]:
             self.models[version] = [saved[f"model.{version}.{i}"].to(device) for i in range(parts)]
         for ticket, values in facts["updates"].items():

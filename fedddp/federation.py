@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from fedddp.checkpoint import Checkpoints, save_model, write_text
 from fedddp.client import Trainer
 from fedddp.client_state import ClientStates
-from fedddp.config import ConfigError, Run, to_dict
+from fedddp.config import ConfigError, Run
 from fedddp.data.datasets import Images, from_dataset, load
 from fedddp.data.feed import Feed
 from fedddp.data.partition import Split, holdout, holdout_sizes
@@ -28,9 +28,9 @@ from fedddp.evaluation import Metrics
 from fedddp.events import run_events
 from fedddp.folder import check_replay, run_folder
 from fedddp.method import Server
-from fedddp.pulse import Pulse
 from fedddp.rounds import run_rounds
 from fedddp.session import Session, Stopped
+from fedddp.settings import to_dict
 from fedddp.signals import stop_on_signals
 from fedddp.topology import World, connect
 from fedddp.tracking import NullTracker, Tracker
@@ -104,18 +104,16 @@ class Federation:
         """
         with _refusing():
             world = connect(self.config.topology)
-        pulse = Pulse(world)
         try:
             with torch.random.fork_rng(devices=[]), stop_on_signals(world):
                 return self._run(world)
         except Exception as error:
-            if not pulse.first_to_fail():
+            if not world.first_to_fail():
                 raise AnotherRankFailedError from error
-            pulse.name_absent(error)
+            world.name_silent_ranks(error)
             raise
         finally:
             world.close()
-            pulse.stop()
 
     def _run(self, world: World) -> Outcome:
         with run_folder(self.config, self.default_name, world) as (folder, config):

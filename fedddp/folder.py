@@ -15,7 +15,8 @@ from pathlib import Path
 import yaml
 
 from fedddp.checkpoint import write_text
-from fedddp.config import ConfigError, Run, to_dict, to_yaml
+from fedddp.config import ConfigError, Run
+from fedddp.settings import to_dict, to_yaml
 from fedddp.topology import Launch, World
 
 MAY_CHANGE = ("rounds", "evaluation", "checkpoint", "track", "output", "name", "resume")

@@ -257,6 +257,17 @@ class Method(ABC):
         """Return the length of each vector of a contribution, for a model of P = `size`."""
         return {"update": size}
 
+    def dispatch(self, server: Server) -> list[Tensor]:
+        """Return what a client is sent, in the order in which it travels."""
+        along = [server.vectors[name] for name in self.sends]
+        return [server.params, server.buffers, server.counters, *along]
+
+    def traffic(self, server: Server) -> tuple[int, int]:
+        """Return the bytes of what one client sends, and of what it is sent."""
+        vectors = sum(self.lengths(server.params.numel()).values()) * server.params.itemsize
+        down = sum(tensor.nbytes for tensor in self.dispatch(server))
+        return vectors + server.buffers.nbytes + server.counters.nbytes, down
+
     def start(self, server: Server) -> None:
         """Put the method's vectors into `server.vectors` before the first round."""
 

@@ -41,8 +41,7 @@ def plan(run: Run, world_size: int) -> Table:
     examples = [int(sizes[clients].sum()) for clients in visits]
 
     p, b, item = flat.params.numel(), flat.buffers.numel(), flat.params.element_size()
-    down = (p + b + sum(server.vectors[n].numel() for n in run.algorithm.sends)) * item
-    up = (sum(run.algorithm.lengths(p).values()) + b) * item
+    up, down = run.algorithm.traffic(server)
     steps = run.local.steps or run.local.epochs * float(np.ceil(sizes / run.local.batch_size).mean())
 
     table = Table("", "", box=None, show_header=False)

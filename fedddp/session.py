@@ -99,14 +99,8 @@ class Session:
         """Collective. Bring the server's model, and what the method sends along, to all ranks."""
         if self._sent != self.server.version:
             with self.timed("send"):
-                self.world.broadcast(*self.sent_tensors())
+                self.world.broadcast(*self.run.algorithm.dispatch(self.server))
             self._sent = self.server.version
-
-    def sent_tensors(self) -> list[Tensor]:
-        """Return what a dispatch consists of, in the order in which it travels."""
-        server, method = self.server, self.run.algorithm
-        along = [server.vectors[name] for name in method.sends]
-        return [server.params, server.buffers, server.counters, *along]
 
     def summary(
         self, *, loss: Sequence[float], steps: int, counts: Sequence[int], received: int, dispatched: int
@@ -120,9 +114,7 @@ class Session:
             received: contributions that were sent.
             dispatched: clients that were sent the model.
         """
-        size, item = self.server.params.numel(), self.server.params.element_size()
-        up = sum(self.run.algorithm.lengths(size).values()) + self.server.buffers.numel()
-        down = sum(tensor.numel() for tensor in self.sent_tensors())
+        up, down = self.run.algorithm.traffic(self.server)
         total, examples = loss
         return {
             "train/loss": total / examples if examples else None,
@@ -131,8 +123,8 @@ class Session:
             "clients/contributed": counts[0],
             "clients/invalid": counts[1],
             "clients/clipped": counts[2],
-            "bytes/up": received * up * item,
-            "bytes/down": dispatched * down * item,
+            "bytes/up": received * up,
+            "bytes/down": dispatched * down,
         }
 
     def load_global_model(self) -> None:

@@ -18,8 +18,9 @@ from torch import nn
 
 from fedddp import Topology
 from fedddp.checkpoint import Checkpoints
-from fedddp.config import ConfigError, load
+from fedddp.config import ConfigError
 from fedddp.history import read_rows
+from fedddp.settings import load
 from fedddp.topology import connect
 
 ROOT = Path(__file__).parent.parent

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from fedddp import Federation
 from fedddp.aggregation import Mean
 from fedddp.aggregation.mean import InvalidUpdateError
-from fedddp.config import ConfigError, choices, load
+from fedddp.config import ConfigError
 from fedddp.data.partition import Partition
 from fedddp.history import read_rows
 from fedddp.method import Method
+from fedddp.settings import choices, load
 
 
 def some(**options: list[Any]) -> st.SearchStrategy[dict[str, Any]]:

@@ -36,9 +36,10 @@ from fedddp import (
     SyncSGD,
     Track,
 )
-from fedddp.config import ConfigError, load
+from fedddp.config import ConfigError
 from fedddp.federation import Federation
 from fedddp.rounds import run_rounds
+from fedddp.settings import load
 from fedddp.testing import run_world
 from fedddp.topology import Topology, connect
 from fedddp.vision.tasks import Classification

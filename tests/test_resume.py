@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from fedddp import Cohort, Data, Dirichlet, Evaluation, FedAvg, Federation, Local, Run, Topology, Track
 from fedddp.checkpoint import Checkpoint
-from fedddp.config import choices
 from fedddp.history import read_rows
 from fedddp.method import Method
+from fedddp.settings import choices
 from fedddp.testing import run_world
 from fedddp.topology import World
 

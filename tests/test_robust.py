@@ -36,8 +36,9 @@ from fedddp import (
     TrimmedMean,
 )
 from fedddp.aggregation.robust import Robust
-from fedddp.config import ConfigError, load
+from fedddp.config import ConfigError
 from fedddp.method import Contribution
+from fedddp.settings import load
 from fedddp.testing import run_world
 
 Rows = NDArray[np.float64]

@@ -195,8 +195,7 @@ def test_history_says_what_was_moved_and_who_took_part(tmp_path: Path) -> None:
     for number, row in enumerate(outcome.history, 1):
         assert row["round"] == number
         assert len(row["cohort"]) == row["clients/contributed"] == 4
-        assert row["bytes/up"] == 4 * 4 * (size + floats)
-        assert row["bytes/down"] == 4 * 4 * (size + floats + counters)
+        assert row["bytes/up"] == row["bytes/down"] == 4 * (4 * size + 4 * floats + 8 * counters)
         assert row["train/steps"] >= row["train/examples"] / 20
         spent = [v for k, v in row.items() if k.startswith("time/") and k != "time/virtual"]
         assert sum(spent) == pytest.approx(2 * row["time/round"])

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, load_model
 
 from fedddp.cli import main
-from fedddp.config import load
+from fedddp.settings import load
 from fedddp.vision.nets import lenet
 
 BIN = Path(sys.executable).parent
