@@ -28,6 +28,7 @@ from fedddp.evaluation import Metrics
 from fedddp.events import run_events
 from fedddp.folder import check_replay, run_folder
 from fedddp.method import Server
+from fedddp.pulse import Pulse
 from fedddp.rounds import run_rounds
 from fedddp.session import Session, Stopped
 from fedddp.settings import to_dict
@@ -104,16 +105,18 @@ class Federation:
         """
         with _refusing():
             world = connect(self.config.topology)
+        pulse = Pulse(world)
         try:
             with torch.random.fork_rng(devices=[]), stop_on_signals(world):
                 return self._run(world)
         except Exception as error:
-            if not world.first_to_fail():
+            if not pulse.first_to_fail():
                 raise AnotherRankFailedError from error
-            world.name_silent_ranks(error)
+            pulse.name_absent(error)
             raise
         finally:
             world.close()
+            pulse.stop()
 
     def _run(self, world: World) -> Outcome:
         with run_folder(self.config, self.default_name, world) as (folder, config):

@@ -6,13 +6,13 @@ The only module (with `testing.py`) that names `torch.distributed` and reads the
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -24,11 +24,10 @@ from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type:
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-HEARTBEAT_S = 1.0
 STOP_POLL_S = 0.2
 NUMBERS = 1  # the tag of messages of numbers; tensors have 0
-FOLLOW_S = 4.0
-"""Seconds a rank has to notice by itself that another one failed."""
+
+_CONNECTIONS = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +146,9 @@ class World:
         self._peers = None if cell is None else self.mesh.get_group("data")
         self._threads = torch.get_num_threads()
         torch.set_num_threads(topology.threads)
-        self._heart = threading.Event()
-        self._pulse: threading.Thread | None = None
         self.stopping = self.failed = False
+        self.waiting = False
+        """Whether this rank waits for others, all of the world or one."""
         self._announced = False
         self._asked = 0.0
 
@@ -202,12 +201,18 @@ class World:
         for tensor in tensors:
             if tensor.numel() == 0 or self.size == 1:
                 continue
-            if tensor.device == self._transport and tensor.is_contiguous():
-                collective(tensor)
-            else:
-                staged = tensor.to(self._transport).contiguous()
+            direct = tensor.device == self._transport and tensor.is_contiguous()
+            staged = tensor if direct else tensor.to(self._transport).contiguous()
+            with self._waiting():
                 collective(staged)
+            if not direct:
                 tensor.copy_(staged)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self.waiting = True
+        yield  # an error leaves it so: it was others that this rank waited for
+        self.waiting = False
 
     def group_broadcast(self, *tensors: Tensor) -> None:
         """Collective over the group. Copy the group leader's `tensors` to its ranks, in place."""
@@ -235,7 +240,8 @@ class World:
 
     def receive(self, tensor: Tensor, rank: int) -> None:
         """Fill `tensor` from `rank`."""
-        dist.recv(staged := torch.empty_like(tensor, device=self._transport), src=rank)
+        with self._waiting():
+            dist.recv(staged := torch.empty_like(tensor, device=self._transport), src=rank)
         tensor.copy_(staged)
 
     def post(self, numbers: Sequence[float], rank: int) -> None:
@@ -252,7 +258,8 @@ class World:
         values: list[Any] = [None] * self.size
         if self.size == 1:
             return [value]
-        dist.all_gather_object(values, value)
+        with self._waiting():
+            dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
@@ -283,66 +290,10 @@ class World:
         self.max(asked)
         return bool(asked)
 
-    # ---- errors: the first one is told once, a rank that does not answer is named ----
-
-    def start_heartbeat(self) -> None:
-        """Show the others, from a thread, that this process runs (a stopped one does not).
-
-        The thread also ends this process when another rank reported an error and this one, deep in
-        a visit or waiting for a third, has not noticed by itself.
-        """
-
-        def beat() -> None:
-            errors_since = None
-            while not self._heart.wait(HEARTBEAT_S):
-                with contextlib.suppress(RuntimeError, dist.DistError):  # a slow store: the next beat counts
-                    self.store.add(f"fedddp/heart/{self.rank}", 1)
-                    if not self.failed and self.store.add("fedddp/errors", 0):
-                        errors_since = errors_since or time.monotonic()
-                if errors_since and time.monotonic() - errors_since > FOLLOW_S:
-                    os._exit(1)
-
-        if self.size > 1:
-            self._pulse = threading.Thread(target=beat, name="fedddp-heartbeat", daemon=True)
-            self._pulse.start()
-
-    def silent_ranks(self) -> list[int]:
-        """Return the ranks whose heart does not beat; takes three heartbeats."""
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        others = [rank for rank in others if not self.store.check([f"fedddp/left/{rank}"])]
-        before = [self.store.add(f"fedddp/heart/{rank}", 0) for rank in others]
-        time.sleep(3 * HEARTBEAT_S)
-        after = [self.store.add(f"fedddp/heart/{rank}", 0) for rank in others]
-        return [rank for rank, a, b in zip(others, before, after, strict=True) if a == b]
-
-    def name_silent_ranks(self, error: Exception) -> None:
-        """Add to an `error` of communication which ranks do not answer."""
-        if not isinstance(error, RuntimeError) or self.size == 1:
-            return
-        with contextlib.suppress(RuntimeError):
-            silent = self.silent_ranks()
-            if silent:
-                error.add_note(
-                    f"rank {', '.join(map(str, silent))} does not answer (killed, stopped or hung); "
-                    f"the others waited up to topology.timeout_s={self.timeout_s:g} s"
-                )
-
-    def first_to_fail(self) -> bool:
-        """Return whether no other rank reported an error before this one."""
-        self.failed = True
-        try:
-            return int(self.store.add("fedddp/errors", 1)) == 1
-        except (RuntimeError, dist.DistError):  # the store's host is gone, and with it who was first
-            return False
-
     def close(self) -> None:
         """Leave the world; the process may connect again."""
-        self._heart.set()
-        if self._pulse is not None:
-            # A thread that is inside the store when the interpreter ends would abort the process.
-            self._pulse.join(timeout=2 * HEARTBEAT_S)
         if self.size > 1:
-            with contextlib.suppress(RuntimeError, dist.DistError):
+            with contextlib.suppress(RuntimeError):
                 self.store.set(f"fedddp/left/{self.rank}", "1")
         torch.set_num_threads(self._threads)
         if dist.is_initialized():
@@ -384,7 +335,9 @@ def connect(topology: Topology) -> World:
             print(warning, file=sys.stderr, flush=True)
         store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
         # torchrun's store lives on when ranks are restarted, with addresses and errors of those before.
-        store = PrefixStore(f"start-{launch.restarts}", store)
+        # So it does when a script starts its second run; ranks do so in the same order.
+        store = PrefixStore(f"start-{launch.restarts}-{next(_CONNECTIONS)}", store)
+        _wait_for_all(launch, store, timeout)
     if not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
@@ -393,9 +346,27 @@ def connect(topology: Topology) -> World:
             world_size=launch.world_size,
             timeout=timeout,
         )
-    world = World(topology, launch, store)
-    world.start_heartbeat()
-    return world
+    return World(topology, launch, store)
+
+
+def _wait_for_all(launch: Launch, store: Store, timeout: timedelta) -> None:
+    """Collective. Wait until every rank has come this far.
+
+    Raises:
+        ConnectionError: some have not; the first rank to say so names them.
+    """
+    store.set(f"fedddp/here/{launch.rank}", "1")
+    ranks = {rank: f"fedddp/here/{rank}" for rank in range(launch.world_size)}
+    try:
+        store.wait(list(ranks.values()), timeout)
+    except RuntimeError as error:
+        missing = [str(rank) for rank, key in ranks.items() if not store.check([key])]
+        if store.add("fedddp/errors", 1) > 1:
+            time.sleep(10)  # the launcher ends this rank once the first one has spoken
+        raise ConnectionError(
+            f"rank {', '.join(missing)} of {launch.world_size} did not start within "
+            f"topology.timeout_s={timeout.total_seconds():g} s (killed, stopped or hung); see its output"
+        ) from error
 
 
 def place(topology: Topology, launch: Launch) -> tuple[torch.device, bool]:

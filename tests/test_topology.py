@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +106,21 @@ def test_collectives_reach_the_world_or_the_group() -> None:
     assert rows[0]["gathered"] == [0, 1, 2, 3]
 
 
+def join_thrice() -> list[float]:
+    sums = []
+    for number in range(3):
+        world = connect(Topology(ranks_per_client=2))
+        world.stopping = number == 0
+        world.sum(total := torch.ones(1))
+        sums.append(float(total) + 10 * world.agree_to_stop())
+        world.close()
+    return sums
+
+
+def test_a_script_may_start_one_run_after_another() -> None:
+    assert run_world(join_thrice, size=2) == [[12.0, 2.0, 2.0]] * 2
+
+
 def fail_on_rank_1() -> None:
     world = connect(Topology())
     if world.rank == 1:
@@ -130,46 +144,6 @@ def test_all_ranks_learn_that_one_was_told_to_stop() -> None:
     assert first
     assert second
     assert own
-
-
-def busy_while_another_fails() -> None:
-    """Rank 0 reports an error; rank 1 is in one long call and hears of it only from its heartbeat."""
-    world = connect(Topology())
-    if world.rank == 0:
-        assert world.first_to_fail()
-    time.sleep(100 if world.rank else 20)
-
-
-def test_a_busy_rank_ends_soon_after_another_failed() -> None:
-    with pytest.raises(AssertionError, match="rank 1: died without a traceback"):
-        run_world(busy_while_another_fails, size=2, timeout_s=40)
-
-
-def stopped_rank(folder: Path) -> str:
-    world = connect(Topology(timeout_s=3))
-    if world.rank == 1:
-        (folder / "pid").write_text(str(os.getpid()))
-        os.kill(os.getpid(), signal.SIGSTOP)
-        return "woken"
-    if world.rank == 2:
-        world.close()  # has left, and is not what the others wait for
-        return "left"
-    try:
-        world.group_sum(torch.ones(1))
-        world.receive(torch.ones(1), 1)
-    except RuntimeError as error:
-        world.name_silent_ranks(error)
-        return "".join(error.__notes__)
-    finally:
-        os.kill(int((folder / "pid").read_text()), signal.SIGCONT)
-    return "no error"
-
-
-def test_a_stopped_rank_is_named_and_one_that_left_is_not(tmp_path: Path) -> None:
-    told = run_world(stopped_rank, tmp_path, size=3, timeout_s=60)
-    assert told[0] == (
-        "rank 1 does not answer (killed, stopped or hung); the others waited up to topology.timeout_s=3 s"
-    )
 
 
 def ctrl_c(again_after_s: float) -> str:
