@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +16,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from fedddp import Run
 from fedddp.data.datasets import Images, from_dataset
 from fedddp.rng import stream
+from fedddp.vision.tasks import Classification
 
 ROUNDS, CLIENTS, COHORT = 3, 5, 3
 
@@ -39,6 +43,39 @@ def net(norm: bool = False) -> nn.Sequential:
         return nn.Sequential(nn.Flatten(), nn.Linear(9, 4), middle, nn.Tanh(), nn.Linear(4, 3))
 
 
+class Point(nn.Module):
+    """The one parameter w, as an output (b, 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.w.expand(len(images), 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quadratic(Classification):
+    """(w − 1)²/2 for targets 0, 10 (w + 1)²/2 for targets 1."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        curvature, minimum = 1.0 + 9.0 * targets, 1.0 - 2.0 * targets
+        return (0.5 * curvature * (outputs[:, 0] - minimum).square()).sum()
+
+
+class TwoExamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """One of each target."""
+
+    def __init__(self) -> None:
+        self.targets = [0, 1]
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((1, 2, 2), 100 * index, dtype=torch.uint8), index
+
+
 HEAD = slice(-15, None)  # of the parameters: 4 x 3 weights, 3 biases
 NORM = slice(40, 48)
 
@@ -59,6 +96,11 @@ class Reference:
         self.b0 = self.buffers()
         self.b = self.b0  # of the last visit
         self.round = 0
+
+    @property
+    def lr(self) -> float:
+        """η of this round."""
+        return self.local.lr_at(self.round, ROUNDS)
 
     def buffers(self) -> Tensor:
         floats = [b.flatten() for b in self.net.buffers() if b.dtype.is_floating_point]
@@ -110,7 +152,7 @@ class Reference:
         """Return y_k and K_k; `correct(w)` is added to each gradient, `extra(batch)` to each loss."""
         weights = nn.Parameter(w.clone())
         optimizer = (
-            torch.optim.SGD([weights], self.local.lr, self.local.momentum) if make is None else make(weights)
+            torch.optim.SGD([weights], self.lr, self.local.momentum) if make is None else make(weights)
         )
         steps = 0
         self.set(weights, self.b0 if b is None else b)
@@ -133,12 +175,15 @@ def mean(vectors: list[Tensor], weights: list[float] | None = None) -> Tensor:
 
 
 def fedavg(r: Reference, mu: float = 0.0, lr: float = 1.0, beta: float = 0.0) -> Tensor:
-    x, v = r.w0, torch.zeros_like(r.w0)
+    x, b, v = r.w0, r.b0, torch.zeros_like(r.w0)
     for cohort in r.cohorts():
-        updates = [r.train(x, k, lambda w, x=x: mu * (w - x))[0] - x for k in cohort]
+        updates, bs = [], []
+        for k in cohort:
+            updates.append(r.train(x, k, lambda w, x=x: mu * (w - x), b=b)[0] - x)
+            bs.append(r.b)
         v = beta * v - mean(updates, r.p(cohort))
-        x = x - lr * v
-    return x
+        x, b = x - lr * v, mean(bs, r.p(cohort))
+    return torch.cat([x, b])
 
 
 def adaptive(r: Reference, kind: str, lr: float, b1: float, tau: float, b2: float = 0.99) -> Tensor:
@@ -172,7 +217,7 @@ def scaffold(r: Reference, lr: float) -> Tensor:
         for k in cohort:
             c_k = own.get(k, torch.zeros_like(x))
             y, steps = r.train(x, k, lambda w, c=c, c_k=c_k: c - c_k)
-            own[k] = c_k - c + (x - y) / (steps * r.local.lr)
+            own[k] = c_k - c + (x - y) / (steps * r.lr)
             updates.append(y - x)
             changes.append(own[k] - c_k)
         x = x + lr * mean(updates)
@@ -195,11 +240,12 @@ def feddyn(r: Reference, alpha: float) -> Tensor:
 
 
 def fednova(r: Reference, mu: float = 0.0) -> Tensor:
-    x, rho, eta = r.w0, r.local.momentum, r.local.lr
+    x, b, rho, eta = r.w0, r.b0, r.local.momentum, r.local.lr
     for cohort in r.cohorts():
-        directions, a = [], []
+        directions, a, bs = [], [], []
         for k in cohort:
-            y, steps = r.train(x, k, lambda w, x=x: mu * (w - x))
+            y, steps = r.train(x, k, lambda w, x=x: mu * (w - x), b=b)
+            bs.append(r.b)
             if mu:  # the paper's forms, for momentum and for prox
                 a_k = sum((1 - eta * mu) ** i for i in range(steps))
             else:
@@ -208,13 +254,14 @@ def fednova(r: Reference, mu: float = 0.0) -> Tensor:
             a.append(a_k)
         p = r.p(cohort)
         x = x + sum(w * a_k for w, a_k in zip(p, a, strict=True)) * mean(directions, p)
-    return x
+        b = mean(bs, p)
+    return torch.cat([x, b])
 
 
 def qfedavg(r: Reference, q: float) -> Tensor:
-    x, lipschitz = r.w0, 1 / r.local.lr
+    x = r.w0
     for cohort in r.cohorts():
-        total, h = torch.zeros_like(x), 0.0
+        total, h, lipschitz = torch.zeros_like(x), 0.0, 1 / r.lr
         for k in cohort:
             loss = r.loss(x, k)
             step = lipschitz * (x - r.train(x, k)[0])
@@ -260,35 +307,38 @@ def sync_sgd(r: Reference) -> Tensor:
 
 
 def moon(r: Reference, mu: float, temperature: float) -> Tensor:
-    x, previous = r.w0, {}
+    x, b, previous = r.w0, r.b0, {}
 
-    def features(w: Tensor | None, chosen: np.ndarray) -> Tensor:
-        module = r.net
-        if w is not None:
-            module = net().double()
-            vector_to_parameters(w, module.parameters())
-        return module[:-1](r.x[chosen])
+    def frozen(w: Tensor, b: Tensor, chosen: np.ndarray) -> Tensor:
+        other = copy.copy(r)
+        other.net = copy.deepcopy(r.net)
+        other.set(w, b)
+        return other.net.eval()[:-1](r.x[chosen]).detach()
 
     for cohort in r.cohorts():
-        ys = []
+        ys, bs = [], []
         for k in cohort:
-            old = previous.get(k)
+            models = [(x, b), previous.get(k)]
 
-            def term(chosen: np.ndarray, x: Tensor = x, old: Tensor | None = old) -> Tensor | float:
-                if old is None:
+            def term(chosen: np.ndarray, models: list[Any] = models) -> Tensor | float:
+                if models[1] is None:
                     return 0.0
-                z, near, far = (features(w, chosen) for w in (None, x, old))
+                near, far = (frozen(*model, chosen) for model in models)
+                body = r.net[:-1]  # whose statistics count each batch once
+                buffers = {name: buffer.clone() for name, buffer in body.named_buffers()}
+                z = torch.func.functional_call(body, buffers, (r.x[chosen],))
                 near, far = (
-                    torch.exp((z * f.detach()).sum(1) / z.norm(dim=1) / f.detach().norm(dim=1) / temperature)
+                    torch.exp((z * f).sum(1) / z.norm(dim=1) / f.norm(dim=1) / temperature)
                     for f in (near, far)
                 )
                 return mu * -torch.log(near / (near + far)).mean()
 
-            y, _ = r.train(x, k, extra=term)
-            previous[k] = y
+            y, _ = r.train(x, k, extra=term, b=b)
+            previous[k] = (y, r.b)
             ys.append(y)
-        x = mean(ys, r.p(cohort))
-    return x
+            bs.append(r.b)
+        x, b = mean(ys, r.p(cohort)), mean(bs, r.p(cohort))
+    return torch.cat([x, b])
 
 
 def local_layers(r: Reference, where: slice, buffers: bool) -> tuple[Tensor, dict[int, Tensor]]:

@@ -41,6 +41,8 @@ from fedddp.method import Contribution
 from fedddp.settings import load
 from fedddp.testing import run_world
 
+pytestmark = pytest.mark.timeout(2 * rig.PATIENCE_S)
+
 Rows = NDArray[np.float64]
 
 
@@ -136,7 +138,7 @@ RUNS = {
 def test_bits_do_not_depend_on_groups_nor_on_a_stop(tmp_path: Path) -> None:
     def results(size: int, ranks: int, stop: bool = False) -> dict[str, Any]:
         folder = str(tmp_path / f"{size}-{ranks}-{stop}")
-        return run_world(rig.train, RUNS, ranks, folder, stop, size=size, timeout_s=50)[0]
+        return run_world(rig.train, RUNS, ranks, folder, stop, size=size, timeout_s=rig.PATIENCE_S)[0]
 
     alone = results(1, 1)
     for other in (results(2, 1), results(1, 1, stop=True)):

@@ -234,8 +234,8 @@ def _mean(rows: Tensor) -> Tensor:
 
 def _distances(updates: Tensor) -> Tensor:
     """Return squared distances (n, n) in float64, infinite to oneself."""
-    rows = [(updates.double() - update.double()).square().sum(1) for update in updates]
-    return torch.stack(rows).fill_diagonal_(math.inf)
+    exact = updates.double()
+    return torch.stack([(exact - update).square().sum(1) for update in exact]).fill_diagonal_(math.inf)
 
 
 def _scores(distances: Tensor, attackers: int) -> Tensor:
