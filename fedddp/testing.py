@@ -20,7 +20,14 @@ T = TypeVar("T")
 _CONTEXT = mp.get_context("forkserver")
 # Constructing DDP imports torch._dynamo (seconds); the server pays for these once per session.
 _CONTEXT.set_forkserver_preload(
-    ["torch.distributed", "torch._dynamo", "torch.nn.parallel", "torchvision", "fedddp.federation"]
+    [
+        "torch.distributed",
+        "torch._dynamo",
+        "torch.nn.parallel",
+        "torchvision",
+        "sklearn.datasets",
+        "fedddp.federation",
+    ]
 )
 
 
