@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
+import itertools
 import os
 import shlex
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,7 +19,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fedddp.config import Run
-    from fedddp.federation import Outcome
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL)."""
@@ -24,6 +27,7 @@ USAGE = """\
 fedddp: federated learning on DDP groups, in one torchrun.
 
   fedddp run RECIPE|FILE [--section.key value ...]    train; under torchrun on many ranks
+  fedddp compare RECIPE|FILE|RUN ... [...]            train what is not trained yet; one table, one picture
   fedddp plan RECIPE|FILE [--section.key value ...]   what a run would do: groups, bytes, memory
   fedddp partition RECIPE|FILE [...]                  how the data are split over the clients
   fedddp recipes                                      the configurations that ship with fedddp
@@ -40,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {
         "run": _run,
+        "compare": _compare,
         "plan": _plan,
         "partition": _partition,
         "recipes": _recipes,
@@ -98,11 +103,27 @@ def _load(rest: list[str]) -> tuple[Run, str]:
 
 def _run(rest: list[str]) -> None:
     run, name = _load(rest)
-    from fedddp.federation import AnotherRankFailedError, Federation
+    from fedddp.federation import Federation
+
+    with _reporting():
+        outcome = Federation(run, default_name=name).run()
+    if not outcome.finished:
+        again = [*rest]
+        for flag, value in (("--name", outcome.folder.name), ("--resume", "auto")):
+            if flag not in again:
+                again += [flag, value]
+        _stop(f"run {shlex.join(again)}")
+    if _is_coordinator():
+        print(f"run directory: {outcome.folder}")
+
+
+@contextlib.contextmanager
+def _reporting() -> Iterator[None]:
+    """Train in the block; exit with one line if that fails."""
+    from fedddp.federation import AnotherRankFailedError
 
     try:
-        federation = Federation(run, default_name=name)
-        outcome = federation.run()
+        yield
     except AnotherRankFailedError:
         time.sleep(5)  # the launcher ends this rank once the one that failed has spoken
         sys.exit(1)
@@ -110,7 +131,6 @@ def _run(rest: list[str]) -> None:
         sys.exit(130)
     except Exception as error:
         _explain(error)
-    _say_what_next(outcome, rest)
 
 
 def _explain(error: Exception) -> NoReturn:
@@ -128,22 +148,45 @@ def _explain(error: Exception) -> NoReturn:
     sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
-def _say_what_next(outcome: Outcome, rest: list[str]) -> None:
-    if outcome.finished:
-        if _is_coordinator():
-            print(f"run directory: {outcome.folder}")
-        return
-    again = [*rest]
-    for flag, value in (("--name", outcome.folder.name), ("--resume", "auto")):
-        if flag not in again:
-            again += [flag, value]
+def _stop(command: str) -> NoReturn:
+    """Say which command goes on with what was stopped, and exit."""
     if _is_coordinator():
-        print(f"stopped; go on with the same launcher and: fedddp run {shlex.join(again)}", flush=True)
+        print(f"stopped; go on with the same launcher and: fedddp {command}", flush=True)
     marker = os.environ.get("FEDDDP_STOPPED_FILE")
     if marker:  # torchrun turns any other exit code than 0 into 1, so a batch script looks for a file
         Path(marker).touch()
         sys.exit(0)
     sys.exit(STOPPED)
+
+
+def _compare(rest: list[str]) -> None:
+    from rich.console import Console
+
+    from fedddp import compare
+    from fedddp.topology import Launch, place
+
+    targets = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
+    if not targets:
+        _fail("give recipes, .yaml files or run directories, e.g. `fedddp compare compare-paradigms`")
+    options = argparse.ArgumentParser(
+        prog="fedddp compare", add_help=False, allow_abbrev=False, exit_on_error=False
+    )
+    options.add_argument("--output")
+    options.add_argument("--accuracy", type=float)
+    try:
+        own, flags = options.parse_known_args(rest[len(targets) :])
+        comparison = compare.plan(targets, flags, own.output, own.accuracy)
+        for run in comparison.runs.values():
+            place(run.topology, Launch.from_environment())
+    except (ValueError, argparse.ArgumentError) as error:
+        _fail(str(error))
+    with _reporting():
+        finished = compare.train(comparison, speak=_is_coordinator())
+        if finished and _is_coordinator():
+            for path in compare.report(comparison, Console()):
+                print(path)
+    if not finished:
+        _stop(f"compare {shlex.join(rest)}")
 
 
 def _partition(rest: list[str]) -> None:

@@ -121,7 +121,7 @@ class Coordinator:
         self._hand_out()
         while (ticket := due.ticket if due else next(iter(self.updates), None)) not in self.updates:
             waiting = self._wanted() if self.crew is not None else []
-            if self.crew is not None and waiting:
+            if self.crew is not None and waiting and not self.inbox.has_come():
                 self._train_here(self.crew, waiting[0])
             else:
                 self._receive()

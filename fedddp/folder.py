@@ -168,5 +168,5 @@ def _check_same(run: Run, earlier: Path, may_change: tuple[str, ...] = MAY_CHANG
                 name, old, new = f"{section}.{key}", old.get(key), new.get(key)
             raise ConfigError(
                 f"{name}: is {new}, but {earlier} was started with {old}; go on with the "
-                "same settings, or start another run with --name"
+                "same settings, or start another run with another --name or --output"
             )

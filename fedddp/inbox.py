@@ -32,6 +32,10 @@ class Inbox:
 
         threading.Thread(target=wait, name=f"fedddp-inbox-{rank}", daemon=True).start()
 
+    def has_come(self) -> bool:
+        """Return whether `next` would not wait."""
+        return not self._came.empty()
+
     def next(self) -> tuple[int, list[float]]:
         """Wait for the next message; return its rank and the numbers.
 

@@ -43,7 +43,17 @@ def load(target: str | None, arguments: Sequence[str] = ()) -> Run:
     Raises:
         ConfigError: anything wrong, in one line.
     """
-    given = _outer_to_inner(_read(target) if target else {})
+    sections = read_sections(target) if target else {}
+    if "compare" in sections:
+        raise ConfigError(
+            f"{target} describes several runs; train and compare them with `fedddp compare {target}`"
+        )
+    return load_sections(sections, arguments)
+
+
+def load_sections(sections: dict[str, Any], arguments: Sequence[str] = ()) -> Run:
+    """Return the run of `sections`, what a YAML file holds; otherwise as `load`."""
+    given = _outer_to_inner(sections)
     parser = make_parser()
     flags = [re.sub(r"^--track\.with(?==|$)", "--track.with_", flag) for flag in arguments]
     try:
@@ -93,7 +103,12 @@ def recipes() -> dict[str, str]:
     return {path.stem: path.read_text().splitlines()[0].lstrip("# ") for path in found}
 
 
-def _read(target: str) -> dict[str, Any]:
+def read_sections(target: str) -> dict[str, Any]:
+    """Return what the recipe or YAML file `target` holds, unchecked.
+
+    Raises:
+        ConfigError: there is no such recipe or file, or it is no YAML with sections.
+    """
     path = Path(target)
     if path.suffix not in (".yaml", ".yml"):
         names = [recipe.stem for recipe in RECIPES.glob("*.yaml")]

@@ -34,6 +34,13 @@ def prepare(folder: Path) -> None:
     (folder / "typo.yaml").write_text("local: {learning_rate: 0.1}\n")
     (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
     (folder / "file").write_text("not a folder")
+    (folder / "empty").mkdir()
+    (folder / "two-datas.yaml").write_text("compare: {a: {}, b: {data: {clients: 5}}}\n")
+    (folder / "one-word.yaml").write_text("compare: {a: FedAvg}\n")
+    (folder / "never-trained").mkdir()
+    (folder / "never-trained" / "config.yaml").write_text("seed: 0\n")
+    (folder / "torn").mkdir()
+    (folder / "torn" / "config.yaml").write_text("seed: [\n")
     (folder / "weights.safetensors").write_bytes(b"garbage")
     for label in ("cat", "dog"):
         for part in ("train", "val"):
@@ -47,6 +54,18 @@ def prepare(folder: Path) -> None:
 # command, exit code, what the line must say: the key or file, the value, the rule or way out
 TABLE: list[tuple[str, int, tuple[str, ...]]] = [
     ("", 2, ()),
+    ("compare", 2, ("give recipes", "compare-paradigms")),
+    ("compare digitz", 2, ("unknown recipe 'digitz'", "Did you mean 'digits'")),
+    ("compare empty", 2, ("empty holds no runs", "folder of them")),
+    ("compare never-trained", 1, ("never-trained is no run directory", "history.jsonl")),
+    ("compare torn", 1, ("torn/config.yaml is damaged",)),
+    ("compare torn --rounds 3", 2, ("--rounds is for runs that are trained", "leave it out")),
+    ("compare two-datas.yaml", 2, ("compare.b.data is set for one run", "set data at the top")),
+    ("compare one-word.yaml", 2, ("compare must hold a name and sections", "FedProx")),
+    ("compare digits digits", 2, ("there is a run digits already", "another name")),
+    ("compare digits --accuracy 95", 2, ("--accuracy must be in (0, 1]", "95")),
+    ("compare digits digits-scaffold --local.momentum 0.9", 2, ("algorithm=SCAFFOLD", "local.momentum=0.9")),
+    ("run compare-paradigms", 2, ("describes several runs", "fedddp compare compare-paradigms")),
     ("walk digits", 2, ("unknown command 'walk'", "run")),
     ("run", 2, ("recipe or a .yaml file", "fedddp recipes")),
     ("run digitz", 2, ("unknown recipe 'digitz'", "digits")),

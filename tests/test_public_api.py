@@ -52,7 +52,7 @@ def test_every_setting_is_documented() -> None:
         assert not missing, (cls, missing)
 
 
-@pytest.mark.parametrize("recipe", sorted(recipes()))
+@pytest.mark.parametrize("recipe", [name for name in recipes() if not name.startswith("compare-")])
 def test_recipes_survive_the_way_to_disk_and_back(recipe: str, tmp_path: Path) -> None:
     run = load(recipe)
     file = tmp_path / "again.yaml"

@@ -66,6 +66,8 @@ def test_commands_work_one_after_the_other(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("program", ["torchrun", "sbatch"])
 def test_launch_lines_start_a_run_that_is_possible(program: str) -> None:
     for line in commands(f"{program} "):
+        if "compare" in line:  # tests/e2e starts it
+            continue
         if program == "torchrun":
             arguments = line[line.index("run") + 1 :]
             world = int(line[line.index("--nproc-per-node") + 1])

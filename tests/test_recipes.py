@@ -37,8 +37,7 @@ def test_every_method_and_rule_has_a_recipe() -> None:
     ours = {
         n for base in (Method, Mean) for n, c in choices(base).items() if c.__module__.startswith("fedddp.")
     }
-    synchronous = {n for n in ours if not getattr(choices(Method).get(n), "asynchronous", False)}
-    assert synchronous <= used
+    assert ours <= used
 
 
 def test_every_method_and_rule_has_a_row_in_the_docs() -> None:

@@ -137,7 +137,7 @@ def test_sweep_runs_every_line_and_compare_follows(desk: Desk) -> None:
     common = ("lines.txt", "digits", "--rounds", "5")
     # The last task's own id is the array's, and it is the one that is requeued.
     job = desk.submit("--array=1-3", SWEEP, *common, do="stop", ONLY_TASK="3")
-    after = desk.submit(f"--dependency=afterok:{job}", COMPARE, f"runs/sweep-{job}", "--top", "3")
+    after = desk.submit(f"--dependency=afterok:{job}", COMPARE, f"runs/sweep-{job}", "--accuracy", "0.9")
     for name in ("01-algorithm=FedAvg", "03-algorithm=FedProx-seed=1"):
         (desk.folder / "runs" / f"sweep-{job}" / name).mkdir(parents=True)
     desk.signal_once_waiting(f"{job}_3", "--signal=USR1", "--batch")
@@ -155,9 +155,8 @@ def test_sweep_runs_every_line_and_compare_follows(desk: Desk) -> None:
         *("--name", "03-algorithm=FedProx-seed=1"),
         *("--rounds", "5", "--algorithm", "FedProx", "--seed", "1"),
     ]
-    folders = f"runs/sweep-{job}/01-algorithm=FedAvg/ runs/sweep-{job}/03-algorithm=FedProx-seed=1/"
     facts = desk.cluster.end(after)
-    assert desk.cluster.output(facts) == f"fedddp compare {folders} --top 3\n"
+    assert desk.cluster.output(facts) == f"fedddp compare runs/sweep-{job} --accuracy 0.9\n"
 
 
 def test_array_longer_than_the_file_is_told(desk: Desk) -> None:

@@ -1,0 +1,242 @@
+"""Runs side by side: what the numbers are, what is the same in all, what is trained and what is only read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from fedddp import FedAvg, Server, Total
+from fedddp.cli import STOPPED, main
+from fedddp.curves import differing, over_seeds, read
+from fedddp.report import cells, target_of, write
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("no_dashboards")
+
+SMALL = """
+data: {dataset: digits, examples: 200, clients: 4}
+model: {name: 2nn}
+cohort: {size: 2}
+local: {epochs: 2, batch_size: 10, lr: 0.1}
+track: {with: [], progress: false}
+rounds: 3
+compare:
+"""
+
+
+def make_run(folder: Path, rows: Sequence[dict[str, Any]], finished: bool = True, **settings: Any) -> Path:
+    """Leave on disk what a run leaves."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    lines = [json.dumps({"round": number, **row}) + "\n" for number, row in enumerate(rows, 1)]
+    (folder / "history.jsonl").write_text("".join(lines))
+    if finished:
+        (folder / "model.safetensors").touch()
+    return folder
+
+
+def row(accuracy: float | None, **more: Any) -> dict[str, Any]:
+    usual = {
+        "train/examples": 100,
+        "bytes/up": 1000,
+        "bytes/down": 500,
+        "time/virtual": 2.0,
+        "time/round": 4.0,
+    }
+    known = {} if accuracy is None else {"eval/accuracy": accuracy}
+    return {**usual, "time/evaluate": 0.5, "time/checkpoint": 0.5, **known, **more}
+
+
+def compare(*words: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *words])
+    assert stop.value.code == 0
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def test_axes_add_up_and_the_race_ends_at_the_first_evaluation_that_is_good_enough(tmp_path: Path) -> None:
+    rows = [row(None), row(0.5), row(None), row(0.91), row(None), row(0.89)]
+    curve = read(make_run(tmp_path / "run", rows))
+    assert curve.reach(0.9) == {
+        "rounds": 4,
+        "examples": 400,
+        "bytes": 6000,
+        "virtual s": 8.0,
+        "wall s": 12.0,
+    }
+    assert cells([curve], 0.9)[1] == [
+        *("run", "89.00 %", "4 / 6", "400 / 600", "6 kB / 9 kB", "8 / 12", "12 / 18", "–", "–"),
+    ]
+    assert cells([curve], 0.9, totals=False)[1][2:7] == ["4", "400", "6 kB", "8", "12"]
+    assert cells([curve], 0.95)[1][2] == "– / 6", "never reached"
+    assert target_of([curve]) == 0.86, "95 % of 91 %, in whole percent"
+
+
+def test_what_a_run_does_not_know_is_left_open(tmp_path: Path) -> None:
+    wall = [{k: v for k, v in row(0.5).items() if k != "time/virtual"}]
+    curve = read(make_run(tmp_path / "run", wall, finished=False))
+    assert curve.name == "run (unfinished)"
+    assert np.isnan(curve.x["virtual s"]).all()
+    assert cells([curve], 0.5)[1][5] == "– / –"
+
+
+def test_staleness_and_idle_time_are_means_over_arrivals_and_over_groups(tmp_path: Path) -> None:
+    rows = [
+        row(0.5, **{"staleness/histogram": [3, 1], "time/idle": [0.0, 3.0]}),
+        row(0.6, **{"staleness/histogram": [1, 0, 5], "time/idle": [1.5, 3.0]}),
+    ]
+    curve = read(make_run(tmp_path / "run", rows))
+    assert curve.staleness.tolist() == [4, 1, 5]
+    assert curve.idle.tolist() == [0.25, 1.0], "of 6 s without evaluation and checkpoints"
+    assert cells([curve], 0.5)[1][-2:] == ["1.1", "62 %"]
+
+
+def test_runs_that_differ_in_the_seed_alone_become_one_curve(tmp_path: Path) -> None:
+    for alpha in (0.1, 1.0):
+        for seed in (0, 1, 2):
+            make_run(
+                tmp_path / f"{alpha}-{seed}",
+                [row(0.5 + 0.1 * seed * alpha), row(0.8)],
+                seed=seed,
+                name=f"{alpha}-{seed}",
+                data={"partition": {"name": "Dirichlet", "alpha": alpha}},
+                algorithm={"name": "FedAvg", "lr": 1.0},
+            )
+    curves = [read(folder) for folder in sorted(tmp_path.iterdir())]
+    assert differing(curves) == ["data.partition.alpha"]
+    small, large = over_seeds(curves)
+    assert [small.name, large.name] == ["FedAvg data.partition.alpha=0.1", "FedAvg data.partition.alpha=1.0"]
+    assert large.seeds == (0, 1, 2)
+    np.testing.assert_allclose(large.accuracy, [0.6, 0.8])
+    np.testing.assert_allclose([large.low[0], large.high[0]], [0.5, 0.7])
+    twice = over_seeds([curves[0], curves[0]])
+    assert len(twice) == 2, "the same seed twice is not a mean over seeds"
+
+
+def test_all_get_data_seed_and_budget_of_the_first(tmp_path: Path) -> None:
+    runs = "  FedAvg: {}\n  SyncSGD: {algorithm: SyncSGD, local: {steps: 1}}\n"
+    Path("mine.yaml").write_text(SMALL + runs)
+    compare("mine.yaml", "--seed", "3")
+    folder = Path("runs/mine")
+    first, other = (
+        yaml.safe_load((folder / name / "config.yaml").read_text()) for name in ("FedAvg", "SyncSGD")
+    )
+    for key in ("data", "seed", "clock"):
+        assert first[key] == other[key]
+    assert first["seed"] == 3
+    assert (first["rounds"], other["rounds"]) == (3, 30), "45 examples, twice, against batches of 10"
+    assert (first["evaluation"]["every"], other["evaluation"]["every"]) == (1, 10)
+    seen = [sum(r["train/examples"] for r in history(folder / name)) for name in ("FedAvg", "SyncSGD")]
+    assert seen[1] == pytest.approx(seen[0], rel=0.2)
+    assert {path.name for path in folder.glob("comparison.*")} == {
+        f"comparison.{kind}" for kind in ("md", "png", "svg", "html")
+    }
+
+
+def test_recipes_take_over_the_data_of_the_first_and_flags_are_for_all() -> None:
+    small = (
+        "--data.examples 300 --data.clients 12 --rounds 1 --track.with [] --track.progress false --output OUT"
+    )
+    compare("digits", "digits-fedprox", "digits-fedbuff", *small.split())
+    split = [yaml.safe_load(Path(f"OUT/{n}/config.yaml").read_text()) for n in ("digits", "digits-fedprox")]
+    assert split[0]["data"] == split[1]["data"]
+    assert split[0]["data"]["clients"] == 12
+    assert split[1]["algorithm"]["name"] == "FedProx"
+
+
+def test_another_call_reads_what_is_finished(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text(SMALL + "  a: {}\n  b: {algorithm: {name: FedProx, mu: 1.0}}\n")
+    compare("mine.yaml")
+    lines = {name: history(Path(f"runs/mine/{name}")) for name in "ab"}
+    table = Path("runs/mine/comparison.md").read_bytes()
+    compare("mine.yaml")
+    assert {name: history(Path(f"runs/mine/{name}")) for name in "ab"} == lines
+    assert Path("runs/mine/comparison.md").read_bytes() == table
+    capsys.readouterr()
+    compare("runs/mine")
+    assert Path("runs/mine/comparison.md").read_bytes() == table
+    compare("runs/mine/b", "runs/mine/a", "--output", "elsewhere", "--accuracy", "0.2")
+    assert "to 20 % test accuracy" in capsys.readouterr().out
+    assert Path("elsewhere/comparison.html").exists()
+
+
+def test_example_of_the_page_runs() -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "compare.md").read_text(), re.DOTALL)
+    Path("mine.yaml").write_text(example)
+    quick = "--rounds 1 --data.examples 300 --track.with [] --track.progress false"
+    compare("mine.yaml", *quick.split())
+    assert {path.parent.name for path in Path("runs/mine").glob("*/model.safetensors")} == {
+        *("FedAvg", "FedBuff", "slow-and-steady"),
+    }
+
+
+class StoppedOnce(FedAvg):
+    """FedAvg that is interrupted in its second step."""
+
+    def step(self, server: Server, total: Total) -> None:
+        super().step(server, total)
+        if server.version == 1 and not Path("was stopped").exists():
+            Path("was stopped").touch()
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_stopped_comparison_goes_on_with_the_same_command(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text(SMALL + "  a: {}\n  b: {algorithm: test_compare.StoppedOnce}\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "mine.yaml"])
+    assert stop.value.code == STOPPED
+    assert "go on with the same launcher and: fedddp compare mine.yaml" in capsys.readouterr().out
+    assert not list(Path("runs/mine").glob("comparison.*"))
+    compare("mine.yaml")
+    assert [r["round"] for r in history(Path("runs/mine/b"))] == [1, 2, 3]
+
+
+class Page(HTMLParser):
+    """Notes what a page asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.wanted: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.wanted += [v or "" for k, v in attributes if k in ("src", "href", "xlink:href")]
+
+
+def test_page_needs_no_other_file_and_pictures_are_pictures(tmp_path: Path) -> None:
+    folders = [
+        make_run(tmp_path / name, [row(0.1), row(0.5 + n / 10)], algorithm={"name": name}, note="<script>")
+        for n, name in enumerate(["A & B", "Fed<b>"])
+    ]
+    curves = [read(folder) for folder in folders]
+    files = {path.suffix: path for path in write(curves, tmp_path / "out", 0.5, "A < B")}
+    page, text = Page(), files[".html"].read_text()
+    page.feed(text)
+    assert all(target.startswith("#") for target in page.wanted), "all it shows is in it"
+    assert "script" not in page.tags
+    assert {"svg", "table", "details"} <= set(page.tags)
+    assert "A &amp; B" in text
+    assert not re.search(r"url\((?!#)|@import", text)
+    ET.parse(files[".svg"])
+    with Image.open(files[".png"]) as picture:
+        assert picture.width > 1000
+        assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 10
+    before = files[".svg"].read_bytes()
+    write(curves, tmp_path / "out", 0.5, "A < B")
+    assert files[".svg"].read_bytes() == before, "the same curves make the same file"
