@@ -111,15 +111,19 @@ class Trainer:
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
                 raise NoMemoryError(self._advise(visit)) from error
-            error.add_note(f"while training client {visit.client} in round {visit.round + 1}")
+            error.add_note(f"while training client {visit.client} in {self._when(visit)}")
             raise
+
+    def _when(self, visit: Visit) -> str:
+        """Say which round this is, or which visit of an asynchronous run, as a reader counts them."""
+        return f"{'visit' if self.method.asynchronous else 'round'} {visit.round + 1}"
 
     def _advise(self, visit: Visit) -> str:
         local, ranks = self.local, self.world.ranks_per_client
         device = "GPU" if self.world.device.type == "cuda" else "CPU"
         more = "" if local.precision != "fp32" else ", choose local.precision=bf16"
         return (
-            f"client {visit.client}: out of {device} memory in round {visit.round + 1} with "
+            f"client {visit.client}: out of {device} memory in {self._when(visit)} with "
             f"local.batch_size={local.batch_size} over {ranks} rank{'s'[: ranks > 1]} and local.accumulate="
             f"{local.accumulate}; raise local.accumulate (the result stays the same){more}, raise "
             "topology.ranks_per_client, or lower local.batch_size"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +96,15 @@ class SpeedTable(Speed):
 class Clock(ABC):
     """What decides who arrives when."""
 
+    def check(self, examples: Indices, least: int, seed: int) -> None:
+        """Raise ValueError when too few clients can ever arrive.
+
+        Args:
+            examples: how many examples each client of the population trains on, passes included.
+            least: clients that a round (or, in asynchronous training, the run) needs.
+            seed: the run's seed.
+        """
+
     @abstractmethod
     def arrivals(
         self, sampled: Indices, examples: Indices, wanted: int, seed: int, round_index: int
@@ -133,6 +143,20 @@ class Virtual(Clock):
             )
         if self.in_flight is not None and self.in_flight < 1:
             raise ValueError(f"in_flight must be >= 1, got {self.in_flight}")
+
+    def check(self, examples: Indices, least: int, seed: int) -> None:
+        """See `Clock.check`; stops looking when it has found `least` of them."""
+        if self.deadline_s is None:
+            return
+        learners, limit = np.flatnonzero(examples).tolist(), self.deadline_s
+        in_time = (k for k in learners if self.speed.seconds(k, int(examples[k]), seed) <= limit)
+        least = min(least, len(learners))
+        found = len(list(islice(in_time, least)))
+        if found < least:
+            raise ValueError(
+                f"clock.deadline_s={limit:g} is met by {found} of {len(learners)} clients with examples, but "
+                f"{least} must arrive; raise clock.deadline_s"
+            )
 
     def visit(self, client: int, examples: int, seed: int, number: int) -> tuple[float, bool]:
         """Return when a visit ends, in virtual seconds from its dispatch, and whether the client arrives."""

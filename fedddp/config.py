@@ -9,7 +9,7 @@ from typing import Literal
 from fedddp import algorithms
 from fedddp.aggregation import Mean
 from fedddp.aggregation.robust import Robust
-from fedddp.attacks import Attack, LabelFlip, NoAttack
+from fedddp.attacks import Attack, LabelFlip, ModelReplacement, NoAttack
 from fedddp.checkpoint import Checkpoint
 from fedddp.clock import Clock, Virtual, Wall
 from fedddp.cohort import Cohort
@@ -176,10 +176,15 @@ class Run:
                 f"aggregation={type(rule).__name__} with clip_norm={getattr(rule, 'clip_norm', None)} needs "
                 f"updates, but algorithm={name} absorbs one by one what arrives; leave it out"
             )
-        if "update" not in self.algorithm.lengths(1) and not isinstance(self.attacks, (NoAttack, LabelFlip)):
+        if "update" not in self.algorithm.lengths(1) and type(self.attacks) not in (NoAttack, LabelFlip):
             raise ConfigError(
                 f"attacks={type(self.attacks).__name__} changes updates, but algorithm={name} sends models; "
                 "use attacks=LabelFlip or algorithm=FedBuff"
+            )
+        if isinstance(self.attacks, ModelReplacement) and self.attacks.scale is None:
+            raise ConfigError(
+                "attacks.scale=None is one over a client's weight in the mean of a round, but algorithm="
+                f"{name} absorbs one by one what arrives; set attacks.scale"
             )
         if self.cohort.sampling != "fixed":
             raise ConfigError(

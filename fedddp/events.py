@@ -68,8 +68,6 @@ class Tally:
     """Dispatches before."""
     now: float = 0.0
     """Virtual time at its start."""
-    busy: dict[str, float] = field(default_factory=dict)
-    """Seconds each group trained."""
 
 
 class Coordinator:
@@ -86,11 +84,12 @@ class Coordinator:
         self.models: dict[int, list[Tensor]] = {}  # by version, as long as somebody waits to train it
         self.updates: dict[int, Update] = {}  # by ticket, until they are due
         self.running: dict[int, int] = {}  # group -> ticket
+        self.began: dict[int, float] = {}  # group -> when it was last handed a client
+        self.busy = [0.0] * self.world.groups  # seconds that each trained, and that no row has told yet
         self.counters = s.server.counters.clone()  # their maximum over the arrivals
         if s.facts:
             self._restore()
         self.record = Record(s.folder, s.rounds_done * s.run.cohort.size + len(self.tally.cohort))
-        self.began = time.perf_counter()
 
     def run(self) -> None:
         """Absorb one contribution after another; see `run_events`."""
@@ -148,7 +147,7 @@ class Coordinator:
             self.world.post([VISIT, flight.ticket, flight.client, 0, 0, 0, 0], rank)
             for tensor in self.models[flight.version]:
                 self.world.send(tensor, rank)
-            self.running[group] = flight.ticket
+            self.running[group], self.began[group] = flight.ticket, time.perf_counter()
             self.inbox.expect(rank, WORDS)
             self._forget_models()
 
@@ -160,9 +159,8 @@ class Coordinator:
             if tensor.numel():
                 self.world.receive(tensor, rank)
         update = Update.of(tensors, facts)
-        self.updates[int(ticket)] = update
         del self.running[update.group]
-        self.s.tracker.visit_done()
+        self._take(int(ticket), update)
 
     def _train_here(self, crew: Crew, flight: Flight) -> None:
         """Train a client in this rank's own group."""
@@ -170,9 +168,14 @@ class Coordinator:
         self.world.group_broadcast(torch.tensor(order, dtype=torch.float64, device=self.world.device))
         for place, tensor in zip(crew.place(), self.models[flight.version], strict=True):
             place.copy_(tensor)
-        self.updates[flight.ticket] = crew.train(ticket=flight.ticket, client=flight.client)
-        self.s.tracker.visit_done()
+        self._take(flight.ticket, crew.train(ticket=flight.ticket, client=flight.client))
         self._forget_models()
+
+    def _take(self, ticket: int, update: Update) -> None:
+        """Keep an update until it is due."""
+        self.updates[ticket] = update
+        self.busy[update.group] += update.seconds
+        self.s.tracker.visit_done()
 
     def _room(self) -> list[Tensor]:
         """Return empty tensors for an update."""
@@ -193,7 +196,7 @@ class Coordinator:
         *vectors, buffers, counters = update.tensors
         names = self.method.lengths(server.params.numel())
         contribution = Contribution(dict(zip(names, vectors, strict=True)), 1.0)
-        contribution = s.received(flight.client, contribution)
+        contribution = s.received(flight.client, flight.ticket, contribution)
         admitted = s.run.aggregation.admit(flight.client, contribution, buffers, loss=update.loss[0])
         if admitted.vectors is not None:
             torch.maximum(self.counters, counters, out=self.counters)
@@ -209,7 +212,6 @@ class Coordinator:
         tally.steps += update.steps
         tally.cohort.append(flight.client)
         tally.staleness.append(staleness)
-        tally.busy[str(update.group)] = tally.busy.get(str(update.group), 0.0) + update.seconds
         self.order.land(flight)
         facts = {"ticket": flight.ticket, "client": flight.client, "version": flight.version}
         place = {"round": s.rounds_done + 1, "staleness": staleness, "group": update.group}
@@ -220,14 +222,15 @@ class Coordinator:
     def _end_round(self) -> None:
         """Record a row after every `cohort.size` arrivals, and meet when something is due."""
         s = self.s
-        row = self._summarise()
         s.rounds_done += 1
-        self.tally = Tally(dispatched=self.order.dispatched, now=self.order.now)
-        self.began = time.perf_counter()
         last = s.rounds_done == s.run.rounds
         stop = last or self.world.stop_requested()
         measure = s.run.evaluation.due(s.rounds_done, s.run.rounds)
         save = stop or s.rounds_done % s.run.checkpoint.every == 0
+        if measure or save:
+            self._finish_visits()
+        row = self._summarise()
+        self.tally = Tally(dispatched=self.order.dispatched, now=self.order.now)
         if measure or save:
             self._meet(row, measure=measure, save=save, stop=stop)
         else:
@@ -235,8 +238,8 @@ class Coordinator:
 
     def _summarise(self) -> Metrics:
         tally, s = self.tally, self.s
-        elapsed, groups = time.perf_counter() - self.began, range(self.world.groups)
-        seen = Counter(tally.staleness)
+        seen, now = Counter(tally.staleness), time.perf_counter()
+        under_way = [now - self.began[g] if g in self.running else 0.0 for g in range(self.world.groups)]
         row: Metrics = {
             **s.summary(
                 loss=tally.loss,
@@ -244,24 +247,29 @@ class Coordinator:
                 counts=tally.counts,
                 received=len(tally.cohort),
                 dispatched=self.order.dispatched - tally.dispatched,
+                busy=[told + spent for told, spent in zip(self.busy, under_way, strict=True)],
             ),
             "staleness/mean": sum(tally.staleness) / len(tally.staleness),
             "staleness/max": max(tally.staleness),
             "staleness/histogram": [seen[tau] for tau in range(max(seen) + 1)],
             "server/version": s.server.version,
-            "time/idle": [max(0.0, elapsed - tally.busy.get(str(g), 0.0)) for g in groups],
             "cohort": tally.cohort,
         }
         if isinstance(self.order, VirtualOrder):
             row["time/virtual"] = self.order.now - tally.now
+        self.busy = [-spent for spent in under_way]
         return row
 
-    def _meet(self, row: Metrics | None, *, measure: bool, save: bool, stop: bool) -> None:
-        """Let the groups finish whom they train, and call all ranks together."""
-        s = self.s
-        with s.timed("train"):
+    def _finish_visits(self) -> None:
+        """Let the groups finish whom they train."""
+        with self.s.timed("train"):
             while self.running:
                 self._receive()
+
+    def _meet(self, row: Metrics | None, *, measure: bool, save: bool, stop: bool) -> None:
+        """Call all ranks together, when the groups have finished whom they train."""
+        s = self.s
+        self._finish_visits()
         if save:
             self.record.sync()
         meeting = Meeting(s.rounds_done, len(self.tally.cohort), s.server.version, measure, save, stop)

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from fedddp.checkpoint import Checkpoints, save_model, write_text
 from fedddp.client import Trainer
 from fedddp.client_state import ClientStates
+from fedddp.clock import examples_trained
 from fedddp.config import ConfigError, Run
 from fedddp.data.datasets import Images, from_dataset, load
 from fedddp.data.feed import Feed
@@ -156,6 +157,8 @@ class Federation:
         run.algorithm.start(server)
         liars = run.attacks.malicious(len(split), run.seed)
         feed = Feed(_relabelled(train, split, run, liars), run.data, world.device, seed=run.seed)
+        sizes = split.sizes - holdout_sizes(split.sizes, run.data.holdout)
+        run.clock.check(examples_trained(run.local, sizes), run.aggregation.least(), run.seed)
         checkpoints = Checkpoints(folder / "checkpoints", run.checkpoint.keep, world)
         session = Session(
             run=run,
@@ -167,7 +170,7 @@ class Federation:
             train=feed,
             test=None if test is None else Feed(test, run.data, world.device, seed=run.seed),
             split=split,
-            sizes=split.sizes - holdout_sizes(split.sizes, run.data.holdout),
+            sizes=sizes,
             tracker=NullTracker(),
             checkpoints=checkpoints,
             folder=folder,

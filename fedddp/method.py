@@ -119,7 +119,7 @@ class Visit:
     client: int
     """The client, in range(population)."""
     round: int
-    """Index of the round, from 0; in asynchronous training the dispatched version."""
+    """Index of the round, from 0; in asynchronous training the number of the dispatch, from 0."""
     examples: int
     """n_k, the client's training examples (unique, not padded)."""
     weight: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,8 @@ class Round:
     sums: Accumulator
     visits: Tensor
     """What each visit came to: [DONE or INVALID, loss sum, loss count, steps]; float64, shape (m, 4)."""
+    busy: Tensor
+    """Seconds that each group trained, of those since the run was last resumed; float64, shape (G,)."""
 
 
 def run_rounds(s: Session) -> None:
@@ -60,10 +63,13 @@ def one_round(s: Session) -> Round:
     s.send()  # 2. send
     with s.timed("train"):  # 3. train
         s.states.move(plan)
+        start = time.perf_counter()
         train(s, current, plan)
+        if world.leads_group:
+            current.busy[world.group] = time.perf_counter() - start
     with s.timed("combine"):  # 4. combine
         current.sums.combine(world)
-        world.sum(current.visits)
+        world.sum(current.visits, current.busy)
     visited = current.visits[:, 0] > 0
     if s.keeps_state:
         s.states.settle(plan, cohort[visited.numpy()])
@@ -72,7 +78,7 @@ def one_round(s: Session) -> Round:
         s.save(f"round-{s.rounds_done:05d}-{int(visited.sum()):05d}", tensors=tensors)
         raise Stopped
     with s.timed("step"):  # 5. step
-        if world.is_coordinator and current.sums.counts[0]:
+        if world.is_coordinator and not is_abandoned(s, current):
             total = current.sums.total()
             if "update" in total.vectors:  # else nobody had an example to learn from
                 method.step(server, total)
@@ -94,6 +100,7 @@ def begin(s: Session) -> tuple[Round, Indices]:
     lengths = {**method.lengths(size), "buffers": s.server.buffers.numel()}
     sums = rule.accumulator(lengths, len(cohort), s.server.params, s.server.counters)
     visits = torch.zeros(len(cohort), 4, dtype=torch.float64)
+    busy = torch.zeros(s.world.groups, dtype=torch.float64)
     waiting = cohort
     if s.partial:
         waiting = cohort[s.partial["visits"][:, 0].numpy() == 0]
@@ -101,7 +108,7 @@ def begin(s: Session) -> tuple[Round, Indices]:
             sums.load(s.partial)
             visits.copy_(s.partial["visits"])
         s.partial = {}
-    return Round(cohort, len(sampled), seconds, sums, visits), waiting
+    return Round(cohort, len(sampled), seconds, sums, visits, busy), waiting
 
 
 def train(s: Session, current: Round, plan: list[list[int]]) -> None:
@@ -129,13 +136,27 @@ def train(s: Session, current: Round, plan: list[list[int]]) -> None:
         )
         if s.world.leads_group:
             weight, loss = int(s.sizes[client]) / max(examples, 1), result.loss.tolist()
-            contribution = s.received(client, result.contribution)
+            contribution = s.received(client, s.rounds_done, result.contribution)
             valid = current.sums.add(client, contribution, result.buffers, weight, result.counters, loss[0])
             facts = [DONE, *loss, result.steps] if valid else [INVALID, 0.0, 0.0, result.steps]
             current.visits[row[client]] = torch.tensor(facts, dtype=torch.float64)
             if valid:
                 s.states.keep(client, state)
         s.tracker.visit_done(s.world.groups)
+
+
+def is_abandoned(s: Session, current: Round) -> bool:
+    """Return whether too few clients sent something for the rule to combine; said in one line if so."""
+    rule, came = s.run.aggregation, int(current.sums.counts[0])
+    if came < rule.least() and current.sampled:
+        lost = current.sampled - s.run.cohort.extra - len(current.cohort)
+        print(
+            f"warning: round {s.rounds_done + 1}: {type(rule).__name__} needs {rule.least()} updates, but "
+            f"got {came} ({lost} clients late or lost, {len(current.cohort) - came} invalid); the model "
+            "stays as it was",
+            flush=True,
+        )
+    return came < rule.least()
 
 
 def name_invalid(s: Session, current: Round) -> None:
@@ -161,6 +182,7 @@ def summarise(s: Session, current: Round) -> Metrics:
             counts=current.sums.counts.tolist(),
             received=len(current.cohort),
             dispatched=current.sampled,
+            busy=current.busy.tolist(),
         ),
         "clients/missing": current.sampled - s.run.cohort.extra - len(current.cohort),
         **virtual,

@@ -77,13 +77,14 @@ class Session:
             return self.split.indices(client), np.empty(0, dtype=np.int64)
         return holdout(self.split.indices(client), data.holdout, client, self.run.seed)
 
-    def received(self, client: int, contribution: Contribution) -> Contribution:
-        """Return what arrives of the `contribution` of `client`, which may be malicious."""
+    def received(self, client: int, visit: int, contribution: Contribution) -> Contribution:
+        """Return what arrives of the `contribution` of `client`, which may be malicious.
+
+        `visit` is what else names its random streams: the round's index, or the dispatch's number.
+        """
         if client not in self.liars:
             return contribution
-        return self.run.attacks.corrupt(
-            contribution, stream("attack", self.run.seed, self.rounds_done, client)
-        )
+        return self.run.attacks.corrupt(contribution, stream("attack", self.run.seed, visit, client))
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -95,6 +96,10 @@ class Session:
             spent = time.perf_counter() - start
             self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
+    def spent(self) -> float:
+        """Return the seconds of this round so far, evaluation and checkpoints left out."""
+        return sum(spent for phase, spent in self.seconds.items() if phase not in ("evaluate", "checkpoint"))
+
     def send(self) -> None:
         """Collective. Bring the server's model, and what the method sends along, to all ranks."""
         if self._sent != self.server.version:
@@ -103,7 +108,14 @@ class Session:
             self._sent = self.server.version
 
     def summary(
-        self, *, loss: Sequence[float], steps: int, counts: Sequence[int], received: int, dispatched: int
+        self,
+        *,
+        loss: Sequence[float],
+        steps: int,
+        counts: Sequence[int],
+        received: int,
+        dispatched: int,
+        busy: Sequence[float],
     ) -> Metrics:
         """Return what a round says of its training, in either loop.
 
@@ -113,6 +125,7 @@ class Session:
             counts: contributions that were combined, invalid, clipped.
             received: contributions that were sent.
             dispatched: clients that were sent the model.
+            busy: seconds that each group trained; (G,).
         """
         up, down = self.run.algorithm.traffic(self.server)
         total, examples = loss
@@ -125,6 +138,7 @@ class Session:
             "clients/clipped": counts[2],
             "bytes/up": received * up,
             "bytes/down": dispatched * down,
+            "time/idle": [max(0.0, self.spent() - seconds) for seconds in busy],
         }
 
     def load_global_model(self) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from simulation import BASE, run_of, taus_of, train
+from torch import nn
 
 from fedddp import (
     IID,
@@ -21,184 +20,30 @@ from fedddp import (
     Cohort,
     Constant,
     Data,
-    Dirichlet,
     FedAsync,
     FedAvg,
     FedBuff,
     Federation,
-    Hinge,
-    Inverse,
+    GaussianNoise,
     Local,
     Mean,
     Model,
+    ModelReplacement,
     Run,
-    SpeedTable,
+    SameSpeed,
     Topology,
-    Track,
     Virtual,
     Wall,
 )
 from fedddp.config import ConfigError
-from fedddp.data.datasets import Images, load
-from fedddp.data.partition import Split
 from fedddp.events import Coordinator
 from fedddp.history import read_rows
-from fedddp.method import Method
-from fedddp.rng import stream
+from fedddp.method import Contribution, Method, Visit
 from fedddp.testing import run_world
-
-SPEED = SpeedTable(factors=[1.0, 3.0, 1.5, 6.0, 1.0, 2.2], visit_s=0.1, example_s=0.01, dropout=0.1)
-BASE = Run(
-    data=Data(dataset="digits", clients=6, partition=Dirichlet(alpha=1)),
-    model=Model(norm="sync"),
-    local=Local(steps=3, batch_size=24, lr=0.1),
-    cohort=Cohort(size=4),
-    clock=Virtual(speed=SPEED, deadline_s=2.6),
-    track=Track(with_=[], progress=False),
-    rounds=3,
-    seed=1,
-)
-METHODS: dict[str, dict[str, Any]] = {
-    "FedBuff": {"algorithm": FedBuff(buffer_size=3, lr=0.8)},
-    "FedAsync": {"algorithm": FedAsync(rho=0.3, staleness=Hinge(a=2.0, b=1))},
-    "AsyncSGD": {
-        "algorithm": AsyncSGD(staleness=Inverse()),
-        "local": Local(steps=1, batch_size=24, lr=0.1, weight_decay=0.01),
-    },
-}
-
-
-def make_net() -> nn.Module:
-    torch.manual_seed(5)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 10))
-
-
-def state_of(module: nn.Module) -> tuple[Tensor, Tensor, int]:
-    buffers = torch.cat([b.double().flatten() for b in module.buffers() if b.is_floating_point()])
-    tracked = next(b for name, b in module.named_buffers() if name.endswith("tracked"))
-    return parameters_to_vector(module.parameters()).detach().double(), buffers, int(tracked)
-
-
-def train(run: Run, output: str) -> dict[str, Any]:
-    """Train on this world's ranks; return the final state, the history and the folder."""
-    outcome = Federation(run, model=make_net(), output=output).run()
-    params, buffers, tracked = state_of(outcome.model)
-    return {
-        "params": params.float(),
-        "buffers": buffers.float(),
-        "tracked": tracked,
-        "history": outcome.history,
-        "folder": outcome.folder,
-        "finished": outcome.finished,
-    }
-
-
-@functools.cache
-def digits() -> tuple[Images, Split]:
-    images, _ = load(BASE.data)
-    return images, BASE.data.partition.split(images.labels, BASE.data.clients, BASE.seed, images.ids)
-
-
-def local_training(
-    run: Run, net: nn.Sequential, start: tuple[Tensor, Tensor, int], client: int, ticket: int
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Return a client's last gradient, parameters, running statistics and their count, in float64."""
-    images, split = digits()
-    chosen, local, norm = split.indices(client), run.local, net[2]
-    assert images.pixels is not None
-    vector_to_parameters(start[0].clone(), net.parameters())
-    norm.running_mean.copy_(start[1][:12])
-    norm.running_var.copy_(start[1][12:])
-    norm.num_batches_tracked.fill_(start[2])
-    batches: list[np.ndarray] = []
-    for epoch in range(local.steps or 0):
-        order = stream("batches", run.seed, ticket, client, epoch).permutation(chosen)
-        batches += np.split(order, range(local.batch_size, len(order), local.batch_size))
-    for rows in batches[: local.steps]:
-        pixels = (images.pixels[torch.from_numpy(rows)].double() / 255 - images.mean[0]) / images.std[0]
-        loss = F.cross_entropy(net.train()(pixels), torch.from_numpy(images.labels[rows]))
-        grad = parameters_to_vector(torch.autograd.grad(loss, list(net.parameters())))
-        here = parameters_to_vector(net.parameters()).detach()
-        grad += getattr(run.algorithm, "rho", 0.0) * (here - start[0]) + local.weight_decay * here
-        vector_to_parameters(here - local.lr * grad, net.parameters())
-    return grad, *state_of(net)
-
-
-def simulate(run: Run) -> tuple[Tensor, Tensor, int, list[int]]:
-    """The events of the papers one after another: parameters, statistics, their count, stalenesses."""
-    method, clock = run.algorithm, run.clock
-    assert isinstance(clock, Virtual)
-    assert isinstance(clock.speed, SpeedTable)
-    assert clock.deadline_s is not None
-    net = run.model.adapt(make_net(), classes=10, shape=(1, 8, 8), sync=lambda tensor: tensor).double()
-    x, statistics, count = state_of(net)
-    version, ticket, now, flights, taus, buffer, largest = 0, 0, 0.0, [], [], [], 0
-    while len(taus) < run.rounds * run.cohort.size:
-        while all(flight[0] > now for flight in flights) and len(flights) < run.cohort.size:  # dispatch
-            random, busy = stream("dispatch", run.seed, ticket), [flight[2] for flight in flights]
-            client = int(random.choice(np.arange(6)))
-            while client in busy:
-                client = int(random.choice(np.arange(6)))
-            work = min(len(digits()[1].indices(client)), run.local.batch_size) * (run.local.steps or 0)
-            seconds = clock.speed.factors[client] * (0.1 + 0.01 * work)
-            lost = stream("dropout", run.seed, ticket, client).random() < 0.1 or seconds > clock.deadline_s
-            end = now + (clock.deadline_s if lost else seconds)
-            flights.append((end, ticket, client, version, (x, statistics, count), lost))
-            ticket += 1
-        now, number, client, sent_version, sent, lost = flights.pop(flights.index(min(flights)))  # arrive
-        if lost:
-            continue
-        grad, y, new_statistics, steps = local_training(run, net, sent, client, number)
-        tau, largest = version - sent_version, max(largest, steps)
-        taus.append(tau)
-        if isinstance(method, FedBuff):  # absorb
-            buffer.append((y - sent[0], tau, new_statistics))
-            if len(buffer) < 3:
-                continue
-            x = x + 0.8 / 3 * sum(delta / np.sqrt(1 + t) for delta, t, _ in buffer)
-            statistics, buffer = sum(s for _, _, s in buffer) / 3, []
-        elif isinstance(method, FedAsync):
-            alpha = 0.6 * (1 if tau <= 1 else 1 / (2 * (tau - 1) + 1))
-            x, statistics = (1 - alpha) * x + alpha * y, (1 - alpha) * statistics + alpha * new_statistics
-        else:
-            x = x - run.local.lr * (1 / tau if tau else 1) * grad
-            statistics = (tau * statistics + new_statistics) / (1 + tau)
-        count, version = largest, version + 1
-    return x, statistics, count, taus
-
-
-def taus_of(result: dict[str, Any]) -> list[int]:
-    rows = read_rows(result["folder"] / "arrivals.jsonl")
-    return [row["staleness"] for row in rows]
-
-
-@pytest.mark.parametrize(
-    ("method", "worlds"),
-    [
-        ("FedBuff", [(1, 1, ""), (3, 1, "dedicated"), (2, 2, ""), (4, 2, "")]),
-        ("FedAsync", [(2, 1, ""), (3, 2, "dedicated")]),
-        ("AsyncSGD", [(3, 1, "dedicated"), (2, 2, "")]),
-    ],
-)
-def test_a_run_is_the_simulation_of_its_events_for_any_world(
-    method: str, worlds: list[tuple[int, int, str]], tmp_path: Path
-) -> None:
-    run = dataclasses.replace(BASE, **METHODS[method])
-    params, statistics, count, taus = simulate(run)
-    assert max(taus) >= 1
-    by_ranks: dict[int, Tensor] = {}
-    for size, ranks, coordinator in worlds:
-        topology = Topology(ranks_per_client=ranks, coordinator=coordinator or "colocated")  # type: ignore[arg-type]
-        result = run_world(train, dataclasses.replace(run, topology=topology), str(tmp_path), size=size)[0]
-        assert taus_of(result) == taus
-        torch.testing.assert_close(result["params"], params.float(), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(result["buffers"], statistics.float(), rtol=1e-4, atol=1e-5)
-        assert result["tracked"] == count
-        assert torch.equal(by_ranks.setdefault(ranks, result["params"]), result["params"]), (size, ranks)
 
 
 def test_a_row_says_what_happened(tmp_path: Path) -> None:
-    result = train(dataclasses.replace(BASE, **METHODS["FedBuff"]), str(tmp_path))
+    result = train(run_of("FedBuff"), str(tmp_path))
     taus = taus_of(result)
     for number, row in enumerate(result["history"]):
         own = taus[4 * number : 4 * number + 4]
@@ -210,8 +55,26 @@ def test_a_row_says_what_happened(tmp_path: Path) -> None:
         assert len(row["time/idle"]) == 1
         assert row["time/virtual"] > 0
     assert result["history"][-1]["server/version"] == 4  # 12 arrivals in threes
-    model = (64 * 12 + 12 + 24 + 130 + 24) * 4
+    model = (64 * 12 + 12 + 24 + 130 + 24) * 4 + 8
     assert sum(row["bytes/up"] for row in result["history"]) == 12 * model
+
+
+class Sleeper(FedBuff):
+    """FedBuff with visits of a twentieth of a second at least."""
+
+    def begin(self, visit: Visit) -> None:
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("size", "coordinator"), [(1, "colocated"), (3, "dedicated")])
+def test_rows_say_how_long_the_groups_did_not_train(size: int, coordinator: Any, tmp_path: Path) -> None:
+    run = dataclasses.replace(BASE, algorithm=Sleeper(), topology=Topology(coordinator=coordinator))
+    rows = run_world(train, run, str(tmp_path), size=size)[0]["history"]
+    spent = sum(row.get(f"time/{phase}", 0) for row in rows for phase in ("train", "step"))
+    idle = np.array([row["time/idle"] for row in rows])
+    assert idle.shape == (3, max(1, size - 1))
+    assert idle.min() >= 0
+    assert idle.sum() <= idle.shape[1] * spent - 12 * 0.05
 
 
 def test_fedbuff_with_a_buffer_for_all_and_no_staleness_is_uniform_fedavg(tmp_path: Path) -> None:
@@ -268,7 +131,7 @@ def stop_after(run: Run, output: str, arrivals: int) -> dict[str, Any]:
 def test_a_stopped_run_goes_on_to_the_same_bits_also_with_another_world(
     method: str, arrivals: int, tmp_path: Path
 ) -> None:
-    run = dataclasses.replace(BASE, **METHODS[method], checkpoint=Checkpoint(every=2))
+    run = run_of(method, checkpoint=Checkpoint(every=2))
     whole = run_world(train, run, str(tmp_path), size=1)[0]
     run = dataclasses.replace(run, name="stopped", topology=Topology(coordinator="dedicated"))
     first = run_world(stop_after, run, str(tmp_path), arrivals, size=3)
@@ -287,7 +150,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_also_with_another_world(
 
 
 def test_a_finished_run_can_be_given_more_rounds(tmp_path: Path) -> None:
-    run = dataclasses.replace(BASE, **METHODS["FedAsync"], name="grown")
+    run = run_of("FedAsync", name="grown")
     train(dataclasses.replace(run, rounds=1), str(tmp_path))
     grown = train(dataclasses.replace(run, resume="auto"), str(tmp_path))
     whole = train(dataclasses.replace(run, name="whole"), str(tmp_path))
@@ -301,7 +164,7 @@ def test_arrivals_of_the_wall_clock_are_recorded_and_replayed_to_the_bit(
     size: int, ranks: int, method: str, tmp_path: Path
 ) -> None:
     topology = Topology(ranks_per_client=ranks, coordinator="dedicated")
-    run = dataclasses.replace(BASE, **METHODS[method], topology=topology)
+    run = run_of(method, topology=topology)
     wall = run_world(train, dataclasses.replace(run, clock=Wall()), str(tmp_path), size=size)[0]
     rows = read_rows(wall["folder"] / "arrivals.jsonl")
     assert len(rows) == 12
@@ -322,9 +185,7 @@ def test_arrivals_of_the_wall_clock_are_recorded_and_replayed_to_the_bit(
 
 
 def test_a_run_on_the_wall_clock_goes_on_and_its_whole_record_can_be_replayed(tmp_path: Path) -> None:
-    run = dataclasses.replace(
-        BASE, **METHODS["FedBuff"], name="wall", clock=Wall(), topology=Topology(coordinator="dedicated")
-    )
+    run = run_of("FedBuff", name="wall", clock=Wall(), topology=Topology(coordinator="dedicated"))
     run_world(stop_after, run, str(tmp_path), 5, size=3)
     wall = run_world(train, dataclasses.replace(run, resume="auto"), str(tmp_path), size=3)[0]
     assert wall["finished"]
@@ -347,17 +208,38 @@ def fail_in_training(run: Run, output: str) -> None:
 
 
 def test_a_group_that_fails_ends_the_job_and_is_named(tmp_path: Path) -> None:
-    run = dataclasses.replace(
-        BASE, **METHODS["FedBuff"], clock=Wall(), topology=Topology(coordinator="dedicated", timeout_s=25)
-    )
-    with pytest.raises(AssertionError, match=r"this visit fails|while waiting for rank [12]"):
+    run = run_of("FedBuff", clock=Wall(), topology=Topology(coordinator="dedicated", timeout_s=25))
+    with pytest.raises(AssertionError, match=r"this visit fails\n.*in visit 8|while waiting for rank [12]"):
         run_world(fail_in_training, run, str(tmp_path), size=3, timeout_s=20)
 
 
-def test_clients_that_all_miss_the_deadline_are_an_error_not_a_hang(tmp_path: Path) -> None:
-    run = dataclasses.replace(BASE, **METHODS["FedBuff"], clock=Virtual(deadline_s=0.01))
-    with pytest.raises(ValueError, match=r"lost with deadline_s=0.01 .* raise clock.deadline_s"):
-        train(run, str(tmp_path))
+def test_clients_that_are_all_lost_are_an_error_not_a_hang(tmp_path: Path) -> None:
+    late = run_of("FedBuff", clock=Virtual(deadline_s=0.01))
+    with pytest.raises(
+        ConfigError, match=r"deadline_s=0.01 is met by 0 of 6 clients .* raise clock.deadline_s"
+    ):
+        train(late, str(tmp_path))
+    lost = run_of("FedBuff", clock=Virtual(speed=SameSpeed(dropout=0.99999)))
+    with pytest.raises(ValueError, match=r"lost with .*speed.dropout=0.99999; .* lower clock.speed.dropout"):
+        train(lost, str(tmp_path))
+
+
+NOISE: list[float] = []
+
+
+class NotedNoise(GaussianNoise):
+    def corrupt(self, contribution: Contribution, random: np.random.Generator) -> Contribution:
+        NOISE.append(float(random.standard_normal()))
+        return super().corrupt(contribution, random)
+
+
+def test_a_client_lies_anew_each_time_that_it_arrives(tmp_path: Path) -> None:
+    data = Data(dataset="digits", clients=2, partition=IID())
+    run = run_of("FedBuff", data=data, attacks=NotedNoise(fraction=0.5), cohort=Cohort(size=2), rounds=4)
+    NOISE.clear()
+    train(dataclasses.replace(run, clock=Virtual(in_flight=1)), str(tmp_path))
+    assert len(NOISE) > 3
+    assert len({*NOISE}) == len(NOISE)
 
 
 @pytest.mark.parametrize(
@@ -374,6 +256,8 @@ def test_clients_that_all_miss_the_deadline_are_an_error_not_a_hang(tmp_path: Pa
         ({"algorithm": FedBuff(), "cohort": Cohort(size=2, sampling="poisson")}, "sampling=fixed"),
         ({"algorithm": FedBuff(), "cohort": Cohort(size=2, extra=1)}, "cohort.extra=1"),
         ({"algorithm": FedBuff(), "clock": Virtual(in_flight=7)}, "clock.in_flight=7 is larger"),
+        ({"algorithm": FedAsync(), "attacks": ModelReplacement(scale=2.0)}, "use attacks=LabelFlip"),
+        ({"algorithm": FedBuff(), "attacks": ModelReplacement()}, "set attacks.scale"),
         ({"replay": "runs/x"}, "is for asynchronous methods"),
         ({"clock": Wall(), "cohort": Cohort(size=2, extra=1)}, "cohort.extra=1"),
         ({"cohort": Cohort(size=4, extra=3)}, "cohort.extra=3 and cohort.size=4"),
@@ -386,26 +270,11 @@ def test_what_cannot_be_is_refused_in_one_line(changes: dict[str, Any], words: s
 
 
 def test_a_replay_of_another_run_is_refused(tmp_path: Path) -> None:
-    done = train(dataclasses.replace(BASE, **METHODS["FedBuff"], rounds=1), str(tmp_path))
-    run = dataclasses.replace(BASE, **METHODS["FedBuff"], replay=str(done["folder"]))
+    done = train(run_of("FedBuff", rounds=1), str(tmp_path))
+    run = run_of("FedBuff", replay=str(done["folder"]))
     with pytest.raises(ValueError, match="has 4 arrivals, but this run has 12"):
         train(run, str(tmp_path))
     with pytest.raises(ConfigError, match="seed: is 2"):
         train(dataclasses.replace(run, seed=2), str(tmp_path))
     with pytest.raises(ConfigError, match="is no run directory"):
         train(dataclasses.replace(run, replay=str(tmp_path / "nowhere")), str(tmp_path))
-
-
-def test_stragglers_in_rounds_are_not_waited_for(tmp_path: Path) -> None:
-    clock = Virtual(speed=SpeedTable(factors=[50.0, 1.0, 1.0, 1.0, 1.0, 1.0]))
-    run = dataclasses.replace(BASE, clock=clock, cohort=Cohort(size=5, extra=1), rounds=2)
-    rows = [run_world(train, run, str(tmp_path), size=size)[0] for size in (1, 2)]
-    assert torch.equal(rows[0]["params"], rows[1]["params"])
-    for row in rows[0]["history"]:
-        assert row["cohort"] == [1, 2, 3, 4, 5]
-        assert row["time/virtual"] < 1
-        assert row["clients/missing"] == 0
-        assert row["bytes/down"] * 5 == row["bytes/up"] * 6 + 6 * 5 * 4  # integer buffers go down only
-    late = dataclasses.replace(run, clock=dataclasses.replace(clock, deadline_s=1.0), cohort=Cohort(size=6))
-    row = train(late, str(tmp_path))["history"][-1]
-    assert (row["cohort"], row["time/virtual"], row["clients/missing"]) == ([1, 2, 3, 4, 5], 1.0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from fedddp import (
 )
 from fedddp.data.datasets import load
 from fedddp.history import read_rows
+from fedddp.method import Visit
 from fedddp.testing import run_world
 
 QUIET = Track(with_=[], progress=False)
@@ -197,9 +199,34 @@ def test_history_says_what_was_moved_and_who_took_part(tmp_path: Path) -> None:
         assert len(row["cohort"]) == row["clients/contributed"] == 4
         assert row["bytes/up"] == row["bytes/down"] == 4 * (4 * size + 4 * floats + 8 * counters)
         assert row["train/steps"] >= row["train/examples"] / 20
-        spent = [v for k, v in row.items() if k.startswith("time/") and k != "time/virtual"]
+        spent = [
+            v for k, v in row.items() if k.startswith("time/") and k not in ("time/virtual", "time/idle")
+        ]
         assert sum(spent) == pytest.approx(2 * row["time/round"])
         assert ("eval/accuracy" in row) == ("clients/accuracy_mean" in row) == (number == 2)
+
+
+class Sleeper(FedAvg):
+    """FedAvg with visits of a tenth of a second at least."""
+
+    def begin(self, visit: Visit) -> None:
+        time.sleep(0.1)
+
+
+def history(run: Run) -> list[dict[str, Any]]:
+    return Federation(run).run().history
+
+
+@pytest.mark.parametrize(("size", "coordinator"), [(2, "colocated"), (3, "dedicated")])
+def test_a_row_says_how_long_each_group_did_not_train(size: int, coordinator: Any, tmp_path: Path) -> None:
+    topology = Topology(coordinator=coordinator)
+    run = small(cohort=Cohort(size=1), algorithm=Sleeper(), topology=topology, output=str(tmp_path))
+    for row in run_world(history, run, size=size)[0]:
+        spent = sum(row.get(f"time/{phase}", 0) for phase in ("send", "train", "combine", "step"))
+        busy, idle = row["time/idle"]  # the first group has the round's only client
+        assert 0 <= busy <= spent - 0.1
+        assert busy < idle <= spent
+        assert row["time/virtual"] > 0
 
 
 def test_round_without_clients_leaves_the_model_as_it_was(tmp_path: Path) -> None:

@@ -72,17 +72,8 @@ class Rows(Accumulator):
         world.max(self.counters)
 
     def total(self) -> Total:
-        """Return what the rule chooses, and the median of the buffers.
-
-        Raises:
-            ValueError: too few clients sent something for the rule to hold.
-        """
-        rows, least = self._stacked(), self.rule.least()
-        if len(rows) < least:
-            raise ValueError(
-                f"aggregation: {type(self.rule).__name__} needs {least} updates, but only {len(rows)} of "
-                "this round were valid; raise cohort.size"
-            )
+        """Return what the rule chooses, and the median of the buffers; of `Robust.least` rows or more."""
+        rows = self._stacked()
         update = self.rule.choose(rows[:, : self.size]).to(self.like.dtype)
         return Total({"update": update, "buffers": _median(rows[:, self.size :])}, len(rows))
 
