@@ -61,6 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
     command, *rest = arguments
     if command not in commands:
         _fail(f"unknown command '{command}'; choose one of {', '.join(commands)} (see fedddp --help)")
+    if command in ("recipes", "runs") and rest in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        sys.exit(0)
     sys.path.insert(0, os.getcwd())  # so that the dotted path of a class beside the user is found
     commands[command](rest)
     sys.exit(0)
@@ -165,14 +168,25 @@ def _compare(rest: list[str]) -> None:
     from fedddp import compare
     from fedddp.topology import Launch, place
 
+    options = argparse.ArgumentParser(
+        prog="fedddp compare",
+        usage="fedddp compare RECIPE|FILE|RUN ... [--output FOLDER] [--accuracy A] [--section.key value ...]",
+        description="Train what is not trained yet; set all runs side by side in a table, a picture, a page.",
+        epilog="A folder stands for all runs in it. Settings are for all runs trained: fedddp run --help.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    options.add_argument("--output", metavar="FOLDER", help="where the runs and the report go")
+    options.add_argument(
+        "--accuracy", metavar="A", type=float, help="test accuracy to race for, in (0, 1]; 0.95 of the best"
+    )
+    if "-h" in rest or "--help" in rest:
+        if _is_coordinator():
+            options.print_help()
+        return
     targets = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
     if not targets:
         _fail("give recipes, .yaml files or run directories, e.g. `fedddp compare compare-paradigms`")
-    options = argparse.ArgumentParser(
-        prog="fedddp compare", add_help=False, allow_abbrev=False, exit_on_error=False
-    )
-    options.add_argument("--output")
-    options.add_argument("--accuracy", type=float)
     try:
         own, flags = options.parse_known_args(rest[len(targets) :])
         comparison = compare.plan(targets, flags, own.output, own.accuracy)

@@ -77,9 +77,13 @@ def plan(
         )
     one_folder = len(targets) == 1 and Path(targets[0]).is_dir()
     folder = Path(output or (targets[0] if one_folder else Path("runs") / stem))
-    loaded = {name: load_sections(sections, flags) for name, sections in configured.items()}
-    first = next(iter(loaded.values()), None)
-    runs = {name: _alike(run, name, first, folder) for name, run in loaded.items() if first is not None}
+    runs: dict[str, Run] = {}
+    for name, sections in configured.items():
+        try:
+            run = load_sections(sections, flags)
+            runs[name] = _alike(run, name, next(iter(runs.values()), run), folder)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
     return Comparison(folder, runs, finished, accuracy)
 
 

@@ -64,7 +64,11 @@ TABLE: list[tuple[str, int, tuple[str, ...]]] = [
     ("compare one-word.yaml", 2, ("compare must hold a name and sections", "FedProx")),
     ("compare digits digits", 2, ("there is a run digits already", "another name")),
     ("compare digits --accuracy 95", 2, ("--accuracy must be in (0, 1]", "95")),
-    ("compare digits digits-scaffold --local.momentum 0.9", 2, ("algorithm=SCAFFOLD", "local.momentum=0.9")),
+    (
+        "compare digits digits-scaffold --local.momentum 0.9",
+        2,
+        ("digits-scaffold: algorithm=SCAFFOLD", "local.momentum=0.9"),
+    ),
     ("run compare-paradigms", 2, ("describes several runs", "fedddp compare compare-paradigms")),
     ("walk digits", 2, ("unknown command 'walk'", "run")),
     ("run", 2, ("recipe or a .yaml file", "fedddp recipes")),

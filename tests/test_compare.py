@@ -175,6 +175,11 @@ def test_another_call_reads_what_is_finished(capsys: pytest.CaptureFixture[str])
     assert Path("elsewhere/comparison.html").exists()
 
 
+def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    compare("--help")
+    assert {"--output", "--accuracy"} <= set(capsys.readouterr().out.split())
+
+
 def test_example_of_the_page_runs() -> None:
     (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "compare.md").read_text(), re.DOTALL)
     Path("mine.yaml").write_text(example)
