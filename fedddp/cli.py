@@ -86,12 +86,12 @@ def _is_coordinator() -> bool:
 
 def _load(rest: list[str]) -> tuple[Run, str]:
     """Return the run described on the command line, and its default name."""
-    from fedddp.settings import load, make_parser
+    from fedddp.settings import help_text, load
     from fedddp.topology import Launch, place
 
     if "-h" in rest or "--help" in rest:
         if _is_coordinator():
-            make_parser().print_help()
+            print(help_text(), end="")
         sys.exit(0)
     target = rest[0] if rest and not rest[0].startswith("-") else None
     if target is None:

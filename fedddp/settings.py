@@ -11,9 +11,9 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import yaml
@@ -54,13 +54,17 @@ def load(target: str | None, arguments: Sequence[str] = ()) -> Run:
 def load_sections(sections: dict[str, Any], arguments: Sequence[str] = ()) -> Run:
     """Return the run of `sections`, what a YAML file holds; otherwise as `load`."""
     given = _outer_to_inner(sections)
-    parser = make_parser()
-    flags = [re.sub(r"^--track\.with(?==|$)", "--track.with_", flag) for flag in arguments]
+    flags = _checked(arguments)
     try:
-        parsed = parser.parse_args(["--config", yaml.safe_dump(given), *flags])
+        parsed = make_parser().parse_args(["--config", yaml.safe_dump(given), *flags])
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(_one_line(error, flags)) from None
+        raise ConfigError(_one_line(error)) from None
     return typing.cast(Run, _construct(Run, parsed, ""))
+
+
+def help_text() -> str:
+    """Return every setting with its meaning and default."""
+    return make_parser().format_help().replace("--track.with_", "--track.with")
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
@@ -69,7 +73,12 @@ def make_parser() -> jsonargparse.ArgumentParser:
         docstring_parse_attribute_docstrings=True, subclasses_enabled=list(CHOICES)
     )
     parser = jsonargparse.ArgumentParser(
-        prog="fedddp run RECIPE|FILE", exit_on_error=False, allow_abbrev=False, add_help=False
+        usage="fedddp run RECIPE|FILE [--section.key value ...]",
+        description="Those of a class that is chosen by name: fedddp run digits --algorithm.help FedProx",
+        print_config=None,
+        exit_on_error=False,
+        allow_abbrev=False,
+        add_help=False,
     )
     parser.add_argument("--config", action="config", help=jsonargparse.SUPPRESS)
     parser.add_class_arguments(Run, None, fail_untyped=True)
@@ -135,27 +144,64 @@ def _outer_to_inner(given: dict[str, Any], cls: type = Run, prefix: str = "") ->
     hints = typing.get_type_hints(cls)
     known = {item.name.removesuffix("_"): item.name for item in dataclasses.fields(cls)}
     inner: dict[str, Any] = {}
-    for key, value in given.items():
-        if key not in known:
-            raise ConfigError(f"unknown key '{prefix}{key}'{_nearest(str(key), known)}")
-        hint = _class_of(hints[known[key]])
-        if hint in CHOICES and isinstance(value, dict):
-            rest = dict(value)
-            name = rest.pop("name", None)
-            chosen = _find(hint, name, f"{prefix}{key}") if name else _default_class(cls, known[key])
-            path = f"{chosen.__module__}.{chosen.__qualname__}"
-            inner[key] = {
-                "class_path": path,
-                "init_args": _outer_to_inner(rest, chosen, f"{prefix}{key}."),
-            }
-        elif hint in CHOICES and isinstance(value, str):
-            chosen = _find(hint, value, f"{prefix}{key}")
-            inner[key] = {"class_path": f"{chosen.__module__}.{chosen.__qualname__}"}
-        elif isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
-            inner[known[key]] = _outer_to_inner(value, hint, f"{prefix}{key}.")
-        else:
-            inner[known[key]] = value
+    for name, value in given.items():
+        key = f"{prefix}{name}"
+        if name not in known:
+            raise ConfigError(_unknown(key, cls))
+        hint = _class_of(hints[known[name]])
+        if hint in CHOICES and value is not None:
+            rest = dict(value) if isinstance(value, dict) else {"name": value}
+            asked = rest.pop("name", None)
+            chosen = _find(hint, asked, key) if asked else _default_class(cls, known[name])
+            inner[name] = {"class_path": _path(chosen), "init_args": _outer_to_inner(rest, chosen, f"{key}.")}
+        elif not dataclasses.is_dataclass(hint):
+            inner[known[name]] = value
+        elif isinstance(value, dict):
+            inner[known[name]] = _outer_to_inner(value, typing.cast(type, hint), f"{key}.")
+        elif value is not None:  # a section whose lines are all comments is None
+            raise ConfigError(_not_a_section(key, hint, value))
     return inner
+
+
+def _checked(arguments: Sequence[str]) -> list[str]:
+    """Return the flags in the form that the parser reads, and refuse what it would explain badly."""
+    if any(word.endswith(".help") for word in arguments):
+        return [*arguments]  # the parser shows the help of a class, and exits
+    words, given = iter(arguments), []
+    for word in words:
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"unexpected argument {word!r}; settings are given as --section.key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"--{key} has no value; give one, as in --{key} VALUE")
+        given.append((key, value))
+    bases = {key: kind for key, _, hint, _ in _known() if (kind := _class_of(hint)) in CHOICES}
+    given = [(k, _path(_find(bases[k], value, k)) if k in bases else value) for k, value in given]
+    known = {key: (inner, _class_of(hint)) for key, inner, hint, _ in _known()}  # a user's class included
+    for key, value in given:
+        if key not in known:
+            raise ConfigError(_unknown(key))
+        if key not in bases and dataclasses.is_dataclass(known[key][1]):
+            raise ConfigError(_not_a_section(key, known[key][1], value))
+    return [f"--{known[key][0]}={value}" for key, value in given]
+
+
+def _known(cls: Any = Run, prefix: str = "", inner: str = "") -> Iterator[tuple[str, str, Any, type]]:
+    """Yield each key that can be set as users write it and as the parser does, its type, and whose it is."""
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        key, path, hint = prefix + item.name.removesuffix("_"), inner + item.name, hints[item.name]
+        yield key, path, hint, cls
+        kind = _class_of(hint)
+        for option in choices(kind).values() if kind in CHOICES else [kind]:
+            if dataclasses.is_dataclass(option):
+                yield from _known(option, f"{key}.", f"{path}.")
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _class_of(hint: Any) -> Any:
@@ -223,49 +269,61 @@ def _construct(cls: type, parsed: Any, prefix: str) -> Any:
         raise ConfigError(f"{prefix}{error}") from None
 
 
-def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     if not close:  # a change of case is no typing error
-        close = [name for name in known if name.lower() == word.lower()]
-    return f". Did you mean '{close[0]}'?" if close else ""
+        close = [name for name in names if name.lower() == word.lower()]
+    return f". Did you mean '{prefix}{close[0]}'?" if close else ""
 
 
-def _one_line(error: Exception, flags: Sequence[str]) -> str:
-    """Turn a parser's message into one line that names the key, the value and the way out."""
-    text = " ".join(str(error).split()).replace("with_", "with")
-    unknown = re.search(r"(?:nrecognized arguments: --|does not accept option ')([\w.]+)", text)
-    option = re.search(r"Option '([\w.]+)' is not accepted", text)
-    if unknown or option:
-        flag = next((f[2:].split("=")[0] for f in flags if _is_unknown(f, unknown or option)), "")
-        name = flag or (unknown or option).group(1)  # type: ignore[union-attr]
-        return f"unknown key '{name}'{_nearest(name, _flag_names(flags))}"
-    key = re.search(r'Parser key "([\w.]+)": ?(.*)', text)
-    if key:
-        return f"{key.group(1).replace('.init_args', '')}: {key.group(2)}"
-    return text
+def _unknown(key: str, cls: type | None = None) -> str:
+    """Say of a key that nobody knows, or that `cls` does not have, which was probably meant."""
+    owners: dict[str, list[str]] = {}
+    for name, _, _, owner in _known():
+        owners.setdefault(name, []).append(_class_name(owner))
+    section, _, leaf = key.rpartition(".")
+    if key in owners and cls is not None:
+        whose = f"a setting of {', '.join(owners[key])}, not of {_class_name(cls)}"
+        return f"unknown key '{key}': {leaf} is {whose}; choose another class, or leave it out"
+    prefix = f"{section}." if section else ""
+    beside = [name.removeprefix(prefix) for name in owners if name.rpartition(".")[0] == section]
+    near = _nearest(leaf, beside, prefix)
+    elsewhere = [name for name in owners if name.rpartition(".")[2] == leaf]
+    if near or not (beside or elsewhere):
+        return f"unknown key '{key}'{near or _nearest(key, owners)}"
+    if elsewhere:
+        return f"unknown key '{key}'. Did you mean '{elsewhere[0]}'?"
+    return f"unknown key '{key}'; {section or 'at the top'} has {', '.join(beside)}"
 
 
-def _is_unknown(flag: str, match: re.Match[str] | None) -> bool:
-    name = flag.removeprefix("--").split("=")[0]
-    return (
-        match is not None
-        and flag.startswith("--")
-        and (name == match.group(1) or name.endswith(f".{match.group(1)}"))
-    )
+def _not_a_section(key: str, cls: Any, value: object) -> str:
+    names = [item.name.removesuffix("_") for item in dataclasses.fields(cls)]
+    return f"{key} has settings of its own, got {value!r}; set one of them: {key}.{f', {key}.'.join(names)}"
 
 
-def _flag_names(flags: Sequence[str]) -> list[str]:
-    """Return every key that could have been meant, the chosen classes' fields included."""
-    names: list[str] = []
+def _one_line(error: Exception) -> str:
+    """Turn the parser's message into one line that names the key, the value, the rule and the way out."""
+    text = " ".join(str(error).split())
+    key = ".".join(re.findall(r'Parser key "([\w.]+)"', text)).replace("with_", "with")
+    option = re.search(r"class_path '([\w.]+)': Option '(\w+)' is not accepted$", text)
+    if option:
+        module, _, name = option[1].rpartition(".")
+        return _unknown(f"{key}.{option[2]}", getattr(importlib.import_module(module), name))
+    hints = {name: hint for name, _, hint, _ in _known()}
+    value = re.search(r"(?:Got|Given) value: (.*)$", text)
+    return f"{key} must be {_words(hints[key])}, got {value[1]}" if value and key in hints else text
 
-    def walk(cls: type, prefix: str) -> None:
-        for item in dataclasses.fields(cls):
-            name = f"{prefix}{item.name.removesuffix('_')}"
-            names.append(name)
-            hint = _class_of(typing.get_type_hints(cls)[item.name])
-            for option in choices(hint).values() if hint in CHOICES else [hint]:
-                if dataclasses.is_dataclass(option):
-                    walk(typing.cast(type, option), f"{name}.")
 
-    walk(Run, "")
-    return list(dict.fromkeys(names))
+def _words(hint: Any) -> str:
+    """Return what a value of the type `hint` is, in words."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " or ".join(", ".join(map(str, inner)).rsplit(", ", 1))
+    if origin is list:
+        return f"a list, as in {'[a, b]' if inner == (str,) else '[1, 2]'}"
+    if origin is dict:
+        return "a mapping, as in {key: value}"
+    if inner:
+        return " or ".join(map(_words, inner))
+    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "null")

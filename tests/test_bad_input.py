@@ -31,6 +31,10 @@ def prepare(folder: Path) -> None:
     """Put the broken things that the commands below name into `folder`."""
     (folder / "broken.yaml").write_text("data: [unclosed\n")
     (folder / "list.yaml").write_text("- 1\n- 2\n")
+    (folder / "section.yaml").write_text("local: 3\n")
+    (folder / "text.yaml").write_text("model: {freeze: layer1}\n")
+    (folder / "prox.yaml").write_text("algorithm: {name: FedProx, mu: 0.5}\n")
+    (folder / "nameless.yaml").write_text("algorithm: {mu: 0.5}\n")
     (folder / "typo.yaml").write_text("local: {learning_rate: 0.1}\n")
     (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
     (folder / "file").write_text("not a folder")
@@ -77,20 +81,34 @@ TABLE: list[tuple[str, int, tuple[str, ...]]] = [
     ("run broken.yaml", 2, ("broken.yaml", "not valid YAML")),
     ("run binary.yaml", 2, ("binary.yaml", "not valid YAML")),
     ("run list.yaml", 2, ("list.yaml", "sections such as")),
-    ("run typo.yaml", 2, ("local.learning_rate",)),
+    ("run typo.yaml", 2, ("'local.learning_rate'", "local has epochs, steps, batch_size")),
+    ("run section.yaml", 2, ("local has settings of its own, got 3", "local.epochs, local.steps")),
+    ("run text.yaml", 2, ("model.freeze must be a list, as in [a, b], got layer1",)),
+    ("run nameless.yaml", 2, ("'algorithm.mu'", "FedProx", "not of FedAvg")),
+    ("run prox.yaml --algorithm FedAvg --algorithm.mu 1", 2, ("'algorithm.mu'", "FedProx", "not of FedAvg")),
+    ("run digits --lr 3", 2, ("'lr'", "Did you mean 'local.lr'?")),
+    ("run digits --model resnet18", 2, ("model has settings of its own, got 'resnet18'", "model.name")),
+    ("run digits --data.partition.alpha x", 2, ("data.partition.alpha must be a number, got x",)),
+    ("run digits --local.steps few", 2, ("local.steps must be a whole number or null, got few",)),
+    ("run digits --data.download maybe", 2, ("data.download must be true or false, got maybe",)),
+    ("run digits --track.with wandb", 2, ("track.with must be a list, as in [a, b], got wandb",)),
+    ("run digits --rounds", 2, ("--rounds has no value",)),
+    ("run digits rounds=3", 2, ("'rounds=3'", "--section.key value")),
+    ("run digits --algorithm fedprox", 2, ("unknown name 'fedprox'", "Did you mean 'FedProx'?")),
+    ("run digits --algorithm pathlib.Path", 2, ("'pathlib.Path' is not a subclass of fedddp.method.Method",)),
     ("run digits --round 3", 2, ("'round'", "Did you mean 'rounds'")),
     ("run digits --local.epoch 3", 2, ("local.epoch", "Did you mean 'local.epochs'")),
-    ("run digits --rounds three", 2, ("rounds", "three")),
+    ("run digits --rounds three", 2, ("rounds must be a whole number, got three",)),
     ("run digits --rounds 0", 2, ("rounds must be >= 1, got 0",)),
     ("run digits --seed -1", 2, ("seed must be >= 0, got -1",)),
     ("run digits --local.lr 0", 2, ("local.lr must be > 0", "got 0")),
     ("run digits --local.lr nan", 2, ("local.lr", "nan")),
     ("run digits --local.batch_size 0", 2, ("local.batch_size must be >= 1, got 0",)),
-    ("run digits --local.optimizer lion", 2, ("local.optimizer", "lion", "adamw")),
+    ("run digits --local.optimizer lion", 2, ("local.optimizer must be sgd, adam or adamw, got lion",)),
     ("run digits --cohort.size 21", 2, ("cohort.size=21", "data.clients=20", "lower cohort.size")),
     ("run digits --evaluation.clients 3", 2, ("evaluation.clients=3", "data.holdout", "set data.holdout")),
-    ("run digits --algorithm FedProxx", 2, ("algorithm", "FedProxx", "FedProx")),
-    ("run digits --algorithm no_lab.fl.Mine", 2, ("algorithm", "no_lab.fl.Mine")),
+    ("run digits --algorithm FedProxx", 2, ("algorithm", "'FedProxx'", "Did you mean 'FedProx'?")),
+    ("run digits --algorithm no_lab.fl.Mine", 2, ("algorithm: cannot import 'no_lab.fl.Mine'", "No module")),
     ("run digits --algorithm FedProx --algorithm.mu -1", 2, ("algorithm.mu must be >= 0", "got -1")),
     ("run digits --data.partition.alpha 0", 2, ("data.partition.alpha", "got 0")),
     ("run digits --data.clients 2000 --cohort.size 10", 2, ("data.clients=2000", "training examples")),
