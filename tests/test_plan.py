@@ -143,5 +143,5 @@ def test_recipes_fit_an_ordinary_terminal(capsys: pytest.CaptureFixture[str]) ->
         with pytest.raises(SystemExit):
             main(["recipes"])
     names = [line.split(" ")[1] for line in capsys.readouterr().out.splitlines()[1:]]
-    assert names[:2] == ["digits", "mnist-lenet"]
+    assert names[:3] == ["compare-paradigms", "digits", "mnist-lenet"]
     assert all(names), "a description runs over its line"
