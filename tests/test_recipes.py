@@ -14,6 +14,7 @@ from fedddp.settings import choices, load, recipes
 
 ROOT = Path(__file__).parent.parent
 ON_DIGITS = [name for name in recipes() if name.startswith("digits")]
+SYNCHRONOUS = [name for name in ON_DIGITS if not load(name).algorithm.asynchronous]
 
 
 @pytest.mark.parametrize("name", ON_DIGITS)
@@ -47,5 +48,23 @@ def test_every_method_and_rule_has_a_row_in_the_docs() -> None:
         for name, cls in choices(base).items():
             if cls.__module__.startswith(("fedddp.algorithms", "fedddp.aggregation.robust")):
                 assert getattr(cls, "asynchronous", False) or name in rows, name
-    for test in re.findall(r"`(test_\w+\.py)`", text):
-        assert (ROOT / "tests" / test).exists(), test
+
+
+def test_the_page_of_methods_names_tests_that_exist_and_every_recipe() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", text)
+    assert named
+    for test in named:
+        assert f"def {test}(" in tests, test
+    listed = re.findall(r"^\| `(digits[\w-]*)` \|", text, re.MULTILINE)
+    assert sorted(listed) == sorted(SYNCHRONOUS)
+
+
+@pytest.mark.parametrize("base", [Method, Mean])
+def test_the_page_of_methods_has_the_defaults(base: type) -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    for name, cls in choices(base).items():
+        row = re.search(rf"^\| `{name}` \|.*", text, re.MULTILINE)
+        for key, value in re.findall(r"`(\w+)` (-?[\d.e-]+)", row.group() if row else ""):
+            assert getattr(cls(), key) == float(value), (name, key)

@@ -13,6 +13,7 @@ import pytest
 import test_methods as rig
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fedddp import (
     IID,
@@ -24,10 +25,13 @@ from fedddp import (
     FedAvg,
     Federation,
     FedProx,
+    GaussianNoise,
     GeometricMedian,
     Krum,
+    LabelFlip,
     Local,
     Mean,
+    ModelReplacement,
     MultiKrum,
     NoAttack,
     Run,
@@ -123,14 +127,15 @@ def test_geometric_median_has_balanced_pulls() -> None:
 
 FIVE = Cohort(size=5)
 RUNS = {
-    name: dataclasses.replace(rig.run_of(method, local, "norm" in name), aggregation=rule, cohort=FIVE)
-    for name, method, local, rule in (
-        ("CoordinateMedian and norm", FedAvg(), rig.NORM, CoordinateMedian()),
-        ("TrimmedMean", FedAvg(momentum=0.5), rig.LOCAL, TrimmedMean()),
-        ("Krum and norm", FedAvg(), rig.NORM, Krum()),
-        ("MultiKrum", FedProx(mu=0.5), rig.LOCAL, MultiKrum(clip_norm=0.5)),
-        ("Bulyan", FedAvg(), rig.LOCAL, Bulyan(attackers=0)),
-        ("GeometricMedian", FedAvg(), rig.LOCAL, GeometricMedian()),
+    name: rig.run_of(method, local, "norm" in name, aggregation=rule, attacks=attack, cohort=FIVE)
+    for name, method, local, rule, attack in (
+        ("Mean", FedAvg(), rig.LOCAL, Mean(clip_norm=0.5), ModelReplacement(fraction=0.2)),
+        ("CoordinateMedian and norm", FedAvg(), rig.NORM, CoordinateMedian(), GaussianNoise(fraction=0.4)),
+        ("TrimmedMean", FedAvg(momentum=0.5), rig.LOCAL, TrimmedMean(), SignFlip(fraction=0.2)),
+        ("Krum and norm", FedAvg(), rig.NORM, Krum(), LabelFlip(fraction=0.2)),
+        ("MultiKrum", FedProx(mu=0.5), rig.LOCAL, MultiKrum(clip_norm=0.5), SignFlip(fraction=0.2)),
+        ("Bulyan", FedAvg(), rig.LOCAL, Bulyan(attackers=0), NoAttack()),
+        ("GeometricMedian", FedAvg(), rig.LOCAL, GeometricMedian(), GaussianNoise(fraction=0.4)),
     )
 }
 
@@ -166,31 +171,33 @@ def test_buffers_are_medians() -> None:
 # ---- attacks ----
 
 
-def digits(seed: int = 0, **changes: Any) -> Run:
+def end(**changes: Any) -> float:
+    """Return the accuracy at the end of a run of ten clients on digits, with a small convolutional net."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = [nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10)]
+        net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), *head)
     run = Run(
         data=Data(dataset="digits", clients=10, partition=IID()),
-        local=Local(epochs=1, batch_size=16, lr=0.2),
+        local=Local(epochs=1, batch_size=16, lr=0.2, schedule="cosine"),
         cohort=Cohort(size=10),
-        evaluation=Evaluation(every=30),
-        rounds=30,
-        seed=seed,
+        evaluation=Evaluation(every=20),
+        rounds=20,
         track=Track(with_=[], progress=False),
+        **changes,
     )
-    return dataclasses.replace(run, **changes)
-
-
-def accuracy(run: Run) -> float:
-    return float(Federation(run).run().history[-1]["eval/accuracy"])
+    outcome = Federation(run, model=net).run()
+    assert outcome.finished, "something asked the run to stop, such as `timeout` around the tests"
+    return float(outcome.history[-1]["eval/accuracy"])
 
 
 def test_sign_flips_break_the_mean_but_not_trimmed_mean_nor_multi_krum() -> None:
     attacks = SignFlip(fraction=0.3)
-    honest = accuracy(digits())
+    honest = end()
     assert honest > 0.95
-    with pytest.raises(ValueError, match="client .*; lower local.lr"):  # the model grows without bound
-        accuracy(digits(attacks=attacks))
+    assert end(attacks=attacks) < 0.3
     for rule in (TrimmedMean(beta=0.3), MultiKrum(attackers=3)):
-        assert accuracy(digits(attacks=attacks, aggregation=rule)) > honest - 0.03
+        assert end(attacks=attacks, aggregation=rule) > honest - 0.03
 
 
 @pytest.mark.parametrize("name", ["SignFlip", "GaussianNoise", "ModelReplacement", "LabelFlip"])
