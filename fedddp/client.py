@@ -93,7 +93,6 @@ class Trainer:
             train=lambda correct: self._train(visit, indices, correct, seed),
             mean_loss=lambda: self._mean_loss(indices, client),
         )
-        self._seed_dropout(stream_seed("visit", seed, round_index, client, world.data_rank))
         with self._telling(visit):
             visit.restart()
             self.method.begin(visit)
@@ -137,6 +136,7 @@ class Trainer:
         seed: int,
     ) -> None:
         """The inner loop: every step of a client's local training, for every method."""
+        self._seed_dropout(stream_seed("visit", seed, visit.round, visit.client, self.world.data_rank))
         self.flat.module.train()
         self._load_optimizer(visit)
         scaler = self.make_scaler()

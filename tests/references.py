@@ -36,11 +36,14 @@ class Pixels(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return self.pixels[index], self.targets[index]
 
 
-def net(norm: bool = False) -> nn.Sequential:
+def net(norm: bool = False, dropout: float = 0.0) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         middle = nn.BatchNorm1d(4) if norm else nn.Identity()
-        return nn.Sequential(nn.Flatten(), nn.Linear(9, 4), middle, nn.Tanh(), nn.Linear(4, 3))
+        layers = [nn.Flatten(), nn.Linear(9, 4), middle, nn.Tanh(), nn.Linear(4, 3)]
+        if dropout:
+            layers.insert(4, nn.Dropout(dropout))
+        return nn.Sequential(*layers)
 
 
 class Point(nn.Module):

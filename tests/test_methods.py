@@ -120,7 +120,8 @@ def run_of(method: Method, local: Local, norm: bool = False, **changes: Any) -> 
 def parts(name: str, run: Run) -> dict[str, Any]:
     if isinstance(run.task, ref.Quadratic):
         return {"model": ref.Point(), "train": ref.TwoExamples()}
-    return {"model": ref.net(has_norm(name)), "train": ref.Pixels()}
+    dropout = 0.5 if "dropout" in name else 0.0
+    return {"model": ref.net(has_norm(name), dropout), "train": ref.Pixels()}
 
 
 def train(runs: dict[str, Run], ranks: int, folder: str, stop: bool = False) -> dict[str, Any]:
