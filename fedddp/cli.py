@@ -140,7 +140,7 @@ def _explain(error: Exception) -> NoReturn:
     """Report the error that ended the run, as the first rank that had one."""
     user_error = isinstance(error, (ValueError, OSError))
     if not user_error:
-        traceback.print_exception(error)
+        traceback.print_exception(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
     rank = int(os.environ.get("RANK", "0"))
     where = f"rank {rank}: " if rank and not user_error else ""
     notes = "; ".join(getattr(error, "__notes__", []))
