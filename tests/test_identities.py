@@ -85,6 +85,8 @@ RUNS: dict[str, Run] = {
     "FedAvgM, beta 0": rig.run_of(FedAvgM(momentum=0.0), rig.LOCAL),
     "MOON, mu 0": rig.run_of(MOON(mu=0.0), rig.LOCAL),
     "Ditto": rig.run_of(Ditto(lam=0.3), rig.LOCAL),
+    "FedProx": rig.run_of(FedProx(mu=0.9), rig.LOCAL),
+    "FedProx in fp16": rig.run_of(FedProx(mu=0.9), dataclasses.replace(rig.LOCAL, precision="fp16")),
     "Ditto with dropout": rig.run_of(Ditto(lam=0.3), rig.LOCAL),
     "FedAvg with dropout": rig.run_of(FedAvg(), rig.LOCAL),
     "torch's SGD": rig.run_of(ServerOptimizer(optimizer="SGD", lr=1.0), rig.LOCAL),
@@ -142,6 +144,13 @@ def test_equal(left: str, right: str, groups: int, ranks: int, folder: str) -> N
     torch.testing.assert_close(results[left][0], results[right][0], rtol=0, atol=2e-6)
     start = torch.cat([weights.detach().flatten() for weights in ref.net().parameters()])
     assert (results[left][0] - start).norm() > 0.05  # they went somewhere
+
+
+@pytest.mark.parametrize(("groups", "ranks"), rig.WORLDS)
+def test_corrections_follow_the_unscaling_of_gradients(groups: int, ranks: int, folder: str) -> None:
+    results = trained(groups, ranks, f"{folder}/{groups}x{ranks}")
+    right, half, without = (results[name][0] for name in ("FedProx", "FedProx in fp16", "FedAvg"))
+    assert (half - right).norm() < 0.05 * (without - right).norm()
 
 
 @pytest.mark.parametrize(("groups", "ranks"), rig.WORLDS)

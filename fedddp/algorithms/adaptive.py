@@ -19,8 +19,9 @@ STATE = "optimizer."
 class Adaptive(Method):
     """m ← β1 m + (1−β1)Δ, then v, then x ← x + η_g m/(√v + τ), Δ = Σ_S p_k Δ_k.
 
-    Reddi et al., 2021 (arXiv:2003.00295), algorithm 2, whose η_g, β and τ are the defaults. It starts
-    from m = 0, v = τ² and has no bias correction: torch's Adam on −Δ is another method (`ServerOptimizer`).
+    Reddi et al., 2021 (arXiv:2003.00295), algorithm 2, whose β and τ are the defaults; η_g is tuned there.
+    It starts from m = 0, v = τ² and has no bias correction: torch's Adam on −Δ is another method
+    (`ServerOptimizer`).
     """
 
     lr: float = 0.1
@@ -34,7 +35,7 @@ class Adaptive(Method):
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
-            raise ValueError(f"lr must be > 0, got {self.lr}; the paper's is 0.1")
+            raise ValueError(f"lr must be > 0, got {self.lr}; 0.01 to 0.1 are usual")
         if not 0 <= self.beta1 < 1:
             raise ValueError(f"beta1 must be in [0, 1), got {self.beta1}")
         if not self.tau > 0:

@@ -24,7 +24,8 @@ class MOON(FedAvg):
 
     z, (b, features), is what enters the model's head; z_glob and z_prev are those of the dispatched model
     and of the client's own at the end of its last visit, both in evaluation mode and without gradient. At
-    a client's first visit the term is 0. The defaults are the paper's. Clients keep their last model.
+    a client's first visit the term is 0. T is the paper's, μ among those it tries. Clients keep their last
+    model.
     """
 
     mu: float = 1.0
