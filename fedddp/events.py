@@ -28,6 +28,8 @@ def run_events(s: Session) -> None:
     Raises:
         Stopped: a rank was asked to stop; a checkpoint was written first.
     """
+    if s.rounds_done == s.run.rounds:  # killed after its last checkpoint: there is no meeting to end it
+        return
     if s.world.is_coordinator:
         Coordinator(s).run()
     else:

@@ -124,15 +124,13 @@ class Federation:
             with _refusing():
                 session = self._session(world, folder, config)
             try:
-                (run_events if config.algorithm.asynchronous else run_rounds)(session)
-                finished = True
-            except Stopped:
-                finished = False
+                if session.tracker.run_id:
+                    write_text(folder / WANDB_RUN, session.tracker.run_id)
+                return self._outcome(session, finished=_train(session))
             except BaseException:
                 world.failed = True
                 session.tracker.finish(failed=True)
                 raise
-            return self._outcome(session, finished=finished)
 
     def _outcome(self, s: Session, *, finished: bool) -> Outcome:
         s.send()
@@ -187,8 +185,6 @@ class Federation:
                 resume_round=session.rounds_done,
                 run_id=run_id,
             )
-            if session.tracker.run_id:
-                write_text(folder / WANDB_RUN, session.tracker.run_id)
         return session
 
     def _load_images(self, run: Run) -> tuple[Images, Images | None]:
@@ -208,6 +204,15 @@ class Federation:
         if run.local.channels_last:
             module = module.to(memory_format=torch.channels_last)
         return module
+
+
+def _train(s: Session) -> bool:
+    """Collective. Train; return whether to the last round, or False when asked to stop."""
+    try:
+        (run_events if s.run.algorithm.asynchronous else run_rounds)(s)
+    except Stopped:
+        return False
+    return True
 
 
 def _resume(s: Session) -> str | None:

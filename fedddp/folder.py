@@ -39,23 +39,23 @@ def run_folder(run: Run, default_name: str, world: World) -> Iterator[tuple[Path
         ConfigError: it cannot be written, another run holds it, or it is of another run.
     """
     folder, problem, lock, again = None, None, None, False
-    if world.is_coordinator:
-        try:
-            folder, again = _find(run, default_name, Launch.from_environment())
-            lock = _lock(folder, LOCK_WAIT_S if again else 0.0)
-            if again:
-                _check_same(run, folder / "config.yaml")
-            write_text(folder / "config.yaml", to_yaml(dataclasses.replace(run, name=folder.name)))
-            write_text(folder / ".launcher", Launch.from_environment().launcher)
-        except ValueError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = (
-                f"output: cannot write {error.filename or run.output}: {error.strerror}; "
-                "choose another --output"
-            )
-    folder, problem, again = world.gather((folder, problem, again))[0]
     try:
+        if world.is_coordinator:
+            try:
+                folder, again = _find(run, default_name, Launch.from_environment())
+                lock = _lock(folder, LOCK_WAIT_S if again else 0.0)
+                if again:
+                    _check_same(run, folder / "config.yaml")
+                write_text(folder / "config.yaml", to_yaml(dataclasses.replace(run, name=folder.name)))
+                write_text(folder / ".launcher", Launch.from_environment().launcher)
+            except ValueError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = (
+                    f"output: cannot write {error.filename or run.output}: {error.strerror}; "
+                    "choose another --output"
+                )
+        folder, problem, again = world.gather((folder, problem, again))[0]
         if problem is not None:
             raise ConfigError(problem)
         yield folder, dataclasses.replace(run, name=folder.name, resume="auto" if again else "never")

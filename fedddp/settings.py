@@ -131,7 +131,7 @@ def read_sections(target: str) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give a recipe or a .yaml file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates, encodings, deep nesting too
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is not valid YAML: {reason}") from None
     if not isinstance(content or {}, dict):
@@ -260,6 +260,8 @@ def _construct(cls: type, parsed: Any, prefix: str) -> Any:
             value = _construct(chosen, value.get("init_args") or {}, f"{key}.")
         elif isinstance(value, jsonargparse.Namespace):
             value = _construct(hint, value, f"{key}.")
+        if value is None and type(None) not in typing.get_args(hints[item.name]):
+            raise ConfigError(f"{key}: has no value; give one, or leave the key out")
         arguments[item.name] = value
     try:
         return cls(**arguments)

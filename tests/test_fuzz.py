@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+import sklearn.datasets
 import yaml
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -15,6 +19,7 @@ from hypothesis import strategies as st
 from fedddp import Federation
 from fedddp.aggregation import Mean
 from fedddp.aggregation.mean import InvalidUpdateError
+from fedddp.attacks import Attack
 from fedddp.config import ConfigError
 from fedddp.data.partition import Partition
 from fedddp.history import read_rows
@@ -69,6 +74,8 @@ RUNS = st.fixed_dictionaries(
         "evaluation": some(every=[1, 2], clients=[0, 2], batch_size=[1, 500]),
         "checkpoint": some(every=[1, 5], keep=[1]),
         "algorithm": st.sampled_from(own(Method)),
+        "clock": st.sampled_from([{}, {}, {"speed": "LogNormalSpeed"}, {"deadline_s": 1e-3}]),
+        "attacks": st.sampled_from(["NoAttack"] * 6 + own(Attack)),
         "aggregation": st.fixed_dictionaries(
             {"name": st.sampled_from(["Mean"] * 6 + own(Mean))},
             optional={
@@ -79,6 +86,14 @@ RUNS = st.fixed_dictionaries(
         "seed": st.integers(0, 3),
     }
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parsed_once() -> Iterator[None]:
+    """Keep the digits in memory: reading them takes longer than a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sklearn.datasets, "load_digits", functools.cache(sklearn.datasets.load_digits))
+        yield
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)

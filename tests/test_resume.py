@@ -1,16 +1,19 @@
-"""Stop anywhere, resume, and nothing tells the run from one that was never stopped: for every method.
+"""Stop or kill anywhere, resume, and nothing tells the run from one that was left in peace: for every method.
 
-A run is asked to stop at a random one of the moments at which ranks look whether they were: before
-a visit, or at the end of a round. It goes on in another world, of one or of two client groups.
+A run is asked to stop at a random one of the moments at which ranks look whether they were: before a visit,
+or at the end of a round. It goes on, and is killed at a random one of these or while it writes a checkpoint.
+Then it goes on in a world of two client groups.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from fedddp import Cohort, Data, Dirichlet, Evaluation, FedAvg, Federation, Local, Run, Topology, Track
 from fedddp.checkpoint import Checkpoint
@@ -28,19 +32,26 @@ from fedddp.testing import run_world
 from fedddp.topology import World
 
 LOCALS = (
-    Local(batch_size=40, lr=0.1, epochs=2),
-    Local(batch_size=40, lr=0.1, steps=1),
-    Local(batch_size=40, lr=0.01, steps=3, optimizer="adamw", optimizer_state="keep"),
+    Local(batch_size=20, lr=0.1, epochs=2),
+    Local(batch_size=20, lr=0.1, steps=1),
+    Local(batch_size=20, lr=0.01, steps=3, optimizer="adamw", optimizer_state="keep"),
 )
 """Local trainings; a method is tried with the first that it can be combined with."""
 
 BASE = Run(
-    data=Data(dataset="digits", clients=6, partition=Dirichlet(alpha=1.0), holdout=0.2),
+    data=Data(clients=6, partition=Dirichlet(alpha=1.0), holdout=0.2),
     cohort=Cohort(size=3),
     evaluation=Evaluation(every=2, clients=3),
     checkpoint=Checkpoint(every=2),
     track=Track(with_=[], progress=False),
     rounds=5,
+)
+
+
+DRAW = torch.Generator().manual_seed(1)
+TRAIN, TEST = (
+    TensorDataset(torch.rand(n, 1, 8, 8, generator=DRAW), torch.randint(10, (n,), generator=DRAW))
+    for n in (300, 50)
 )
 
 
@@ -65,36 +76,70 @@ def net() -> Net:
         return Net()
 
 
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing more is written."""
+
+
+@dataclass
+class Moments:
+    """The moments of a run at which it may be stopped or killed."""
+
+    looks: int = 0
+    """Times it looked whether it shall stop."""
+    all: int = 0
+    """Looks, and files that were forced to the disk."""
+
+
 @contextmanager
-def asked_to_stop(at: int | None) -> Iterator[list[int]]:
-    """Ask this process to stop as a signal would, the `at`-th time it looks; yields how often it did."""
-    looked, look = [0], World.stop_requested
+def disturbed(stop_at: int | None = None, kill_at: int | None = None) -> Iterator[Moments]:
+    """Ask this process to stop, as a signal would, the `stop_at`-th time it looks; kill it at `kill_at`."""
+    moments, look, fsync = Moments(), World.stop_requested, os.fsync
+
+    def pass_one() -> None:
+        moments.all += 1
+        if moments.all == kill_at:
+            raise Killed
 
     def stop_requested(world: World) -> bool:
-        looked[0] += 1
-        world.stopping = world.stopping or looked[0] == at
+        moments.looks += 1
+        pass_one()
+        world.stopping = world.stopping or moments.looks == stop_at
         return look(world)
 
-    World.stop_requested = stop_requested  # type: ignore[method-assign]
-    try:
-        yield looked
-    finally:
-        World.stop_requested = look  # type: ignore[method-assign]
+    def forced(descriptor: int) -> None:
+        pass_one()
+        fsync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "stop_requested", stop_requested)
+        patch.setattr(os, "fsync", forced)
+        yield moments
 
 
-def train(run: Run, stop_at: int | None = None) -> tuple[bool, int]:
-    """Train in this rank's world; return whether the run finished, and how often it looked."""
-    with asked_to_stop(stop_at) as looked:
-        outcome = Federation(run, model=net()).run()
-    return outcome.finished, looked[0]
+def train(run: Run, stop_at: int | None = None) -> tuple[bool, Moments]:
+    """Train in this rank's world; return whether the run finished, and its moments."""
+    with disturbed(stop_at) as moments:
+        outcome = Federation(run, model=net(), train=TRAIN, test=TEST).run()
+    return outcome.finished, moments
+
+
+def kill(run: Run, at: int) -> None:
+    """Train, and end as a killed process does; the run may be done before."""
+    with disturbed(kill_at=at), suppress(Killed):
+        Federation(run, model=net(), train=TRAIN, test=TEST).run()
+
+
+def train_all(runs: list[Run]) -> None:
+    """Train in this rank's world, one after another."""
+    for run in runs:
+        assert train(run)[0], run.output
 
 
 def train_in(size: int, run: Run, stop_at: int | None = None) -> tuple[bool, int]:
-    if size == 1:
-        return train(run, stop_at)
-    finished, looked = zip(*run_world(train, run, stop_at, size=size), strict=True)
+    """Return whether the run finished in a world of its own, and how often the ranks looked at least."""
+    finished, moments = zip(*run_world(train, run, stop_at, size=size), strict=True)
     assert len(set(finished)) == 1
-    return finished[0], min(looked)
+    return finished[0], min(one.looks for one in moments)
 
 
 def rows(folder: Path, file: str) -> list[dict[str, Any]]:
@@ -133,23 +178,6 @@ def newest_states(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for tensors in found for name, tensor in tensors.items()}
 
 
-def check(run: Run, where: Path, seed: str, worlds: tuple[int, int, int] = (1, 1, 2)) -> None:
-    """Train in `worlds[0]`; then stop in `worlds[1]`, and again after a while, and go on in `worlds[2]`."""
-    whole = dataclasses.replace(run, output=str(where), name="whole")
-    finished, looks = train_in(worlds[0], whole)
-    assert finished
-    parted = dataclasses.replace(whole, name="parted", resume="auto")
-    draw = random.Random(seed)
-    first = draw.randint(1, max(1, looks - 1))
-    finished, _ = train_in(worlds[1], parted, first)
-    assert not finished, (first, looks)
-    second = draw.randint(1, 4)  # so that a resumed run is resumed, too; it may be done by then
-    train_in(worlds[1], parted, second)
-    finished, _ = train_in(worlds[2], parted)
-    assert finished
-    assert_same(where / "parted", where / "whole", run.rounds)
-
-
 def local_for(method: Method) -> Local:
     return next(
         local
@@ -158,45 +186,67 @@ def local_for(method: Method) -> Local:
     )
 
 
-METHODS = {name: method for name, method in choices(Method).items() if "." not in name}
-
-
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_stopped_run_of_any_method_goes_on_as_if_nothing_had_happened(tmp_path: Path, name: str) -> None:
-    method = METHODS[name]()
-    run = dataclasses.replace(BASE, algorithm=method, local=local_for(method))
-    check(run, tmp_path, name)
-
-
 VARIANTS: dict[str, dict[str, Any]] = {
-    "momentum kept": {"local": Local(batch_size=40, momentum=0.9, optimizer_state="keep")},
-    "adam kept": {"local": Local(batch_size=40, lr=0.01, optimizer="adam", optimizer_state="keep")},
-    "cosine": {"local": Local(batch_size=40, schedule="cosine")},
-    "step": {"local": Local(batch_size=40, schedule="step", decay=0.5, decay_every=2)},
+    "momentum kept": {"local": Local(batch_size=20, momentum=0.9, optimizer_state="keep")},
+    "adam kept": {"local": Local(batch_size=20, lr=0.01, optimizer="adam", optimizer_state="keep")},
+    "cosine": {"local": Local(batch_size=20, schedule="cosine")},
+    "step": {"local": Local(batch_size=20, schedule="step", decay=0.5, decay_every=2)},
     "server momentum": {"algorithm": FedAvg(momentum=0.9), "local": LOCALS[0]},
     "poisson": {"cohort": Cohort(size=2, sampling="poisson"), "local": LOCALS[0], "seed": 3},
     "augmented": {"data": dataclasses.replace(BASE.data, augment="crop"), "local": LOCALS[0]},
     "every round saved": {"checkpoint": Checkpoint(every=1, keep=1), "local": LOCALS[0]},
 }
+METHODS = {name: method() for name, method in choices(Method).items() if "." not in name}
+CASES = {
+    name: {"algorithm": method, "local": local_for(method)} for name, method in METHODS.items()
+} | VARIANTS
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_stopped_run_goes_on_with_whatever_it_keeps_or_draws(tmp_path: Path, name: str) -> None:
-    check(dataclasses.replace(BASE, **VARIANTS[name]), tmp_path, name)
+def test_all_methods_are_there() -> None:
+    assert sum(method.asynchronous for method in METHODS.values()) == 3
+    assert len(METHODS) == 21
 
 
-SHAPES: dict[str, tuple[Topology, tuple[int, int, int]]] = {
-    "two groups to one": (Topology(), (2, 2, 1)),
-    "pairs of ranks": (Topology(ranks_per_client=2), (4, 4, 2)),
-    "a dedicated coordinator": (Topology(coordinator="dedicated"), (3, 3, 2)),
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For every case the folders `whole` and `parted`; the latter are finished in one world of two groups."""
+    where, parted = tmp_path_factory.mktemp("resumed"), []
+    for name, changes in CASES.items():
+        draw, output = random.Random(name), where / name
+        whole = dataclasses.replace(BASE, **changes, output=str(output), name="whole")
+        finished, moments = train(whole)
+        assert finished
+        parted.append(dataclasses.replace(whole, name="parted", resume="auto"))
+        assert not train(parted[-1], stop_at=draw.randint(1, max(1, moments.looks - 1)))[0], name
+        kill(parted[-1], at=draw.randint(1, moments.all // 2))
+    run_world(train_all, parted, size=2, timeout_s=200)
+    return where
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", CASES)
+def test_a_stopped_and_killed_run_goes_on_as_if_nothing_had_happened(resumed: Path, name: str) -> None:
+    assert_same(resumed / name / "parted", resumed / name / "whole", BASE.rounds)
+
+
+SHAPES: dict[str, tuple[Topology, tuple[int, int]]] = {
+    "two groups to one": (Topology(), (2, 1)),
+    "pairs of ranks": (Topology(ranks_per_client=2), (4, 2)),
+    "a dedicated coordinator": (Topology(coordinator="dedicated"), (3, 2)),
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_stopped_run_goes_on_with_another_number_of_groups(tmp_path: Path, shape: str) -> None:
-    topology, worlds = SHAPES[shape]
-    local = Local(batch_size=40, momentum=0.9, optimizer_state="keep")
-    check(dataclasses.replace(BASE, topology=topology, local=local), tmp_path, shape, worlds)
+    topology, (first, second) = SHAPES[shape]
+    local = Local(batch_size=20, momentum=0.9, optimizer_state="keep")
+    whole = dataclasses.replace(BASE, topology=topology, local=local, output=str(tmp_path), name="whole")
+    finished, looks = train_in(first, whole)
+    assert finished
+    parted = dataclasses.replace(whole, name="parted", resume="auto")
+    assert not train_in(first, parted, random.Random(shape).randint(1, looks - 1))[0]
+    assert train_in(second, parted)[0]
+    assert_same(tmp_path / "parted", tmp_path / "whole", BASE.rounds)
 
 
 def test_a_stop_before_the_first_visit_and_two_in_a_row_lose_nothing(tmp_path: Path) -> None:
@@ -204,7 +254,7 @@ def test_a_stop_before_the_first_visit_and_two_in_a_row_lose_nothing(tmp_path: P
     train(whole)
     parted = dataclasses.replace(whole, name="parted", resume="auto")
     for _ in range(3):  # each time before any visit: the same point, the same checkpoint
-        assert train(parted, 1) == (False, 1)
+        assert not train(parted, 1)[0]
     assert [p.name for p in (tmp_path / "parted" / "checkpoints").iterdir()] == ["round-00000-00000"]
     assert train(parted)[0]
     assert_same(tmp_path / "parted", tmp_path / "whole", BASE.rounds)
@@ -214,9 +264,22 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     run = dataclasses.replace(BASE, local=LOCALS[0], output=str(tmp_path), name="whole", resume="auto")
     train(run)
     before = {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()}
-    assert train(run) == (True, 0)
+    finished, moments = train(run)
+    assert finished
+    assert moments.looks == 0
     after = {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()}
     assert after == before
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedBuff"])
+def test_a_run_killed_after_its_last_checkpoint_only_writes_its_model(tmp_path: Path, name: str) -> None:
+    run = dataclasses.replace(BASE, **CASES[name], output=str(tmp_path), name="one", resume="auto")
+    assert train(run)[0]
+    model = tmp_path / "one" / "model.safetensors"
+    written = model.read_bytes()
+    model.unlink()
+    run_world(train, run, size=2, timeout_s=40)
+    assert model.read_bytes() == written
 
 
 @pytest.fixture

@@ -74,9 +74,10 @@ class Decoded(Dataset[tuple[Tensor, int]]):
             image, label = self.dataset[index]
             image = _to_uint8(image, self._where(index))
         except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
-            problem = " ".join(str(error).split())
+            problem, gone = " ".join(str(error).split()), getattr(error, "errno", None)
+            way_out = "bring its disk back and go on with --resume auto" if gone else "replace or delete it"
             raise ValueError(
-                f"{self._where(index)} cannot be read as an image ({problem}); replace or delete it"
+                f"{self._where(index)} cannot be read as an image ({problem}); {way_out}"
             ) from error
         if int(label) != self.labels[index]:
             raise ValueError(

@@ -70,7 +70,7 @@ SlurmctldPort=${PORTS[0]}
 SlurmUser=$ME
 SlurmdUser=$ME
 AuthType=auth/munge
-# A requeued job starts again cred_expire + 1 s later, 120 s by default.
+# A requeued job starts again cred_expire + 1 s later, 120 s by default and for less than 5.
 AuthInfo=socket=$DIR/munge/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$DIR/state
@@ -93,7 +93,7 @@ SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=1,sched_interval=1
 MinJobAge=3600
-KillWait=5
+KillWait=2
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

@@ -38,11 +38,15 @@ class Desk:
 
     def signal_once_waiting(self, job: str, *options: str, nodes: int = 1) -> None:
         """Signal a job when all its nodes wait to be stopped."""
+        self.await_waiting(job, nodes)
+        self.cluster.call("scancel", *options, job)
+
+    def await_waiting(self, job: str, nodes: int) -> None:
+        """Return when all nodes of a job wait to be stopped."""
         deadline = time.monotonic() + 20
         while (facts := self.cluster.facts(job)) and self.cluster.output(facts).count("waiting") < nodes:
             assert time.monotonic() < deadline, f"{facts}\n{self.cluster.output(facts)}"
             time.sleep(0.05)
-        self.cluster.call("scancel", *options, job)
 
 
 @pytest.fixture
@@ -104,14 +108,20 @@ def test_missing_recipe_and_missing_torchrun_are_told(desk: Desk) -> None:
 
 
 def test_stopped_runs_are_requeued_and_go_on(desk: Desk) -> None:
-    # USR1 to the batch script: the time limit is near. TERM to the ranks: preemption.
-    options = {"near-limit": ("--signal=USR1", "--batch"), "preempted": ("--signal=TERM",)}
-    shape = ("--nodes=2", "--ntasks-per-node=1")
-    jobs = {
-        name: desk.submit(*shape, f"--job-name={name}", FEDERATED, "digits", do="stop") for name in options
+    shape = {
+        "near-limit": ("--nodes=2", "--ntasks-per-node=1"),
+        "terminated": ("--nodes=2", "--ntasks-per-node=1"),
+        "preempted": ("--nodes=2", "--ntasks-per-node=1", "--partition=low"),
     }
-    for name, job in jobs.items():
-        desk.signal_once_waiting(job, *options[name], nodes=2)
+    jobs = {
+        name: desk.submit(*options, f"--job-name={name}", FEDERATED, "digits", do="stop")
+        for name, options in shape.items()
+    }
+    desk.signal_once_waiting(jobs["near-limit"], "--signal=USR1", "--batch", nodes=2)
+    desk.signal_once_waiting(jobs["terminated"], "--signal=TERM", nodes=2)
+    desk.await_waiting(jobs["preempted"], nodes=2)
+    urgent = desk.submit("--nodes=2", "--exclusive", "--job-name=urgent", FEDERATED, "digits")
+    assert desk.cluster.end(urgent)["JobState"] == "COMPLETED"
     for name, job in jobs.items():
         facts = desk.cluster.end(job)
         assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ import yaml
 from safetensors.torch import load_file
 from slurm_cluster import TEMPLATES, Cluster
 
+from fedddp import Federation
+from fedddp.settings import load
+from fedddp.testing import run_world
+
 pytestmark = pytest.mark.timeout(240)
 PYTHON = str(Path(sys.executable).parent)
 ROUNDS = 8
-DIGITS = ("digits", "--rounds", str(ROUNDS), "--topology.ranks_per_client", "2")
+DIGITS = ("digits", "--rounds", str(ROUNDS), "--topology.ranks_per_client", "2", "--track.with", "[]")
 
 
 def submit(cluster: Cluster, folder: Path, script: str, *arguments: str) -> str:
@@ -45,49 +50,62 @@ def wait_for_round(cluster: Cluster, job: str, run: Path, wanted: int) -> None:
         time.sleep(0.05)
 
 
+@dataclass
+class Submitted:
+    """Two jobs that share the cluster, so that one uses the processors while the other waits for Slurm."""
+
+    folder: Path
+    federated: str
+    sweep: str
+
+
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of one client group on one node, trained without interruption."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    job = submit(cluster, folder, "federated.sbatch", "--ntasks-per-node=2", *DIGITS)
-    facts = cluster.end(job, timeout_s=120)
-    assert facts["JobState"] == "COMPLETED", cluster.output(facts)
-    assert "wandb sync" in cluster.output(facts)
-    return folder / "runs" / f"fedddp-{job}"
+def submitted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
+    folder = tmp_path_factory.mktemp("jobs")
+    shape = ("--nodes=2", "--ntasks-per-node=2")
+    federated = submit(cluster, folder, "federated.sbatch", *shape, *DIGITS, "--checkpoint.every", "1")
+    # The other node will fail.
+    lines = str(TEMPLATES / "sweep.txt")
+    sweep = submit(cluster, folder, "sweep.sbatch", "--nodelist=node1", lines, "digits", "--rounds", "2")
+    return Submitted(folder, federated, sweep)
+
+
+def train_in_peace(output: Path) -> None:
+    Federation(load(DIGITS[0], list(DIGITS[1:])), output=str(output), name="peace").run()
 
 
 def test_stopped_and_broken_job_ends_with_the_same_bits(
-    cluster: Cluster, undisturbed: Path, tmp_path: Path
+    cluster: Cluster, submitted: Submitted, tmp_path: Path
 ) -> None:
-    options = ("--nodes=2", "--ntasks-per-node=2")
-    settings = (*DIGITS, "--checkpoint.every", "1")
-    job = submit(cluster, tmp_path, "federated.sbatch", *options, *settings)
-    run = tmp_path / "runs" / f"fedddp-{job}"
+    job, run = submitted.federated, submitted.folder / "runs" / f"fedddp-{submitted.federated}"
     wait_for_round(cluster, job, run, 2)
     cluster.call("scancel", "--signal=USR1", "--batch", job)  # the time limit is near
     wait_for_round(cluster, job, run, 5)
     down = ("update", "nodename=node2", "state=down", "reason=test")
     cluster.call("scontrol", *down)  # the job is killed and requeued; the node comes back by itself
+    run_world(train_in_peace, tmp_path, size=2, timeout_s=100)  # one client group, not two on two nodes
     facts = cluster.end(job, timeout_s=120)
 
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "2"), cluster.output(facts)
     assert rounds(run) == list(range(1, ROUNDS + 1))
-    ours, expected = (load_file(path / "model.safetensors") for path in (run, undisturbed))
-    assert ours.keys() == expected.keys()
-    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+    ours, theirs = (load_file(f / "model.safetensors") for f in (run, tmp_path / "peace"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert cluster.output(facts).count("resuming ") == 2
 
 
-def test_array_of_four(cluster: Cluster, tmp_path: Path) -> None:
-    lines = str(TEMPLATES / "sweep.txt")
-    job = submit(cluster, tmp_path, "sweep.sbatch", lines, "digits", "--rounds", "2")
+def test_array_of_four(cluster: Cluster, submitted: Submitted) -> None:
+    sweep = f"sweep-{submitted.sweep}"
     for task in range(1, 5):
-        facts = cluster.end(f"{job}_{task}", timeout_s=120)
+        facts = cluster.end(f"{submitted.sweep}_{task}", timeout_s=120)
         assert facts["JobState"] == "COMPLETED", cluster.output(facts)
+        assert "To upload the run: wandb sync " in cluster.output(facts)
 
-    runs = sorted((tmp_path / "runs" / f"sweep-{job}").iterdir())
+    runs = sorted((submitted.folder / "runs" / sweep).iterdir())
     assert [rounds(run) for run in runs] == [[1, 2]] * 4
     configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
     settings = [(c["data"]["partition"]["alpha"], c["seed"]) for c in configs]
     assert settings == [(0.1, 0), (0.1, 1), (1.0, 0), (1.0, 1)]
-    assert {config["track"]["group"] for config in configs} == {f"sweep-{job}"}
-    assert all(len(list((run / "wandb").glob("offline-run-*"))) == 1 for run in runs)
+    assert {config["track"]["group"] for config in configs} == {sweep}
+    logged = [path.read_bytes() for run in runs for path in run.glob("wandb/offline-run-*/*.wandb")]
+    assert [sweep.encode() in log for log in logged] == [True] * 4
