@@ -150,7 +150,8 @@ class Coordinator:
             for tensor in self.models[flight.version]:
                 self.world.send(tensor, rank)
             self.running[group], self.began[group] = flight.ticket, time.perf_counter()
-            self.inbox.expect(rank, WORDS)
+            what = f"the leader of client group {group}, which trains client {flight.client}"
+            self.inbox.expect(rank, WORDS, what)
             self._forget_models()
 
     def _receive(self) -> None:

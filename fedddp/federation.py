@@ -108,13 +108,8 @@ class Federation:
             world = connect(self.config.topology)
         pulse = Pulse(world)
         try:
-            with torch.random.fork_rng(devices=[]), stop_on_signals(world):
+            with torch.random.fork_rng(devices=[]), stop_on_signals(world), _first_error_speaks(pulse):
                 return self._run(world)
-        except Exception as error:
-            if not pulse.first_to_fail():
-                raise AnotherRankFailedError from error
-            pulse.name_absent(error)
-            raise
         finally:
             world.close()
             pulse.stop()
@@ -230,6 +225,21 @@ def _resume(s: Session) -> str | None:
     noted = s.folder / WANDB_RUN  # newer than the checkpoint, if the run was killed before its first one
     text = noted.read_text(errors="replace") if noted.exists() else ""
     return text if re.fullmatch(r"\w+", text) else facts.get("wandb_run_id")
+
+
+@contextlib.contextmanager
+def _first_error_speaks(pulse: Pulse) -> Iterator[None]:
+    """Turn an error of the block that is not the world's first into an `AnotherRankFailedError`.
+
+    The launcher sends SIGTERM as soon as a rank is gone; whoever has yet to say why must not end by it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not pulse.first_to_fail():
+            raise AnotherRankFailedError from error
+        pulse.name_absent(error)
+        raise
 
 
 @contextlib.contextmanager

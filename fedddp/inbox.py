@@ -20,9 +20,11 @@ class Inbox:
     def __init__(self, world: World) -> None:
         self.world = world
         self._came: queue.SimpleQueue[tuple[int, list[float] | Exception]] = queue.SimpleQueue()
+        self._owed: dict[int, str] = {}  # rank -> what it is at
 
-    def expect(self, rank: int, count: int) -> None:
-        """Start to wait for `count` numbers of `rank` (`World.post`)."""
+    def expect(self, rank: int, count: int, what: str) -> None:
+        """Start to wait for `count` numbers of `rank` (`World.post`); `what` it is at is for errors."""
+        self._owed[rank] = what
 
         def wait() -> None:
             try:
@@ -48,6 +50,5 @@ class Inbox:
             except queue.Empty:
                 continue
             if isinstance(message, Exception):
-                message.add_note(f"while waiting for rank {rank}")
-                raise message
+                raise RuntimeError(f"no word from rank {rank}, {self._owed[rank]}") from message
             return rank, message
