@@ -210,7 +210,7 @@ def _partition(rest: list[str]) -> None:
 
     try:
         train, _ = load(run.data)
-        split = run.data.partition.split(train.labels, run.data.clients, run.seed, train.ids)
+        split, _ = run.data.split(train, run.seed)
     except (ValueError, OSError) as error:
         _fail(str(error))
     _show(table(describe(split, train.labels, train.classes)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from fedddp.clock import examples_trained
 from fedddp.config import ConfigError, Run
 from fedddp.curves import over_seeds, read
 from fedddp.data.datasets import load as load_images
-from fedddp.data.partition import holdout_sizes
 from fedddp.federation import Federation
 from fedddp.report import target_of, terminal, write
 from fedddp.settings import load_sections, read_sections
@@ -143,33 +142,45 @@ def _alike(run: Run, name: str, first: Run, folder: Path) -> Run:
 
 def train(comparison: Comparison, *, speak: bool) -> bool:
     """Collective. Train what is not finished; return False if the run was asked to stop."""
-    first = next(iter(comparison.runs.values()), None)
-    for number, (name, run) in enumerate(comparison.runs.items(), 1):
-        budgeted = run if first is None or run is first else _budgeted(run, first)
+    for number, (name, run) in enumerate(_budgeted(comparison.runs), 1):
         if speak:
-            print(f"{name} ({number} of {len(comparison.runs)}): {budgeted.rounds} rounds", flush=True)
-        if not Federation(budgeted).run().finished:
+            print(f"{name} ({number} of {len(comparison.runs)}): {run.rounds} rounds", flush=True)
+        if not Federation(run).run().finished:
             return False
     return True
 
 
-def _budgeted(run: Run, first: Run) -> Run:
-    """Return `run` with the rounds that make as many examples as those of `first`, measured as often."""
-    train, _ = load_images(run.data)
-    split = run.data.partition.split(train.labels, run.data.clients, run.seed, train.ids)
-    sizes = split.sizes - holdout_sizes(split.sizes, run.data.holdout)
-    # Clients are sampled uniformly, so a visit is to the mean client.
-    budget, examples = (one.cohort.size * examples_trained(one.local, sizes).mean() for one in (first, run))
-    stretch = float(budget / examples) if examples else 1.0
+def _budgeted(runs: Mapping[str, Run]) -> Iterator[tuple[str, Run]]:
+    """Yield all runs with the rounds that make as many examples as those of the first, measured as often.
 
-    def stretched(rounds: int) -> int:
-        return max(1, round(rounds * stretch))
+    The data, which is that of all, is looked at when the first is trained: it may have to download it.
+    """
+    if not runs:
+        return
+    (name, first), *others = runs.items()
+    yield name, first
+    if others:
+        images, _ = load_images(first.data)
+        _, sizes = first.data.split(images, first.seed)
+        for other, run in others:
+            # Clients are sampled uniformly, so a visit is to the mean client.
+            budget, examples = (
+                one.cohort.size * examples_trained(one.local, sizes).mean() for one in (first, run)
+            )
+            yield other, _stretched(run, first, float(budget / examples) if examples else 1.0)
+
+
+def _stretched(run: Run, first: Run, factor: float) -> Run:
+    """Return `run` with `factor` times the rounds of `first`, from beginning to end and between events."""
+
+    def stretch(rounds: int) -> int:
+        return max(1, round(rounds * factor))
 
     return dataclasses.replace(
         run,
-        rounds=stretched(first.rounds),
-        evaluation=dataclasses.replace(run.evaluation, every=stretched(first.evaluation.every)),
-        checkpoint=dataclasses.replace(run.checkpoint, every=stretched(first.checkpoint.every)),
+        rounds=stretch(first.rounds),
+        evaluation=dataclasses.replace(run.evaluation, every=stretch(first.evaluation.every)),
+        checkpoint=dataclasses.replace(run.checkpoint, every=stretch(first.checkpoint.every)),
     )
 
 

@@ -8,16 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from fedddp.history import Row, read_rows
+from fedddp.history import Row, flat, read_config, read_rows
 
 AXES = ("rounds", "examples", "bytes", "virtual s", "wall s")
 """What accuracy is drawn against. Examples are counted as often as they are trained on, bytes in both
 directions; wall seconds leave out evaluation and checkpoints."""
 
-HOUSEKEEPING = ("seed", "rounds", "output", "name", "resume", "replay", "track", "checkpoint", "evaluation")
+HOUSEKEEPING = (
+    "seed",
+    "rounds",
+    "output",
+    "name",
+    "resume",
+    "replay",
+    "track",
+    "checkpoint",
+    "evaluation",
+    "topology",
+)
 """Settings that do not make another method of a run."""
 
 Floats = NDArray[np.float64]
@@ -56,32 +66,38 @@ def read(folder: Path) -> Curve:
         ValueError: it is no run, is damaged, or was never evaluated.
     """
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        rows = read_rows(folder / "history.jsonl")
-        settings = dotted(config)
+        config, rows = _config(folder / "config.yaml"), read_rows(folder / "history.jsonl")
     except OSError as error:
         raise ValueError(
             f"{folder} is no run directory: cannot read {error.filename}: {error.strerror}"
         ) from None
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{folder / 'config.yaml'} is damaged: {' '.join(str(error).split())}") from None
     measured = [i for i, row in enumerate(rows) if row.get("eval/accuracy") is not None]
     if not measured:
         raise ValueError(
             f"{folder} has no eval/accuracy in its history; compare runs that were evaluated on test data"
         )
-    accuracy = np.array([rows[i]["eval/accuracy"] for i in measured])
+    steps, accuracy = _steps(rows), np.array([rows[i]["eval/accuracy"] for i in measured])
+    # A choice's name stands for it: `algorithm`, beside `algorithm.mu`.
+    settings = {key.removesuffix(".name"): value for key, value in flat(config).items()}
+    idle = _added(row.get("time/idle", []) for row in rows) / max(float(steps["wall s"].sum()), 1e-9)
     return Curve(
         name=folder.name + ("" if (folder / "model.safetensors").exists() else " (unfinished)"),
-        x={axis: np.cumsum(steps)[measured] for axis, steps in _steps(rows).items()},
+        x={axis: np.cumsum(step)[measured] for axis, step in steps.items()},
         accuracy=accuracy,
         low=accuracy,
         high=accuracy,
         staleness=_added(row.get("staleness/histogram", []) for row in rows).astype(np.int64),
-        idle=_idle(rows),
+        idle=np.minimum(idle, 1.0),
         settings=settings,
         seeds=(int(settings.get("seed", 0)),),
     )
+
+
+def _config(path: Path) -> Row:
+    try:
+        return read_config(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def _steps(rows: list[Row]) -> dict[str, Floats]:
@@ -110,31 +126,16 @@ def _added(lists: Iterable[list[float]]) -> Floats:
     return total
 
 
-def _idle(rows: list[Row]) -> Floats:
-    """Return the share of each group; both sums are over the same rounds."""
-    wall = float(_steps(rows)["wall s"].sum())
-    return np.minimum(_added(row.get("time/idle", []) for row in rows) / max(wall, 1e-9), 1.0)
-
-
-def dotted(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as one level: `{"algorithm.mu": 0.1}`; the name of a choice is its own key."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= dotted(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}".removesuffix(".name") if prefix else key] = value
-    return flat
+def matters(setting: str) -> bool:
+    """Return whether a `setting`, with its dotted key, makes another method of a run."""
+    return setting.split(".", maxsplit=1)[0] not in HOUSEKEEPING
 
 
 def differing(curves: list[Curve]) -> list[str]:
-    """Return the settings in which the curves differ, housekeeping and topology left out."""
+    """Return the settings that matter in which the curves differ."""
     keys = dict.fromkeys(key for curve in curves for key in curve.settings)
     values = {key: [curve.settings.get(key) for curve in curves] for key in keys}
-    sections = (*HOUSEKEEPING, "topology")
-    return [
-        k for k, seen in values.items() if k.split(".")[0] not in sections and seen.count(seen[0]) < len(seen)
-    ]
+    return [key for key, seen in values.items() if matters(key) and seen.count(seen[0]) < len(seen)]
 
 
 def over_seeds(curves: list[Curve]) -> list[Curve]:

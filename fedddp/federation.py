@@ -24,7 +24,7 @@ from fedddp.clock import examples_trained
 from fedddp.config import ConfigError, Run
 from fedddp.data.datasets import Images, from_dataset, load
 from fedddp.data.feed import Feed
-from fedddp.data.partition import Split, holdout, holdout_sizes
+from fedddp.data.partition import Split, holdout
 from fedddp.evaluation import Metrics
 from fedddp.events import run_events
 from fedddp.folder import check_replay, run_folder
@@ -145,12 +145,11 @@ class Federation:
         flat = FlatModel(module)
         run.algorithm.check_model(flat)
         world.broadcast(*(t.detach() for t in module.state_dict().values()))
-        split = run.data.partition.split(train.labels, run.data.clients, run.seed, train.ids)
+        split, sizes = run.data.split(train, run.seed)
         server = Server(flat.params.clone(), flat.buffers.clone(), flat.counters.clone(), len(split))
         run.algorithm.start(server)
         liars = run.attacks.malicious(len(split), run.seed)
         feed = Feed(_relabelled(train, split, run, liars), run.data, world.device, seed=run.seed)
-        sizes = split.sizes - holdout_sizes(split.sizes, run.data.holdout)
         run.clock.check(examples_trained(run.local, sizes), run.aggregation.least(), run.seed)
         checkpoints = Checkpoints(folder / "checkpoints", run.checkpoint.keep, world)
         session = Session(

@@ -12,10 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
 from fedddp.checkpoint import write_text
 from fedddp.config import ConfigError, Run
+from fedddp.history import read_config
 from fedddp.settings import to_dict, to_yaml
 from fedddp.topology import Launch, World
 
@@ -147,15 +146,12 @@ def _check_same(run: Run, earlier: Path, may_change: tuple[str, ...] = MAY_CHANG
     if not earlier.exists():
         return
     try:
-        before = yaml.safe_load(earlier.read_text(encoding="utf-8"))
-        damage = None if isinstance(before, dict) else "it holds no sections"
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        damage = " ".join(str(error).split())
-    if damage is not None:
+        before = read_config(earlier)
+    except ValueError as error:
         raise ConfigError(
-            f"resume: {earlier} is damaged ({damage}); restore it, or delete it to go on with the "
+            f"resume: {earlier} is damaged ({error}); restore it, or delete it to go on with the "
             "settings given"
-        )
+        ) from None
     now = to_dict(run)
     for settings in (before, now):  # of the topology only the threads change a model's last bits
         topology = settings.get("topology")

@@ -116,6 +116,32 @@ def write_rows(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
         ) from None
 
 
+def read_config(path: Path) -> Row:
+    """Return the `config.yaml` of a run, as sections.
+
+    Raises:
+        ValueError: it is damaged; how.
+        OSError: it cannot be read.
+    """
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates, encodings, deep nesting too
+        raise ValueError(" ".join(str(error).split())) from None
+    if not isinstance(config, dict):
+        raise ValueError("it holds no sections")
+    return config
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> Row:
+    """Return nested `config` as one level with dotted keys."""
+    level: Row = {}
+    for key, value in config.items():
+        level |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return level
+
+
 def plain(value: Any) -> Any:
     """Return `value` as JSON has it: arrays as numbers or lists, NaN and infinity as null."""
     if isinstance(value, Mapping):

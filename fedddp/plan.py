@@ -9,8 +9,8 @@ import numpy as np
 from fedddp.cohort import assign
 from fedddp.config import Run
 from fedddp.data.datasets import Images, load
-from fedddp.data.partition import holdout_sizes
 from fedddp.method import Server
+from fedddp.report import size
 from fedddp.vector import FlatModel
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ def plan(run: Run, world_size: int) -> Table:
 
     groups = run.topology.groups(world_size)
     train, test = load(run.data)
-    split = run.data.partition.split(train.labels, run.data.clients, run.seed, train.ids)
-    sizes = split.sizes - holdout_sizes(split.sizes, run.data.holdout)
+    split, sizes = run.data.split(train, run.seed)
     shape = train.shape
     module = run.model.build(classes=train.classes, shape=shape, seed=run.seed, sync=lambda tensor: tensor)
     flat = FlatModel(module)
@@ -62,7 +61,7 @@ def plan(run: Run, world_size: int) -> Table:
         "first round",
         f"visits per group {_list([len(v) for v in visits])}, examples per group {_list(examples)}",
     )
-    table.add_row("bytes a round", f"{_size(down * len(cohort))} down, {_size(up * len(cohort))} up")
+    table.add_row("bytes a round", f"{size(down * len(cohort))} down, {size(up * len(cohort))} up")
     table.add_row("memory a rank", _memory(run, train, test, p, b, item))
     return table
 
@@ -79,17 +78,9 @@ def _memory(run: Run, train: Images, test: Images | None, p: int, b: int, item: 
     state = (p * vectors + 2 * b) * item + p * (8 if run.aggregation.sums == "exact" else 4)
     pixels = [s.pixels for s in (train, test) if s is not None and s.pixels is not None]
     images = sum(tensor.numel() for tensor in pixels)
-    return f"{_size(images)} of images, {_size(state)} of model state, plus activations"
+    return f"{size(images)} of images, {size(state)} of model state, plus activations"
 
 
 def _list(values: list[int]) -> str:
     shown = ", ".join(f"{v:,}" for v in values[:8])
     return f"{shown}, ..." if len(values) > 8 else shown
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

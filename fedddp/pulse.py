@@ -33,9 +33,8 @@ class Pulse:
         rank, failed_since = self.world.rank, None
         while not self._end.wait(HEARTBEAT_S):
             with contextlib.suppress(RuntimeError):  # a slow store: the next beat counts
-                self.store.set(
-                    f"fedddp/waits/{rank}", str(self.world.waiting)
-                )  # before the beat: there is one
+                # Before the beat, so that whoever has beaten has said this.
+                self.store.set(f"fedddp/waits/{rank}", str(self.world.waiting))
                 self.store.add(f"fedddp/heart/{rank}", 1)
                 if not self.world.failed and self.store.add("fedddp/errors", 0):
                     failed_since = failed_since or time.monotonic()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedddp.curves import AXES, HOUSEKEEPING, Curve, differing
+from fedddp.curves import AXES, Curve, differing, matters
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +71,7 @@ def cells(curves: Sequence[Curve], target: float, *, totals: bool = True) -> Cel
     shown: dict[str, Callable[[float], str]] = {
         "rounds": "{:,.0f}".format,
         "examples": "{:,.0f}".format,
-        "bytes": _bytes,
+        "bytes": size,
         "virtual s": _seconds,
         "wall s": _seconds,
     }
@@ -93,12 +93,13 @@ def _seconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _bytes(value: float) -> str:
+def size(count: float) -> str:
+    """Return a `count` of bytes in its unit."""
     for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def terminal(curves: Sequence[Curve], target: float, width: int) -> Table:
@@ -138,11 +139,7 @@ def _settings(curves: Sequence[Curve]) -> tuple[Cells, Cells]:
     ]
     different.append(["seeds", *(", ".join(map(str, curve.seeds)) for curve in curves)])
     first = curves[0].settings
-    same = [
-        [key, str(value)]
-        for key, value in first.items()
-        if key not in keys and key.split(".")[0] not in (*HOUSEKEEPING, "topology")
-    ]
+    same = [[key, str(value)] for key, value in first.items() if matters(key) and key not in keys]
     return different, [["setting", "value"], *same]
 
 
@@ -154,7 +151,7 @@ def write(curves: Sequence[Curve], folder: Path, target: float, title: str) -> l
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = cells(curves, target)
-    pictures = {kind: _picture(curves, target, kind) for kind in ("png", "svg")}
+    pictures = _pictures(curves, target)
     svg = pictures["svg"].decode()
     different, same = _settings(curves)
     page = PAGE.format(
@@ -173,8 +170,8 @@ def write(curves: Sequence[Curve], folder: Path, target: float, title: str) -> l
     return paths
 
 
-def _picture(curves: Sequence[Curve], target: float, kind: str) -> bytes:
-    """Return the picture in the format `kind`: accuracy on every axis, staleness, idle time."""
+def _pictures(curves: Sequence[Curve], target: float) -> dict[str, bytes]:
+    """Return the picture as "png" and as "svg": accuracy on every axis, staleness, idle time."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -192,9 +189,10 @@ def _picture(curves: Sequence[Curve], target: float, kind: str) -> bytes:
         panels[1, 3].axis("off")
         handles, labels = panels[0, 0].get_legend_handles_labels()
         panels[1, 3].legend(handles, labels, loc="center left", frameon=False, fontsize=11)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None)
-    return buffer.getvalue()
+        png, svg = io.BytesIO(), io.BytesIO()
+        figure.savefig(png, format="png", dpi=110)
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    return {"png": png.getvalue(), "svg": svg.getvalue()}
 
 
 def _accuracy(
@@ -216,7 +214,7 @@ def _accuracy(
     labels = {"virtual s": "virtual time in s", "wall s": "wall time in s", "bytes": "bytes moved"}
     panel.set(xlabel=labels.get(axis, axis), ylabel="test accuracy in %")
     if not ends:
-        panel.text(0.5, 0.5, "not recorded", transform=panel.transAxes, ha="center", color="0.5")
+        _leave_empty(panel, "not recorded")
     panel.grid(alpha=0.25)
 
 
@@ -230,10 +228,12 @@ def _staleness(panel: Axes, curves: Sequence[Curve], styles: list[dict[str, Any]
         panel.set_xscale("symlog", linthresh=10)  # many arrive soon, a straggler late
         panel.set_xlim(left=-0.5)
     if not shown:
-        panel.text(
-            0.5, 0.5, "rounds only: nothing is stale", transform=panel.transAxes, ha="center", color="0.5"
-        )
+        _leave_empty(panel, "rounds only: nothing is stale")
     panel.grid(alpha=0.25)
+
+
+def _leave_empty(panel: Axes, why: str) -> None:
+    panel.text(0.5, 0.5, why, transform=panel.transAxes, ha="center", color="0.5")
 
 
 def _idle(panel: Axes, curves: Sequence[Curve], styles: list[dict[str, Any]]) -> None:

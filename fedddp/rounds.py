@@ -25,6 +25,8 @@ class Round:
     cohort: Indices
     """Those whose contributions count, of all that were sampled."""
     sampled: int
+    missing: int
+    """Contributions that were wanted and did not come."""
     virtual_s: float | None
     """What the round takes on the virtual clock; None on the wall clock."""
     sums: Accumulator
@@ -78,7 +80,9 @@ def one_round(s: Session) -> Round:
         s.save(f"round-{s.rounds_done:05d}-{int(visited.sum()):05d}", tensors=tensors)
         raise Stopped
     with s.timed("step"):  # 5. step
-        if world.is_coordinator and not is_abandoned(s, current):
+        if world.is_coordinator and current.sums.counts[0] < s.run.aggregation.least():
+            name_abandoned(s, current)
+        elif world.is_coordinator:
             total = current.sums.total()
             if "update" in total.vectors:  # else nobody had an example to learn from
                 method.step(server, total)
@@ -108,7 +112,7 @@ def begin(s: Session) -> tuple[Round, Indices]:
             sums.load(s.partial)
             visits.copy_(s.partial["visits"])
         s.partial = {}
-    return Round(cohort, len(sampled), seconds, sums, visits, busy), waiting
+    return Round(cohort, len(sampled), wanted - len(cohort), seconds, sums, visits, busy), waiting
 
 
 def train(s: Session, current: Round, plan: list[list[int]]) -> None:
@@ -145,18 +149,16 @@ def train(s: Session, current: Round, plan: list[list[int]]) -> None:
         s.tracker.visit_done(s.world.groups)
 
 
-def is_abandoned(s: Session, current: Round) -> bool:
-    """Return whether too few clients sent something for the rule to combine; said in one line if so."""
+def name_abandoned(s: Session, current: Round) -> None:
+    """Say that too few of those who were sampled sent something for the rule to combine."""
     rule, came = s.run.aggregation, int(current.sums.counts[0])
-    if came < rule.least() and current.sampled:
-        lost = current.sampled - s.run.cohort.extra - len(current.cohort)
+    if current.sampled:
         print(
             f"warning: round {s.rounds_done + 1}: {type(rule).__name__} needs {rule.least()} updates, but "
-            f"got {came} ({lost} clients late or lost, {len(current.cohort) - came} invalid); the model "
-            "stays as it was",
+            f"got {came} ({current.missing} clients late or lost, {len(current.cohort) - came} invalid); the "
+            "model stays as it was",
             flush=True,
         )
-    return came < rule.least()
 
 
 def name_invalid(s: Session, current: Round) -> None:
@@ -184,7 +186,7 @@ def summarise(s: Session, current: Round) -> Metrics:
             dispatched=current.sampled,
             busy=current.busy.tolist(),
         ),
-        "clients/missing": current.sampled - s.run.cohort.extra - len(current.cohort),
+        "clients/missing": current.missing,
         **virtual,
         "cohort": current.cohort.tolist(),
     }

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedddp.history import History, plain
+from fedddp.history import History, flat, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -252,7 +252,11 @@ class Tracker(NullTracker):
             tracker = _start(kind, track.project, self._folder)
         self._trackers[kind] = tracker
         if not self._round:
-            tracker.store_init_configuration({"name": name, **_flat(config)})
+            told = {
+                key: value if isinstance(value, int | float) else str(value)
+                for key, value in flat(config).items()
+            }
+            tracker.store_init_configuration({"name": name, **told})
 
     def _finish_wandb(self, run: Any, model_file: Path | None, summary: Row | None, failed: bool) -> None:
         import wandb
@@ -329,14 +333,3 @@ def _numbers(row: Row) -> dict[str, int | float]:
     numbers = {key: value for key, value in plain(row).items() if isinstance(value, int | float)}
     numbers.pop("round", None)  # trackers have it as the step
     return numbers
-
-
-def _flat(config: Row, prefix: str = "") -> dict[str, str | int | float]:
-    """Return nested `config` as one level with dotted keys; what is not a number becomes text."""
-    flat: dict[str, str | int | float] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, int | float) else str(value)
-    return flat

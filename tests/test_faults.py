@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import torchrun
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -53,6 +52,7 @@ class Strikes(FedAvg):
             os.kill(os.getpid(), getattr(signal, what))
 """
 SMALL = "--rounds 3 --local.epochs 1 --checkpoint.every 1 --track.with [] --algorithm mine.Strikes"
+STRUCK = f"run digits {SMALL} --name struck"
 
 
 def bits(run: Path) -> dict[str, torch.Tensor]:
@@ -65,23 +65,6 @@ def assert_same_bits(one: Path, other: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     for run in (one, other):
         assert [row["round"] for row in read_rows(run / "history.jsonl")] == [1, 2, 3]
-
-
-def torchrun(folder: Path, strike: str, *options: str) -> subprocess.CompletedProcess[str]:
-    (folder / "mine.py").write_text(METHOD)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options)
-    return subprocess.run(
-        [
-            *launcher,
-            *shlex.split(f"-m fedddp run digits {SMALL} --name struck"),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "STRIKE": strike},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
 
 
 @pytest.fixture
@@ -104,7 +87,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
 
 @pytest.mark.timeout(180)
 def test_a_killed_coordinator_costs_a_round_and_no_bit(tmp_path: Path, command: Command) -> None:
-    killed = torchrun(tmp_path, "SIGKILL 0", "--max-restarts=1")
+    killed = torchrun(tmp_path, METHOD, STRUCK, "--max-restarts=1", strike="SIGKILL 0")
     assert killed.returncode == 0, killed.stderr
     assert "from round-00001" in killed.stdout
     assert command(f"run digits {SMALL} --name in-peace")[0] == 0
@@ -113,7 +96,7 @@ def test_a_killed_coordinator_costs_a_round_and_no_bit(tmp_path: Path, command: 
 
 @pytest.mark.timeout(180)
 def test_a_rank_that_raises_ends_the_job_with_one_traceback_its_rank_and_its_client(tmp_path: Path) -> None:
-    broken = torchrun(tmp_path, "raise 1")
+    broken = torchrun(tmp_path, METHOD, STRUCK, strike="raise 1")
     assert broken.returncode == 1
     assert broken.stderr.count('mine.py", line') == 1  # torchrun's own traceback has none of our files
     (line,) = [line for line in broken.stderr.splitlines() if line.startswith("error:")]

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision import datasets as torchvision_datasets
 
 from fedddp.data import decode
-from fedddp.data.partition import IID, FeatureSkew, Partition
+from fedddp.data.partition import IID, FeatureSkew, Indices, Partition, Split, holdout_sizes
 from fedddp.data.shapes import SHAPES, render
 from fedddp.rng import stream
 
@@ -160,6 +160,17 @@ class Data:
             raise ValueError(f"augment must be none, flip, crop or crop-flip, got {self.augment!r}")
         if self.memory not in ("auto", "device", "stream"):
             raise ValueError(f"memory must be auto, device or stream, got {self.memory!r}")
+
+    def split(self, images: Images, seed: int) -> tuple[Split, Indices]:
+        """Return who holds which of `images`, and n_k, how many of them each client trains on.
+
+        Those held out are in the split, and not among the n_k, (clients,).
+
+        Raises:
+            ValueError: the images cannot be split so.
+        """
+        split = self.partition.split(images.labels, self.clients, seed, images.ids)
+        return split, split.sizes - holdout_sizes(split.sizes, self.holdout)
 
 
 def load(data: Data) -> tuple[Images, Images]:

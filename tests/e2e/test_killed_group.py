@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import torchrun
 from safetensors.torch import load_file
 
 from fedddp import Federation
@@ -16,7 +17,6 @@ from fedddp.history import read_rows
 from fedddp.settings import load
 from fedddp.testing import run_world
 
-ROOT = Path(__file__).parents[2]
 METHOD = """
 import os, signal
 from fedddp import FedBuff
@@ -33,18 +33,8 @@ RUN = (
 )
 
 
-def torchrun(folder: Path, size: int, options: str, strike: str = "none") -> subprocess.CompletedProcess[str]:
-    (folder / "mine.py").write_text(METHOD)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}")
-    return subprocess.run(
-        [*launcher, "-m", "fedddp", "run", *RUN.split(), *options.split()],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "STRIKE": strike},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+def start(folder: Path, ranks: int, options: str, strike: str = "none") -> subprocess.CompletedProcess[str]:
+    return torchrun(folder, METHOD, f"run {RUN} {options}", ranks=ranks, timeout_s=100, strike=strike)
 
 
 def go_on(folder: Path, options: str) -> bool:
@@ -61,13 +51,13 @@ def test_a_killed_group_ends_the_job_with_its_name_and_the_run_goes_on(
     ranks: int, killed: int, tmp_path: Path
 ) -> None:
     options = f"--name wall --topology.ranks_per_client {ranks}"
-    broken = torchrun(tmp_path, 1 + 2 * ranks, options, strike=str(killed))
+    broken = start(tmp_path, 1 + 2 * ranks, options, strike=str(killed))
     assert broken.returncode == 1
     (line,) = [line for line in broken.stderr.splitlines() if line.startswith("error: ")]
     assert f"rank {killed}: no sign of life (killed, stopped or hung)" in line
     assert "client" in line
     if ranks == 1:
-        again = torchrun(tmp_path, 3, f"{options} --resume auto")
+        again = start(tmp_path, 3, f"{options} --resume auto")
         assert again.returncode == 0, again.stderr
         assert "from round-00001" in again.stdout
     else:  # ranks of the tests, which start sooner
@@ -78,7 +68,7 @@ def test_a_killed_group_ends_the_job_with_its_name_and_the_run_goes_on(
     assert len(arrivals) == 12
     assert {row["group"] for row in arrivals} == {0, 1}
     if ranks == 1:
-        replay = torchrun(tmp_path, 3, f"--name again --replay {wall}")
+        replay = start(tmp_path, 3, f"--name again --replay {wall}")
         assert replay.returncode == 0, replay.stderr
         ours, theirs = (load_file(tmp_path / "runs" / n / "model.safetensors") for n in ("again", "wall"))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

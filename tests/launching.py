@@ -1,0 +1,44 @@
+"""A real torchrun around a method that a test writes for it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def torchrun(
+    folder: Path,
+    method: str,
+    command: str,
+    *options: str,
+    ranks: int = 2,
+    timeout_s: float = 150,
+    strike: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run `fedddp COMMAND` in `folder` on `ranks` ranks, with `method` as the module `mine`.
+
+    Args:
+        folder: where the module is written and the command runs.
+        method: source of the module.
+        command: what follows `fedddp`.
+        options: of torchrun.
+        strike: the variable STRIKE, by which the module knows what to do to whom.
+        ranks: of this machine.
+        timeout_s: seconds after which the launcher is killed.
+    """
+    (folder / "mine.py").write_text(method)
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options)
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "fedddp", *shlex.split(command)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "STRIKE": strike},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
