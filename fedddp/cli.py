@@ -86,8 +86,8 @@ def _is_coordinator() -> bool:
 
 def _load(rest: list[str]) -> tuple[Run, str]:
     """Return the run described on the command line, and its default name."""
+    from fedddp.launch import Launch, place
     from fedddp.settings import help_text, load
-    from fedddp.topology import Launch, place
 
     if "-h" in rest or "--help" in rest:
         if _is_coordinator():
@@ -166,7 +166,7 @@ def _compare(rest: list[str]) -> None:
     from rich.console import Console
 
     from fedddp import compare
-    from fedddp.topology import Launch, place
+    from fedddp.launch import Launch, place
 
     options = argparse.ArgumentParser(
         prog="fedddp compare",

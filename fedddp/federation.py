@@ -28,13 +28,14 @@ from fedddp.data.partition import Split, holdout
 from fedddp.evaluation import Metrics
 from fedddp.events import run_events
 from fedddp.folder import check_replay, run_folder
+from fedddp.launch import connect
 from fedddp.method import Server
 from fedddp.pulse import Pulse
 from fedddp.rounds import run_rounds
 from fedddp.session import Session, Stopped
 from fedddp.settings import to_dict
 from fedddp.signals import stop_on_signals
-from fedddp.topology import World, connect
+from fedddp.topology import World
 from fedddp.tracking import NullTracker, Tracker
 from fedddp.vector import FlatModel
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from fedddp.checkpoint import write_text
 from fedddp.config import ConfigError, Run
 from fedddp.history import read_config
+from fedddp.launch import Launch
 from fedddp.settings import to_dict, to_yaml
-from fedddp.topology import Launch, World
+from fedddp.topology import World
 
 MAY_CHANGE = ("rounds", "evaluation", "checkpoint", "track", "output", "name", "resume")
 """Settings that a resumed run may change, with those of the topology; others would make it another run."""

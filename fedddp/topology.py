@@ -1,33 +1,29 @@
 """From a world of ranks to a mesh of client groups.
 
-The only module (with `testing.py`) that names `torch.distributed` and reads the environment.
+With `launch.py` (and `testing.py`) the only module that names `torch.distributed`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
-import socket
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+if TYPE_CHECKING:
+    from fedddp.launch import Launch
+
 STOP_POLL_S = 0.2
 NUMBERS = 1  # the tag of messages of numbers; tensors have 0
-
-_CONNECTIONS = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,38 +80,6 @@ class Topology:
         return training // self.ranks_per_client
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher (torchrun, accelerate launch, or none) says of this process."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    restarts: int
-    launcher: str
-    """Which launcher started this process; the same after it restarted its ranks."""
-
-    @classmethod
-    def from_environment(cls) -> Launch:
-        """Read torchrun's variables; without a launcher this is a world of one."""
-        env = os.environ
-        size = int(env.get("WORLD_SIZE", "1"))
-        return cls(
-            rank=int(env.get("RANK", "0")),
-            world_size=size,
-            local_rank=int(env.get("LOCAL_RANK", "0")),
-            local_world_size=int(env.get("LOCAL_WORLD_SIZE", str(size))),
-            restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
-            launcher=f"{socket.gethostname()} {os.getppid()} {env.get('TORCHELASTIC_RUN_ID', '')}",
-        )
-
-
-def environment(name: str) -> str | None:
-    """Return the environment variable `name`, None when unset or empty."""
-    return os.environ.get(name) or None
-
-
 class World:
     """This rank's place in the world, and every way in which ranks talk.
 
@@ -124,8 +88,18 @@ class World:
     Tensors may lie on any device; they are moved to where the backend can send them.
     """
 
-    def __init__(self, topology: Topology, launch: Launch, store: Store) -> None:
-        """Collective over the world; `connect` calls it."""
+    def __init__(
+        self, topology: Topology, launch: Launch, store: Store, device: torch.device, nccl: bool
+    ) -> None:
+        """Collective over the world; `fedddp.launch.connect` calls it.
+
+        Args:
+            topology: how the ranks are shared out.
+            launch: which rank this is.
+            store: shared by all ranks.
+            device: where this rank trains.
+            nccl: whether the groups speak NCCL.
+        """
         self.rank, self.size = launch.rank, launch.world_size
         self.local_rank = launch.local_rank
         self.ranks_per_client = topology.ranks_per_client
@@ -133,7 +107,7 @@ class World:
         self.dedicated = topology.coordinator == "dedicated"
         self.timeout_s = topology.timeout_s
         self.store = store
-        self.device, nccl = place(topology, launch)
+        self.device = device
         # World-wide tensors go through the CPU unless every rank has a GPU of its own.
         self._transport = self.device if nccl and not self.dedicated else torch.device("cpu")
         first = int(self.dedicated)
@@ -315,96 +289,3 @@ class _GroupSum(torch.autograd.Function):
         total = grads[0].clone()
         dist.all_reduce(total, group=ctx.peers)
         return total, None
-
-
-def connect(topology: Topology) -> World:
-    """Collective. Join the launcher's world (or be one of one rank) and build the mesh; raises as `place`."""
-    launch = Launch.from_environment()
-    device, nccl = place(topology, launch)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if launch.world_size == launch.local_world_size and sys.platform == "linux":
-        # The default resolves the own hostname, which often fails where there is no network.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    timeout = timedelta(seconds=topology.timeout_s)
-    if launch.world_size == 1:
-        store: Store = HashStore()
-    else:
-        warning = _loopback_warning(launch)
-        if warning:
-            print(warning, file=sys.stderr, flush=True)
-        store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
-        # torchrun's store lives on when ranks are restarted, with addresses and errors of those before.
-        # So it does when a script starts its second run; ranks do so in the same order.
-        store = PrefixStore(f"start-{launch.restarts}-{next(_CONNECTIONS)}", store)
-        _wait_for_all(launch, store, timeout)
-    if not dist.is_initialized():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if nccl else "gloo",
-            store=PrefixStore("groups", store),
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=timeout,
-        )
-    return World(topology, launch, store)
-
-
-def _wait_for_all(launch: Launch, store: Store, timeout: timedelta) -> None:
-    """Collective. Wait until every rank has come this far.
-
-    Raises:
-        ConnectionError: some have not; the first rank to say so names them.
-    """
-    store.set(f"fedddp/here/{launch.rank}", "1")
-    ranks = {rank: f"fedddp/here/{rank}" for rank in range(launch.world_size)}
-    try:
-        store.wait(list(ranks.values()), timeout)
-    except RuntimeError as error:
-        missing = [str(rank) for rank, key in ranks.items() if not store.check([key])]
-        if store.add("fedddp/errors", 1) > 1:
-            time.sleep(10)  # the launcher ends this rank once the first one has spoken
-        raise ConnectionError(
-            f"rank {', '.join(missing)} of {launch.world_size} did not start within "
-            f"topology.timeout_s={timeout.total_seconds():g} s (killed, stopped or hung); see its output"
-        ) from error
-
-
-def place(topology: Topology, launch: Launch) -> tuple[torch.device, bool]:
-    """Return this rank's device and whether the groups speak NCCL.
-
-    Raises:
-        ValueError: the world does not divide into groups, or a device or backend is missing.
-    """
-    topology.groups(launch.world_size)
-    gpus = torch.cuda.device_count() if topology.device != "cpu" else 0
-    if topology.device == "cuda" and not gpus:
-        raise ValueError("topology.device=cuda, but torch sees no GPU; use device=cpu or auto")
-    # A dedicated coordinator needs no GPU: the training ranks of its node take them from the first.
-    idle = int(topology.coordinator == "dedicated" and launch.rank == launch.local_rank)
-    own_gpu = 0 < launch.local_world_size - idle <= gpus
-    nccl = topology.backend == "nccl" or (topology.backend == "auto" and own_gpu)
-    if topology.backend == "nccl" and not own_gpu:
-        raise ValueError(
-            f"topology.backend=nccl needs a GPU for each of the {launch.local_world_size - idle} training "
-            f"ranks of this node, but it has {gpus}; use backend=gloo or fewer ranks"
-        )
-    if not gpus or (topology.coordinator == "dedicated" and launch.rank == 0):
-        return torch.device("cpu"), nccl
-    return torch.device("cuda", (launch.local_rank - idle) % gpus), nccl
-
-
-def _loopback_warning(launch: Launch) -> str | None:
-    """Return what to set when other nodes could not reach this one by its own name."""
-    several_nodes = launch.world_size > launch.local_world_size
-    if not several_nodes or launch.local_rank or environment("GLOO_SOCKET_IFNAME"):
-        return None
-    name = socket.gethostname()
-    with contextlib.suppress(OSError):
-        own = socket.gethostbyname(name)
-        head = socket.gethostbyname(os.environ.get("MASTER_ADDR", name))
-        if own.startswith("127.") and not head.startswith("127."):
-            return (
-                f"warning: this host's name {name} resolves to {own}, which other nodes cannot reach; "
-                "set GLOO_SOCKET_IFNAME=<network interface> (see docs/slurm.md)"
-            )
-    return None

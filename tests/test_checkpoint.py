@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fedddp.checkpoint import Checkpoints, load_into, save_model
+from fedddp.launch import connect
 from fedddp.testing import run_world
-from fedddp.topology import Topology, connect
+from fedddp.topology import Topology
 from fedddp.vector import FlatModel
 
 

@@ -15,10 +15,11 @@ from fedddp.algorithms import FedAvg
 from fedddp.client import Result, Trainer
 from fedddp.data.datasets import Data, Images
 from fedddp.data.feed import Feed
+from fedddp.launch import connect
 from fedddp.method import Local, Server
 from fedddp.rng import stream
 from fedddp.testing import run_world
-from fedddp.topology import Topology, World, connect
+from fedddp.topology import Topology, World
 from fedddp.vector import FlatModel
 from fedddp.vision.norms import convert_norm
 from fedddp.vision.tasks import Classification

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import shutil
@@ -25,8 +27,9 @@ from fedddp.checkpoint import Checkpoints
 from fedddp.cli import main
 from fedddp.config import ConfigError
 from fedddp.history import read_rows
+from fedddp.launch import connect
 from fedddp.settings import load, to_yaml
-from fedddp.topology import connect
+from fedddp.testing import run_world
 
 Command = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parent.parent
@@ -37,11 +40,14 @@ from fedddp import FedAvg
 
 class Strikes(FedAvg):
     def begin(self, visit):
-        what, rank = os.environ.get("STRIKE", "none 0").split()
-        mine = visit.round == 1 and os.environ.get("RANK", "0") == rank
-        if what == "none" or not mine or Path("struck").exists():
-            return
-        Path("struck").touch()
+        for strike in os.environ["STRIKE"].split(","):
+            what, rank, number = strike.split()
+            struck = Path(f"struck-{what}")
+            if os.environ.get("RANK", "0") == rank and visit.round + 1 == int(number) and not struck.exists():
+                struck.touch()
+                self.strike(what)
+
+    def strike(self, what):
         if what == "raise":
             raise RuntimeError("the disk of this rank is on fire")
         if what == "memory":
@@ -76,7 +82,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
 
     def typed(arguments: str, strike: str = "none") -> tuple[int, str, str]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("STRIKE", f"{strike} 0")
+            patch.setenv("STRIKE", f"{strike} 0 2")
             with pytest.raises(SystemExit) as stop:
                 main(shlex.split(arguments))
         assert isinstance(stop.value.code, int)
@@ -86,22 +92,44 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
 
 
 @pytest.mark.timeout(180)
-def test_a_killed_coordinator_costs_a_round_and_no_bit(tmp_path: Path, command: Command) -> None:
-    killed = torchrun(tmp_path, METHOD, STRUCK, "--max-restarts=1", strike="SIGKILL 0")
-    assert killed.returncode == 0, killed.stderr
-    assert "from round-00001" in killed.stdout
+def test_a_killed_coordinator_costs_a_round_and_a_rank_that_raises_ends_the_job(
+    tmp_path: Path, command: Command
+) -> None:
+    broken = torchrun(tmp_path, METHOD, STRUCK, "--max-restarts=1", strike="SIGKILL 0 2,raise 1 3")
+    assert "from round-00001" in broken.stdout, "killed in round 2"
+    assert broken.returncode == 1
+    assert broken.stderr.count(" in strike\n") == 1, "one traceback; torchrun's own has none of our files"
+    # The survivor of the first fault has an error, too.
+    *before, line = [line for line in broken.stderr.splitlines() if line.startswith("error:")]
+    assert all("rank 0: no sign of life" in line for line in before)
+    assert len(before) <= 1
+    assert line.startswith("error: rank 1: the disk of this rank is on fire; while training client ")
+    assert line.endswith(" in round 3")
+    code, out, _ = command(f"{STRUCK} --resume auto")
+    assert code == 0
+    assert "from round-00002" in out
     assert command(f"run digits {SMALL} --name in-peace")[0] == 0
     assert_same_bits(tmp_path / "runs" / "struck", tmp_path / "runs" / "in-peace")
 
 
-@pytest.mark.timeout(180)
-def test_a_rank_that_raises_ends_the_job_with_one_traceback_its_rank_and_its_client(tmp_path: Path) -> None:
-    broken = torchrun(tmp_path, METHOD, STRUCK, strike="raise 1")
-    assert broken.returncode == 1
-    assert broken.stderr.count('mine.py", line') == 1  # torchrun's own traceback has none of our files
-    (line,) = [line for line in broken.stderr.splitlines() if line.startswith("error:")]
-    assert line.startswith("error: rank 1: the disk of this rank is on fire; while training client ")
-    assert line.endswith(" in round 2")
+def type_on_this_rank(command: str) -> list[str]:
+    """Return what `fedddp COMMAND` prints on this rank, which it ends with an error."""
+    printed = io.StringIO()
+    with (
+        contextlib.redirect_stderr(printed),
+        contextlib.redirect_stdout(printed),
+        pytest.raises(SystemExit),
+    ):
+        main(shlex.split(command))
+    return printed.getvalue().splitlines()
+
+
+def test_an_error_of_all_ranks_at_once_is_printed_once() -> None:
+    flags = "--rounds 1 --data.examples 400 --track.with [] --local.lr 1e30"
+    printed = run_world(type_on_this_rank, f"run digits {flags}", size=2)
+    (line,) = [line for lines in printed for line in lines if line.startswith("error: ")]
+    assert "its training loss became nan; lower local.lr" in line
+    assert not any("Traceback" in line for lines in printed for line in lines)
 
 
 @pytest.mark.parametrize("number", ["SIGUSR1", "SIGTERM", "SIGINT"])

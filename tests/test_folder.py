@@ -14,8 +14,9 @@ from fedddp import Federation, Local, Run, Topology, Track
 from fedddp import folder as folder_module
 from fedddp.config import ConfigError
 from fedddp.folder import run_folder
+from fedddp.launch import connect
 from fedddp.testing import run_world
-from fedddp.topology import World, connect
+from fedddp.topology import World
 
 
 @pytest.fixture

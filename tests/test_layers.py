@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fedddp"
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
-MAY_NAME_DISTRIBUTED = {"topology.py", "testing.py"}
-MAY_READ_ENVIRONMENT = {"topology.py", "testing.py", "cli.py"}
+MAY_NAME_DISTRIBUTED = {"topology.py", "launch.py", "testing.py"}
+MAY_READ_ENVIRONMENT = {"launch.py", "testing.py", "cli.py"}
+TIMES_OF_DAY = re.compile(r"\btime\.(time|time_ns|localtime|gmtime|ctime|strftime)\b|\bdatetime\.")
 
 
 def floors() -> dict[str, int]:
@@ -60,13 +61,19 @@ def test_table_names_what_there_is() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_topology_speaks_to_torch_distributed_and_the_environment(path: Path) -> None:
+def test_few_speak_to_torch_distributed_and_read_the_environment(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         text = ast.unparse(node) if isinstance(node, ast.Attribute | ast.Import | ast.ImportFrom) else ""
         if path.name not in MAY_NAME_DISTRIBUTED:
             assert "torch.distributed" not in text
         if path.name not in MAY_READ_ENVIRONMENT:
             assert text not in ("os.environ", "os.getenv")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_depends_on_the_time_of_day(path: Path) -> None:
+    """The clock may jump; `timedelta` is a length of time."""
+    assert not TIMES_OF_DAY.search(ast.unparse(ast.parse(path.read_text())))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -43,10 +43,11 @@ from fedddp import (
 )
 from fedddp.events import run_events
 from fedddp.federation import Federation
+from fedddp.launch import connect
 from fedddp.rounds import run_rounds
 from fedddp.session import Stopped
 from fedddp.testing import run_world
-from fedddp.topology import Topology, World, connect
+from fedddp.topology import Topology, World
 from fedddp.tracking import NullTracker
 
 PATIENCE_S = 150.0

@@ -11,8 +11,9 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fedddp.launch import connect
 from fedddp.testing import run_world
-from fedddp.topology import Topology, connect
+from fedddp.topology import Topology
 from fedddp.vision.models import Model, head_of
 from fedddp.vision.norms import SyncedBatchNorm, convert_norm, norm_parameters
 

@@ -11,9 +11,10 @@ import pytest
 
 from fedddp import Topology
 from fedddp import pulse as pulse_module
+from fedddp.launch import connect
 from fedddp.pulse import Pulse
 from fedddp.testing import run_world
-from fedddp.topology import World, connect
+from fedddp.topology import World
 
 
 def join(timeout_s: float, follow_s: float = 9.0) -> tuple[World, Pulse]:

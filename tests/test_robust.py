@@ -229,7 +229,8 @@ def test_attacks_change_what_liars_do_and_nobody_else(name: str) -> None:
 
 def liars_labels(folder: str) -> tuple[list[int], list[int]]:
     """Return the clients whose training labels, and those whose held-out labels, are not the true ones."""
-    from fedddp.topology import Topology, connect
+    from fedddp.launch import connect
+    from fedddp.topology import Topology
 
     run = load("digits", ["--attacks", "LabelFlip", "--attacks.fraction", "0.25", "--data.holdout", "0.2"])
     world = connect(Topology(device="cpu"))

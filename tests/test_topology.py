@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 
 import pytest
 import torch
 
+from fedddp.launch import Launch, connect, loopback_warning
 from fedddp.signals import stop_on_signals
 from fedddp.testing import run_world
-from fedddp.topology import Topology, connect
+from fedddp.topology import Topology
 
 
 def places(topology: Topology) -> tuple[object, ...]:
@@ -174,3 +176,30 @@ def test_signals_ask_to_stop_and_are_given_back(number: signal.Signals) -> None:
         assert world.stopping
     assert signal.getsignal(number) == before
     world.close()
+
+
+SEVERAL_NODES = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "1"}, False),  # once a node
+        ({"LOCAL_WORLD_SIZE": "4"}, False),  # one node
+        ({"GLOO_SOCKET_IFNAME": "eth0"}, False),
+        ({"MASTER_ADDR": "127.0.1.11"}, False),  # all nodes on one machine, as the tests of slurm/ have them
+        ({"MASTER_ADDR": "no-such-host.invalid"}, False),  # the rendezvous will say so
+    ],
+)
+def test_a_host_whose_name_means_itself_is_told_what_to_set(changes: dict[str, str], warned: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+        for name, value in {**SEVERAL_NODES, "MASTER_ADDR": "192.0.2.1", **changes}.items():
+            patch.setenv(name, value)
+        patch.setattr(socket, "gethostname", lambda: "localhost")
+        warning = loopback_warning(Launch.from_environment())
+    assert (warning is not None) is warned
+    if warning:
+        assert "localhost resolves to 127.0.0.1" in warning
+        assert "set GLOO_SOCKET_IFNAME" in warning

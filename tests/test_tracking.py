@@ -20,9 +20,10 @@ from rich.console import Console
 
 from fedddp import tracking
 from fedddp.history import History, read_rows
+from fedddp.launch import connect
 from fedddp.progress import RoundProgress
 from fedddp.testing import run_world
-from fedddp.topology import Topology, connect
+from fedddp.topology import Topology
 from fedddp.tracking import NullTracker, Track, Tracker
 
 CONFIG = {"seed": 3, "data": {"clients": 20, "partition": {"alpha": 0.3}}, "tags": ["a", "b"]}

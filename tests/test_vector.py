@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedddp.launch import connect
 from fedddp.testing import run_world
-from fedddp.topology import Topology, connect
+from fedddp.topology import Topology
 from fedddp.vector import FlatModel, norm
 
 

@@ -146,17 +146,10 @@ def test_two_machines_find_each_other_and_train_one_client_together(launch: Laun
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--topology.ranks_per_client 3", "ranks_per_client=3 does not divide the 2 training ranks"),
-        ("--local.lr 1e30", "its training loss became nan; lower local.lr"),
-    ],
-    ids=["before the start", "while it trains"],
-)
-def test_error_is_printed_once(launch: Launcher, flags: str, message: str) -> None:
+def test_error_before_the_start_is_printed_once(launch: Launcher) -> None:
+    flags = "--topology.ranks_per_client 3"
     code, out, err = launch.run(f"torchrun --standalone --nproc-per-node 2 -m fedddp {SHORT} {flags}")
     assert code == 1  # torchrun's own, whatever a rank's was
     (line,) = [line for line in (out + err).splitlines() if line.startswith("error: ")]
-    assert message in line
+    assert "ranks_per_client=3 does not divide the 2 training ranks" in line
     assert "fedddp/" not in err, "a traceback through our files"
