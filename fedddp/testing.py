@@ -25,7 +25,6 @@ _CONTEXT.set_forkserver_preload(
         "torch._dynamo",
         "torch.nn.parallel",
         "torchvision",
-        "sklearn.datasets",
         "fedddp.federation",
     ]
 )

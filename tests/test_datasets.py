@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.transforms import v2
@@ -69,6 +70,13 @@ def same(one: Images, two: Images) -> None:
     assert two.pixels is not None
     assert torch.equal(one.pixels, two.pixels)
     np.testing.assert_array_equal(one.labels, two.labels)
+
+
+def test_digits_are_scikit_learns() -> None:
+    images, labels = load_digits(return_X_y=True)
+    rows = [[*pixels, label] for pixels, label in zip(np.rint(images * (255 / 16)), labels, strict=True)]
+    ours = [np.column_stack([part.pixels.flatten(1), part.labels]) for part in load(Data(dataset="digits"))]
+    assert sorted(np.concatenate(ours).tolist()) == sorted(np.array(rows).tolist())
 
 
 def test_digits_are_split_by_class_always_the_same_way() -> None:

@@ -144,13 +144,6 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path: Path, command: Command, numbe
     assert_same_bits(tmp_path / "runs" / "digits", tmp_path / "runs" / "in-peace")
 
 
-def test_a_batch_script_is_told_by_a_file(command: Command) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDDDP_STOPPED_FILE", "stopped")
-        assert command(f"run digits {SMALL}", "SIGUSR1")[0] == 0
-    assert Path("stopped").exists()
-
-
 def test_out_of_memory_is_one_line_with_the_client_its_batch_and_what_to_set(command: Command) -> None:
     code, _, err = command(f"run digits {SMALL} --local.batch_size 7", "memory")
     assert code == 1

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-import sklearn.datasets
 import yaml
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -86,14 +82,6 @@ RUNS = st.fixed_dictionaries(
         "seed": st.integers(0, 3),
     }
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def parsed_once() -> Iterator[None]:
-    """Keep the digits in memory: reading them takes longer than a tiny run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sklearn.datasets, "load_digits", functools.cache(sklearn.datasets.load_digits))
-        yield
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -17,6 +17,9 @@ from fedddp.vector import norm
 FRACTION_BITS = 40
 """One unit of the fixed-point sums is 2^-40; with weights that sum to 1 a mean may reach 2^22."""
 
+CACHED = 1 << 15
+"""Numbers of a vector that are added at a time on a CPU."""
+
 
 class InvalidUpdateError(ValueError):
     """A client's contribution is not finite, or too large to be summed exactly."""
@@ -172,8 +175,11 @@ class Accumulator:
         if not vector.numel():
             return
         if self.exact:
-            scaled = vector.double().mul_(weight * 2.0**FRACTION_BITS)
-            self.sums[name] += scaled.round_().to(torch.int64)
+            # Piece by piece: on a CPU the float64 and int64 copies stay in the cache.
+            size = CACHED if vector.device.type == "cpu" else vector.numel()
+            pieces = zip(torch.split(vector, size), torch.split(self.sums[name], size), strict=True)
+            for piece, summed in pieces:
+                summed.add_(piece.double().mul_(weight * 2.0**FRACTION_BITS).round_().to(torch.int64))
         else:
             self.sums[name].add_(vector, alpha=weight)
 
@@ -211,7 +217,7 @@ def _fixed(value: float) -> int:
 def _largest(vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> float:
     """Return the largest weighted magnitude; NaN or infinity if a value is."""
     largest = [
-        vector.abs().amax().double() * max(weights[name], 1e-300)
+        torch.stack(vector.aminmax()).abs().amax().double() * max(weights[name], 1e-300)
         for name, vector in vectors.items()
         if vector.numel()
     ]

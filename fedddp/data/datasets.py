@@ -9,6 +9,7 @@ import inspect
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -299,11 +300,15 @@ def _open(name: str, data: Data) -> tuple[Dataset[Any], Dataset[Any]]:
 
 
 def _digits() -> decode.Arrays:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pixels = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))
-    return decode.Arrays(pixels, torch.from_numpy(digits.target), [str(d) for d in range(10)])
+    """Read scikit-learn's `load_digits` from its file: importing the package would take most of a second."""
+    package = find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(file, delimiter=",")
+    pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+    labels = table[:, -1].astype(np.int64)
+    return decode.Arrays(torch.from_numpy(pixels), torch.from_numpy(labels), [str(d) for d in range(10)])
 
 
 def _shapes(part: str, count: int, data: Data) -> decode.Arrays:
