@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import re
@@ -67,6 +68,7 @@ def help_text() -> str:
     return make_parser().format_help().replace("--track.with_", "--track.with")
 
 
+@functools.cache
 def make_parser() -> jsonargparse.ArgumentParser:
     """Return the parser of a run's flags."""
     jsonargparse.set_parsing_settings(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_configuration_is_current() -> None:
     page = ROOT / "docs" / "configuration.md"
     before = page.read_text()
-    subprocess.run([sys.executable, ROOT / "scripts" / "configuration"], check=True)
+    runpy.run_path(str(ROOT / "scripts" / "configuration"), run_name="__main__")
     assert page.read_text() == before, "run scripts/configuration"
 
 

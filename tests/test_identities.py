@@ -129,7 +129,8 @@ EQUAL = [
 
 @functools.cache
 def trained(groups: int, ranks: int, folder: str) -> dict[str, Any]:
-    return run_world(rig.train, RUNS, ranks, folder, size=groups * ranks, timeout_s=rig.PATIENCE_S)[0]
+    runs = RUNS if ranks == 1 else {name: run for name, run in RUNS.items() if name not in QUADRATICS}
+    return run_world(rig.train, runs, ranks, folder, size=groups * ranks, timeout_s=rig.PATIENCE_S)[0]
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +165,10 @@ def test_one_client_is_plain_sgd(groups: int, ranks: int, folder: str) -> None:
     torch.testing.assert_close(model.double(), weights, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("groups", "ranks"), rig.WORLDS)
-def test_two_quadratics(groups: int, ranks: int, folder: str) -> None:
-    """f_1 = (w − 1)²/2 and f_2 = 10 (w + 1)²/2, whose mean is least at −9/11."""
-    results = trained(groups, ranks, f"{folder}/{groups}x{ranks}")
+@pytest.mark.parametrize("groups", [1, 2])
+def test_two_quadratics(groups: int, folder: str) -> None:
+    """f_1 = (w − 1)²/2 and f_2 = 10 (w + 1)²/2, whose mean is least at −9/11; a client has one example."""
+    results = trained(groups, 1, f"{folder}/{groups}x1")
     found = {name: round(float(results[name][0]), 3) for name in QUADRATICS}
     assert abs(found.pop("SCAFFOLD with a wrong sign, on quadratics")) > 5
     assert list(found.values()) == [-0.218, -0.818, -0.818], found
