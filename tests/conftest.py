@@ -24,8 +24,9 @@ def no_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         os.environ.pop(name, None)
         if name in before:
             os.environ[name] = before[name]
-    # The last is set by torchvision, by way of torch's compiler, when it is imported.
+    # torchvision sets one of them when it is imported (by way of torch's compiler), scikit-learn two.
     allowed = {"PYTEST_CURRENT_TEST", "GLOO_SOCKET_IFNAME", "TORCHINDUCTOR_CACHE_DIR"}
+    allowed |= {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
     assert changed <= allowed, changed
     dist = sys.modules.get(
         "torch.distributed"

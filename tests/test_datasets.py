@@ -13,7 +13,6 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.transforms import v2
@@ -73,6 +72,8 @@ def same(one: Images, two: Images) -> None:
 
 
 def test_digits_are_scikit_learns() -> None:
+    from sklearn.datasets import load_digits
+
     images, labels = load_digits(return_X_y=True)
     rows = [[*pixels, label] for pixels, label in zip(np.rint(images * (255 / 16)), labels, strict=True)]
     ours = [np.column_stack([part.pixels.flatten(1), part.labels]) for part in load(Data(dataset="digits"))]

@@ -44,7 +44,7 @@ BASE = Run(
         augment="crop",
         holdout=0.2,
         image_size=12,
-        examples=400,
+        examples=240,
     ),
     model=Model(name="resnet8-gn", norm="batch"),
     local=Local(epochs=1, batch_size=20, lr=0.05),

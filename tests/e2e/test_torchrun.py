@@ -27,6 +27,7 @@ BIN = Path(sys.executable).parent
 SHORT = "run digits --rounds 2 --data.examples 400 --track.with []"
 
 Launched = subprocess.Popen[str]
+pytestmark = pytest.mark.timeout(180)
 
 
 class Launcher:
@@ -80,7 +81,6 @@ def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.timeout(120)
 def test_main_job_learns_and_leaves_a_run_directory(launch: Launcher) -> None:
     """Also the quickstart's command."""
     command = "--standalone --nproc-per-node 4 -m fedddp run digits --topology.ranks_per_client 2"
@@ -115,7 +115,6 @@ def test_accelerate_launch_trains_the_same_bits_on_two_ranks_as_on_one(launch: L
         assert torch.equal(two[name], tensor), name
 
 
-@pytest.mark.timeout(120)
 def test_comparison_trains_one_run_after_the_other_on_the_same_ranks(launch: Launcher) -> None:
     small = "--rounds 1 --data.examples 300 --track.with []"
     code, out, err = launch.run(
