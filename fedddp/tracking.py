@@ -322,7 +322,7 @@ def _sync_line(run: Any, *, resumed: bool) -> str:
     if not resumed:
         return f"wandb sync {shlex.quote(str(folder))}"
     # Each session of the run has a folder; wandb uploads them in the order of their start.
-    return f"wandb sync {shlex.quote(str(folder.parent))}/offline-run-*-{run.id}"
+    return f"wandb sync {shlex.quote(str(folder.parent))}/offline-run-*-{run.id}*"
 
 
 def _reason(error: Exception) -> str:

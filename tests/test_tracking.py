@@ -215,6 +215,8 @@ def test_wandb_offline_run_has_all_and_a_resume_continues_it(tmp_path: Path) -> 
     assert next(r["run"]["run_id"] for r in records if r["type"] == "run") == run["run_id"]
     assert [r["history"]["step"]["num"] for r in records if "history" in r] == [4, 5]
     pattern = shown.split()[-1]
+    # As wandb names a second session within the same second.
+    again = again.rename(folder.with_name(f"{folder.name}-1"))
     assert set(tmp_path.parent.glob(str(Path(pattern).relative_to(tmp_path.parent)))) == {
         folder,
         again,
