@@ -1,12 +1,18 @@
-"""A real torchrun around a method that a test writes for it."""
+"""A real torchrun around a method that a test writes for it; and commands on the ranks of a test."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from fedddp.cli import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,3 +48,15 @@ def torchrun(
         timeout=timeout_s,
         check=False,
     )
+
+
+def type_on_this_rank(command: str) -> tuple[object, list[str]]:
+    """Return the exit code of `fedddp COMMAND` on this rank of `run_world`, and what it prints there."""
+    printed = io.StringIO()
+    with (
+        contextlib.redirect_stderr(printed),
+        contextlib.redirect_stdout(printed),
+        pytest.raises(SystemExit) as stop,
+    ):
+        main(shlex.split(command))
+    return stop.value.code, printed.getvalue().splitlines()

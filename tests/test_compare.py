@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from launching import type_on_this_rank
 from PIL import Image
 
 from fedddp import FedAvg, Server, Total
 from fedddp.cli import STOPPED, main
 from fedddp.curves import differing, over_seeds, read
 from fedddp.report import cells, target_of, write
+from fedddp.testing import run_world
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("no_dashboards")
@@ -146,6 +148,19 @@ def test_all_get_data_seed_and_budget_of_the_first(tmp_path: Path) -> None:
     assert {path.name for path in folder.glob("comparison.*")} == {
         f"comparison.{kind}" for kind in ("md", "png", "svg", "html")
     }
+
+
+@pytest.mark.timeout(120)
+def test_ranks_train_one_run_after_the_other() -> None:
+    small = "--rounds 1 --data.examples 300 --track.with []"
+    command = f"compare compare-paradigms {small}"
+    (code, printed), (other_code, _) = run_world(type_on_this_rank, command, size=2, timeout_s=100)
+    assert (code, other_code) == (0, 0), printed
+    assert printed[-1] == "runs/compare-paradigms/comparison.html"
+    folder = Path("runs/compare-paradigms")
+    for name in ("FedAvg", "FedProx", "FedAsync", "FedBuff", "SyncSGD", "AsyncSGD"):
+        assert (folder / name / "model.safetensors").exists()
+        assert f"\n{name} " in (folder / "comparison.md").read_text().replace("| ", "\n")
 
 
 def test_recipes_take_over_the_data_of_the_first_and_flags_are_for_all() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 import shlex
 import shutil
@@ -17,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import torchrun
+from launching import torchrun, type_on_this_rank
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -112,24 +110,13 @@ def test_a_killed_coordinator_costs_a_round_and_a_rank_that_raises_ends_the_job(
     assert_same_bits(tmp_path / "runs" / "struck", tmp_path / "runs" / "in-peace")
 
 
-def type_on_this_rank(command: str) -> list[str]:
-    """Return what `fedddp COMMAND` prints on this rank, which it ends with an error."""
-    printed = io.StringIO()
-    with (
-        contextlib.redirect_stderr(printed),
-        contextlib.redirect_stdout(printed),
-        pytest.raises(SystemExit),
-    ):
-        main(shlex.split(command))
-    return printed.getvalue().splitlines()
-
-
 def test_an_error_of_all_ranks_at_once_is_printed_once() -> None:
     flags = "--rounds 1 --data.examples 400 --track.with [] --local.lr 1e30"
-    printed = run_world(type_on_this_rank, f"run digits {flags}", size=2)
-    (line,) = [line for lines in printed for line in lines if line.startswith("error: ")]
+    typed = run_world(type_on_this_rank, f"run digits {flags}", size=2)
+    assert [code for code, _ in typed] == [1, 1]
+    (line,) = [line for _, lines in typed for line in lines if line.startswith("error: ")]
     assert "its training loss became nan; lower local.lr" in line
-    assert not any("Traceback" in line for lines in printed for line in lines)
+    assert not any("Traceback" in line for _, lines in typed for line in lines)
 
 
 @pytest.mark.parametrize("number", ["SIGUSR1", "SIGTERM", "SIGINT"])

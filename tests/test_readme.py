@@ -1,4 +1,4 @@
-"""What the README says to type is typed here; the one `torchrun` line is run by tests/e2e."""
+"""What the README says to type is typed here; the `torchrun` line of a run is started by tests/e2e."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_commands_work_one_after_the_other(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("program", ["torchrun", "sbatch"])
 def test_launch_lines_start_a_run_that_is_possible(program: str) -> None:
     for line in commands(f"{program} "):
-        if "compare" in line:  # tests/e2e starts it
+        if "compare" in line:  # tests/test_compare.py trains it on two ranks
             continue
         if program == "torchrun":
             arguments = line[line.index("run") + 1 :]

@@ -115,19 +115,6 @@ def test_accelerate_launch_trains_the_same_bits_on_two_ranks_as_on_one(launch: L
         assert torch.equal(two[name], tensor), name
 
 
-def test_comparison_trains_one_run_after_the_other_on_the_same_ranks(launch: Launcher) -> None:
-    small = "--rounds 1 --data.examples 300 --track.with []"
-    code, out, err = launch.run(
-        f"torchrun --standalone --nproc-per-node 2 -m fedddp compare compare-paradigms {small}"
-    )
-    assert code == 0, err
-    folder = launch.folder / "runs" / "compare-paradigms"
-    assert out.splitlines()[-1] == "runs/compare-paradigms/comparison.html"
-    for name in ("FedAvg", "FedProx", "FedAsync", "FedBuff", "SyncSGD", "AsyncSGD"):
-        assert (folder / name / "model.safetensors").exists()
-        assert f"\n{name} " in (folder / "comparison.md").read_text().replace("| ", "\n")
-
-
 def test_two_machines_find_each_other_and_train_one_client_together(launch: Launcher) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
