@@ -11,9 +11,10 @@ __version__ = _version("fedddp")
 # Resolved on first use, so that `import fedddp` and `fedddp --help` do not import torch.
 _HOMES = {
     "fedddp.federation": ("Federation", "Outcome"),
-    "fedddp.config": ("Run",),
-    "fedddp.settings": ("load",),
-    "fedddp.method": ("Contribution", "Local", "Method", "Server", "Total", "Visit"),
+    "fedddp.config.schema": ("Run",),
+    "fedddp.config.loader": ("load",),
+    "fedddp.algorithms.algorithm": ("Contribution", "Method", "Server", "Total", "Visit"),
+    "fedddp.algorithms.local": ("Local",),
     "fedddp.algorithms": (
         "MOON",
         "SCAFFOLD",
@@ -38,12 +39,11 @@ _HOMES = {
         "SyncSGD",
     ),
     "fedddp.algorithms.asynchronous": ("AsynchronousMethod", "Constant", "Hinge", "Inverse", "Polynomial"),
-    "fedddp.clock": ("LogNormalSpeed", "SameSpeed", "SpeedTable", "Virtual", "Wall"),
+    "fedddp.simulation.clock": ("LogNormalSpeed", "SameSpeed", "SpeedTable", "Virtual", "Wall"),
     "fedddp.data.datasets": ("Data",),
     "fedddp.data.partition": (
         "IID",
         "Dirichlet",
-        "FeatureSkew",
         "LabelQuantity",
         "LogNormal",
         "Natural",
@@ -51,9 +51,11 @@ _HOMES = {
         "PowerLaw",
         "Shards",
     ),
-    "fedddp.vision.models": ("Model",),
-    "fedddp.vision.tasks": ("Classification", "Task"),
-    "fedddp.cohort": ("Cohort",),
+    "fedddp.data.transforms": ("FeatureSkew",),
+    "fedddp.models.registry": ("Model",),
+    "fedddp.tasks.classification": ("Classification",),
+    "fedddp.tasks.task": ("Task",),
+    "fedddp.simulation.cohort": ("Cohort",),
     "fedddp.aggregation": (
         "Bulyan",
         "CoordinateMedian",
@@ -63,11 +65,18 @@ _HOMES = {
         "MultiKrum",
         "TrimmedMean",
     ),
-    "fedddp.attacks": ("Attack", "GaussianNoise", "LabelFlip", "ModelReplacement", "NoAttack", "SignFlip"),
+    "fedddp.simulation.attacks": (
+        "Attack",
+        "GaussianNoise",
+        "LabelFlip",
+        "ModelReplacement",
+        "NoAttack",
+        "SignFlip",
+    ),
     "fedddp.evaluation": ("Evaluation",),
-    "fedddp.checkpoint": ("Checkpoint",),
-    "fedddp.topology": ("Topology",),
-    "fedddp.tracking": ("Track",),
+    "fedddp.storage.checkpoint": ("Checkpoint",),
+    "fedddp.distributed.topology": ("Topology",),
+    "fedddp.tracking.tracker": ("Track",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *_HOME_OF]  # noqa: PLE0604 - the names are strings

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fedddp.config import Run
+    from fedddp.config.schema import Run
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL)."""
@@ -86,8 +86,9 @@ def _is_coordinator() -> bool:
 
 def _load(rest: list[str]) -> tuple[Run, str]:
     """Return the run described on the command line, and its default name."""
-    from fedddp.launch import Launch, place
-    from fedddp.settings import help_text, load
+    from fedddp.config.loader import help_text, load
+    from fedddp.distributed.environment import Launch
+    from fedddp.distributed.launch import place
 
     if "-h" in rest or "--help" in rest:
         if _is_coordinator():
@@ -146,7 +147,7 @@ def _explain(error: Exception) -> NoReturn:
     notes = "; ".join(getattr(error, "__notes__", []))
     text = " ".join(f"{where}{error}".split()) or type(error).__name__
     print(f"error: {text}{'; ' + notes if notes else ''}", file=sys.stderr, flush=True)
-    from fedddp.config import ConfigError
+    from fedddp.config.schema import ConfigError
 
     sys.exit(2 if isinstance(error, ConfigError) else 1)
 
@@ -165,8 +166,9 @@ def _stop(command: str) -> NoReturn:
 def _compare(rest: list[str]) -> None:
     from rich.console import Console
 
-    from fedddp import compare
-    from fedddp.launch import Launch, place
+    from fedddp.distributed.environment import Launch
+    from fedddp.distributed.launch import place
+    from fedddp.reporting import compare
 
     options = argparse.ArgumentParser(
         prog="fedddp compare",
@@ -206,7 +208,7 @@ def _compare(rest: list[str]) -> None:
 def _partition(rest: list[str]) -> None:
     run, _ = _load(rest)
     from fedddp.data.datasets import load
-    from fedddp.data.describe import describe, table
+    from fedddp.reporting.partition_table import describe, table
 
     try:
         train, _ = load(run.data)
@@ -218,7 +220,7 @@ def _partition(rest: list[str]) -> None:
 
 def _plan(rest: list[str]) -> None:
     run, name = _load(rest)
-    from fedddp.plan import plan
+    from fedddp.reporting.dry_run import plan
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     try:
@@ -250,7 +252,7 @@ def _recipes(_: list[str]) -> None:
 def _runs(rest: list[str]) -> None:
     from rich.table import Table
 
-    from fedddp.history import read_rows
+    from fedddp.storage.history import read_rows
 
     output = Path(rest[0] if rest else "runs")
     if not output.is_dir():

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedddp.data.feed import Feed
+from fedddp.data.loader import Feed
+from fedddp.distributed.world import World
 from fedddp.rng import stream
-from fedddp.topology import World
-from fedddp.vision.tasks import Task
+from fedddp.tasks.task import Task
 
 Metrics = dict[str, Any]
 

@@ -17,27 +17,27 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import Dataset
 
-from fedddp.checkpoint import Checkpoints, save_model, write_text
-from fedddp.client import Trainer
-from fedddp.client_state import ClientStates
-from fedddp.clock import examples_trained
-from fedddp.config import ConfigError, Run
+from fedddp.algorithms.algorithm import Server
+from fedddp.config.loader import to_dict
+from fedddp.config.schema import ConfigError, Run
 from fedddp.data.datasets import Images, from_dataset, load
-from fedddp.data.feed import Feed
+from fedddp.data.loader import Feed
 from fedddp.data.partition import Split, holdout
+from fedddp.distributed.heartbeat import Pulse
+from fedddp.distributed.launch import connect
+from fedddp.distributed.signals import stop_on_signals
+from fedddp.distributed.world import World
 from fedddp.evaluation import Metrics
-from fedddp.events import run_events
-from fedddp.folder import check_replay, run_folder
-from fedddp.launch import connect
-from fedddp.method import Server
-from fedddp.pulse import Pulse
-from fedddp.rounds import run_rounds
-from fedddp.session import Session, Stopped
-from fedddp.settings import to_dict
-from fedddp.signals import stop_on_signals
-from fedddp.topology import World
-from fedddp.tracking import NullTracker, Tracker
-from fedddp.vector import FlatModel
+from fedddp.models.flat import FlatModel
+from fedddp.simulation.clock import examples_trained
+from fedddp.storage.checkpoint import Checkpoints, save_model, write_text
+from fedddp.storage.client_states import ClientStates
+from fedddp.tracking.tracker import NullTracker, Tracker
+from fedddp.training.asynchronous.coordinator import run_events
+from fedddp.training.client_trainer import Trainer
+from fedddp.training.run_directory import check_replay, run_folder
+from fedddp.training.session import Session, Stopped
+from fedddp.training.synchronous import run_rounds
 
 WANDB_RUN = ".wandb-run"
 """File of the run directory with the id of its wandb run."""

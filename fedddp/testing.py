@@ -33,7 +33,7 @@ _CONTEXT.set_forkserver_preload(
 def run_world(fn: Callable[..., T], *args: object, size: int = 2, timeout_s: float = 30) -> list[T]:
     """Call `fn(*args)` on `size` fresh ranks; return the results by rank.
 
-    Ranks see torchrun's environment, so that `fedddp.launch.connect` works in them, have one
+    Ranks see torchrun's environment, so that `fedddp.distributed.launch.connect` works in them, have one
     thread each, and start from the same seed.
 
     Args:

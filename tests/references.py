@@ -16,7 +16,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from fedddp import Run
 from fedddp.data.datasets import Images, from_dataset
 from fedddp.rng import stream
-from fedddp.vision.tasks import Classification
+from fedddp.tasks.classification import Classification
 
 ROUNDS, CLIENTS, COHORT = 3, 5, 3
 

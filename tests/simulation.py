@@ -34,8 +34,8 @@ from fedddp import (
 )
 from fedddp.data.datasets import Images, load
 from fedddp.data.partition import Split
-from fedddp.history import read_rows
 from fedddp.rng import stream
+from fedddp.storage.history import read_rows
 
 SPEED = SpeedTable(factors=[1.0, 3.0, 1.5, 6.0, 1.0, 2.2], visit_s=0.1, example_s=0.01, dropout=0.1)
 BASE = Run(

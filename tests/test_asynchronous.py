@@ -28,7 +28,7 @@ from fedddp import (
     Track,
     Virtual,
 )
-from fedddp.method import Method
+from fedddp.algorithms.algorithm import Method
 from fedddp.testing import run_world
 
 

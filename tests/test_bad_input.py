@@ -95,7 +95,11 @@ TABLE: list[tuple[str, int, tuple[str, ...]]] = [
     ("run digits --rounds", 2, ("--rounds has no value",)),
     ("run digits rounds=3", 2, ("'rounds=3'", "--section.key value")),
     ("run digits --algorithm fedprox", 2, ("unknown name 'fedprox'", "Did you mean 'FedProx'?")),
-    ("run digits --algorithm pathlib.Path", 2, ("'pathlib.Path' is not a subclass of fedddp.method.Method",)),
+    (
+        "run digits --algorithm pathlib.Path",
+        2,
+        ("'pathlib.Path' is not a subclass of fedddp.algorithms.algorithm.Method",),
+    ),
     ("run digits --round 3", 2, ("'round'", "Did you mean 'rounds'")),
     ("run digits --local.epoch 3", 2, ("local.epoch", "Did you mean 'local.epochs'")),
     ("run digits --rounds three", 2, ("rounds must be a whole number, got three",)),

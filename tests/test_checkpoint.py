@@ -12,11 +12,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fedddp.checkpoint import Checkpoints, load_into, save_model
-from fedddp.launch import connect
+from fedddp.distributed.launch import connect
+from fedddp.distributed.topology import Topology
+from fedddp.models.flat import FlatModel
+from fedddp.storage.checkpoint import Checkpoints, load_into, save_model
 from fedddp.testing import run_world
-from fedddp.topology import Topology
-from fedddp.vector import FlatModel
 
 
 class Tied(nn.Module):

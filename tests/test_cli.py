@@ -11,7 +11,7 @@ import pytest
 
 from fedddp import FedAvg, Server, Total
 from fedddp.cli import STOPPED, main
-from fedddp.history import read_rows
+from fedddp.storage.history import read_rows
 
 RUN = "run digits --rounds 4 --data.examples 200 --track.with [] --track.progress false"
 

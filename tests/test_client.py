@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedddp.algorithms import FedAvg
-from fedddp.client import Result, Trainer
+from fedddp.algorithms.algorithm import Server
+from fedddp.algorithms.local import Local
 from fedddp.data.datasets import Data, Images
-from fedddp.data.feed import Feed
-from fedddp.launch import connect
-from fedddp.method import Local, Server
+from fedddp.data.loader import Feed
+from fedddp.distributed.launch import connect
+from fedddp.distributed.topology import Topology
+from fedddp.distributed.world import World
+from fedddp.models.flat import FlatModel
+from fedddp.models.norms import convert_norm
 from fedddp.rng import stream
+from fedddp.tasks.classification import Classification
 from fedddp.testing import run_world
-from fedddp.topology import Topology, World
-from fedddp.vector import FlatModel
-from fedddp.vision.norms import convert_norm
-from fedddp.vision.tasks import Classification
+from fedddp.training.client_trainer import Result, Trainer
 
 SEED, CLIENT, ROUND = 7, 3, 2
 MEAN, STD = 0.4, 0.3

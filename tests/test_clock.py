@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fedddp.algorithms.asynchronous import Constant, Hinge, Inverse, Polynomial
-from fedddp.clock import LogNormalSpeed, SameSpeed, SpeedTable, Virtual, Wall, examples_trained
-from fedddp.method import Local
+from fedddp.algorithms.local import Local
+from fedddp.simulation.clock import LogNormalSpeed, SameSpeed, SpeedTable, Virtual, Wall, examples_trained
 
 COHORT = np.arange(4)
 WORK = np.array([100, 100, 100, 100])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedddp.cohort import Cohort, assign
+from fedddp.simulation.cohort import Cohort, assign
 
 
 def test_a_cohort_is_sampled_without_replacement_and_depends_on_seed_and_round_only() -> None:

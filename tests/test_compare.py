@@ -20,8 +20,8 @@ from PIL import Image
 
 from fedddp import FedAvg, Server, Total
 from fedddp.cli import STOPPED, main
-from fedddp.curves import differing, over_seeds, read
-from fedddp.report import cells, target_of, write
+from fedddp.reporting.curves import differing, over_seeds, read
+from fedddp.reporting.render import cells, target_of, write
 from fedddp.testing import run_world
 
 ROOT = Path(__file__).parent.parent

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.transforms import v2
 
-from fedddp.data.datasets import NAMES, TORCHVISION, Data, Images, from_dataset, load
-from fedddp.data.shapes import CAMERAS
+from fedddp.data.catalog import NAMES, TORCHVISION
+from fedddp.data.datasets import Data, Images, from_dataset, load
+from fedddp.data.synthetic import CAMERAS
 
 RANDOM = np.random.default_rng(0)
 

@@ -7,8 +7,8 @@ import time
 import numpy as np
 from rich.console import Console
 
-from fedddp.data.describe import describe, table
 from fedddp.data.partition import IID, Split
+from fedddp.reporting.partition_table import describe, table
 
 
 def shown(split: Split, labels: np.ndarray, classes: int) -> str:

@@ -35,11 +35,11 @@ from fedddp import (
     Virtual,
     Wall,
 )
-from fedddp.config import ConfigError
-from fedddp.events import Coordinator
-from fedddp.history import read_rows
-from fedddp.method import Contribution, Method, Visit
+from fedddp.algorithms.algorithm import Contribution, Method, Visit
+from fedddp.config.schema import ConfigError
+from fedddp.storage.history import read_rows
 from fedddp.testing import run_world
+from fedddp.training.asynchronous.coordinator import Coordinator
 
 
 def test_a_row_says_what_happened(tmp_path: Path) -> None:

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedddp import Run, Topology
-from fedddp.checkpoint import Checkpoints
 from fedddp.cli import main
-from fedddp.config import ConfigError
-from fedddp.history import read_rows
-from fedddp.launch import connect
-from fedddp.settings import load, to_yaml
+from fedddp.config.loader import load, to_yaml
+from fedddp.config.schema import ConfigError
+from fedddp.distributed.launch import connect
+from fedddp.storage.checkpoint import Checkpoints
+from fedddp.storage.history import read_rows
 from fedddp.testing import run_world
 
 Command = Callable[..., tuple[int, str, str]]

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from fedddp.data.datasets import Data, Images
-from fedddp.data.feed import Batch, Feed
-from fedddp.data.partition import FeatureSkew
+from fedddp.data.loader import Batch, Feed
+from fedddp.data.transforms import FeatureSkew
 from fedddp.rng import stream
 
 CPU = torch.device("cpu")

@@ -11,12 +11,12 @@ import pytest
 from torch import nn
 
 from fedddp import Federation, Local, Run, Topology, Track
-from fedddp import folder as folder_module
-from fedddp.config import ConfigError
-from fedddp.folder import run_folder
-from fedddp.launch import connect
+from fedddp.config.schema import ConfigError
+from fedddp.distributed.launch import connect
+from fedddp.distributed.world import World
 from fedddp.testing import run_world
-from fedddp.topology import World
+from fedddp.training import run_directory as folder_module
+from fedddp.training.run_directory import run_folder
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from fedddp import Federation
 from fedddp.aggregation import Mean
 from fedddp.aggregation.mean import InvalidUpdateError
-from fedddp.attacks import Attack
-from fedddp.config import ConfigError
+from fedddp.algorithms.algorithm import Method
+from fedddp.config.loader import choices, load
+from fedddp.config.schema import ConfigError
 from fedddp.data.partition import Partition
-from fedddp.history import read_rows
-from fedddp.method import Method
-from fedddp.settings import choices, load
+from fedddp.simulation.attacks import Attack
+from fedddp.storage.history import read_rows
 
 
 def some(**options: list[Any]) -> st.SearchStrategy[dict[str, Any]]:

@@ -39,9 +39,9 @@ from fedddp import (
     Virtual,
     Visit,
 )
-from fedddp.config import ConfigError
+from fedddp.config.loader import load
+from fedddp.config.schema import ConfigError
 from fedddp.federation import Federation
-from fedddp.settings import load
 from fedddp.testing import run_world
 
 pytestmark = pytest.mark.timeout(2 * rig.PATIENCE_S)

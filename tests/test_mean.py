@@ -13,7 +13,7 @@ from torch import Tensor
 from fedddp import IID, Cohort, Data, FedAvg, Federation, Local, Mean, Model, Run, Track
 from fedddp.aggregation import Accumulator
 from fedddp.aggregation.mean import InvalidUpdateError
-from fedddp.method import Contribution, Visit
+from fedddp.algorithms.algorithm import Contribution, Visit
 
 GOOD = {"update": torch.tensor([1.0, -2.0]), "buffers": torch.tensor([4.0])}
 BAD = [math.nan, math.inf, -math.inf, 3e38]

@@ -41,14 +41,15 @@ from fedddp import (
     SyncSGD,
     Track,
 )
-from fedddp.events import run_events
+from fedddp.distributed.launch import connect
+from fedddp.distributed.topology import Topology
+from fedddp.distributed.world import World
 from fedddp.federation import Federation
-from fedddp.launch import connect
-from fedddp.rounds import run_rounds
-from fedddp.session import Stopped
 from fedddp.testing import run_world
-from fedddp.topology import Topology, World
-from fedddp.tracking import NullTracker
+from fedddp.tracking.tracker import NullTracker
+from fedddp.training.asynchronous.coordinator import run_events
+from fedddp.training.session import Stopped
+from fedddp.training.synchronous import run_rounds
 
 PATIENCE_S = 150.0
 """A world of this file trains all the runs: seconds on a quiet machine, a minute on one that is not."""

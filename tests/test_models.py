@@ -11,11 +11,12 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedddp.launch import connect
+from fedddp.distributed.launch import connect
+from fedddp.distributed.topology import Topology
+from fedddp.models.norms import SyncedBatchNorm, convert_norm, norm_parameters
+from fedddp.models.registry import Model
+from fedddp.models.weights import head_of
 from fedddp.testing import run_world
-from fedddp.topology import Topology
-from fedddp.vision.models import Model, head_of
-from fedddp.vision.norms import SyncedBatchNorm, convert_norm, norm_parameters
 
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
 

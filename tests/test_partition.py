@@ -12,7 +12,6 @@ import pytest
 from fedddp.data.partition import (
     IID,
     Dirichlet,
-    FeatureSkew,
     LabelQuantity,
     LogNormal,
     Natural,
@@ -23,6 +22,7 @@ from fedddp.data.partition import (
     holdout,
     holdout_sizes,
 )
+from fedddp.data.transforms import FeatureSkew
 
 LABELS = np.random.default_rng(0).integers(0, 10, 2003)
 IDS = np.random.default_rng(1).permutation(np.arange(2003) % 20)

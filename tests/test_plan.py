@@ -14,11 +14,11 @@ from fedddp import SCAFFOLD as Scaffold
 from fedddp import Cohort, Data, FedAvg, FedBuff, Federation, Local, Method, Model, Run, Topology, Track
 from fedddp.aggregation.mean import Accumulator
 from fedddp.cli import main
-from fedddp.crew import Crew
-from fedddp.plan import plan
-from fedddp.session import Session
+from fedddp.distributed.world import World
+from fedddp.reporting.dry_run import plan
 from fedddp.testing import run_world
-from fedddp.topology import World
+from fedddp.training.asynchronous.worker import Crew
+from fedddp.training.session import Session
 
 # Batch norm has float buffers and integer ones.
 RUN = Run(

@@ -19,8 +19,8 @@ from torch.utils.data import TensorDataset
 
 import fedddp
 from fedddp import Cohort, Data, Dirichlet, Federation, Local, Run, Track, load
-from fedddp.settings import CHOICES, choices, recipes, to_yaml
-from fedddp.settings import load as load_run
+from fedddp.config.loader import CHOICES, choices, recipes, to_yaml
+from fedddp.config.loader import load as load_run
 
 
 def test_everything_public_can_be_imported_and_is_documented() -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from fedddp import Topology
-from fedddp import pulse as pulse_module
-from fedddp.launch import connect
-from fedddp.pulse import Pulse
+from fedddp.distributed import heartbeat as pulse_module
+from fedddp.distributed.heartbeat import Pulse
+from fedddp.distributed.launch import connect
+from fedddp.distributed.world import World
 from fedddp.testing import run_world
-from fedddp.topology import World
 
 
 def join(timeout_s: float, follow_s: float = 9.0) -> tuple[World, Pulse]:

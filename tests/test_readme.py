@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedddp.cli import main
-from fedddp.settings import load
+from fedddp.config.loader import load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -10,7 +10,7 @@ import pytest
 
 from fedddp import Federation, Method, Track
 from fedddp.aggregation import Mean
-from fedddp.settings import choices, load, recipes
+from fedddp.config.loader import choices, load, recipes
 
 ROOT = Path(__file__).parent.parent
 ON_DIGITS = [name for name in recipes() if name.startswith("digits")]

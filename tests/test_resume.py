@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedddp import Cohort, Data, Dirichlet, Evaluation, FedAvg, Federation, Local, Run, Topology, Track
-from fedddp.checkpoint import Checkpoint
-from fedddp.history import read_rows
-from fedddp.method import Method
-from fedddp.settings import choices
+from fedddp.algorithms.algorithm import Method
+from fedddp.config.loader import choices
+from fedddp.distributed.world import World
+from fedddp.storage.checkpoint import Checkpoint
+from fedddp.storage.history import read_rows
 from fedddp.testing import run_world
-from fedddp.topology import World
 
 LOCALS = (
     Local(batch_size=20, lr=0.1, epochs=2),

@@ -40,9 +40,9 @@ from fedddp import (
     TrimmedMean,
 )
 from fedddp.aggregation.robust import Robust
-from fedddp.config import ConfigError
-from fedddp.method import Contribution
-from fedddp.settings import load
+from fedddp.algorithms.algorithm import Contribution
+from fedddp.config.loader import load
+from fedddp.config.schema import ConfigError
 from fedddp.testing import run_world
 
 pytestmark = pytest.mark.timeout(2 * rig.PATIENCE_S)
@@ -229,8 +229,8 @@ def test_attacks_change_what_liars_do_and_nobody_else(name: str) -> None:
 
 def liars_labels(folder: str) -> tuple[list[int], list[int]]:
     """Return the clients whose training labels, and those whose held-out labels, are not the true ones."""
-    from fedddp.launch import connect
-    from fedddp.topology import Topology
+    from fedddp.distributed.launch import connect
+    from fedddp.distributed.topology import Topology
 
     run = load("digits", ["--attacks", "LabelFlip", "--attacks.fraction", "0.25", "--data.holdout", "0.2"])
     world = connect(Topology(device="cpu"))

@@ -30,9 +30,9 @@ from fedddp import (
     Topology,
     Track,
 )
+from fedddp.algorithms.algorithm import Visit
 from fedddp.data.datasets import load
-from fedddp.history import read_rows
-from fedddp.method import Visit
+from fedddp.storage.history import read_rows
 from fedddp.testing import run_world
 
 QUIET = Track(with_=[], progress=False)

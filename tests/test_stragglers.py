@@ -11,7 +11,7 @@ import torch
 from simulation import BASE, train
 
 from fedddp import Cohort, Krum, SameSpeed, SpeedTable, Virtual
-from fedddp.config import ConfigError
+from fedddp.config.schema import ConfigError
 from fedddp.testing import run_world
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedddp.vision.tasks import Classification
+from fedddp.tasks.classification import Classification
 
 
 def logits(examples: int, classes: int) -> tuple[Tensor, Tensor]:

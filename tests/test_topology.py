@@ -10,10 +10,11 @@ import time
 import pytest
 import torch
 
-from fedddp.launch import Launch, connect, loopback_warning
-from fedddp.signals import stop_on_signals
+from fedddp.distributed.environment import Launch
+from fedddp.distributed.launch import connect, loopback_warning
+from fedddp.distributed.signals import stop_on_signals
+from fedddp.distributed.topology import Topology
 from fedddp.testing import run_world
-from fedddp.topology import Topology
 
 
 def places(topology: Topology) -> tuple[object, ...]:

@@ -18,13 +18,13 @@ import pytest
 import torch.distributed as dist
 from rich.console import Console
 
-from fedddp import tracking
-from fedddp.history import History, read_rows
-from fedddp.launch import connect
-from fedddp.progress import RoundProgress
+from fedddp.distributed.launch import connect
+from fedddp.distributed.topology import Topology
+from fedddp.storage.history import History, read_rows
 from fedddp.testing import run_world
-from fedddp.topology import Topology
-from fedddp.tracking import NullTracker, Track, Tracker
+from fedddp.tracking import tracker as tracking
+from fedddp.tracking.progress import RoundProgress
+from fedddp.tracking.tracker import NullTracker, Track, Tracker
 
 CONFIG = {"seed": 3, "data": {"clients": 20, "partition": {"alpha": 0.3}}, "tags": ["a", "b"]}
 
@@ -113,7 +113,7 @@ def test_a_damaged_line_inside_is_named_and_nothing_is_cut(tmp_path: Path) -> No
 
 def test_a_killed_run_leaves_every_logged_round(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from fedddp.history import History\n"
+        "import os, signal, sys; from pathlib import Path; from fedddp.storage.history import History\n"
         "history = History(Path(sys.argv[1]))\n"
         "for index in range(1, 6): history.log({'round': index})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
@@ -359,7 +359,7 @@ def test_unknown_and_missing_trackers_are_refused() -> None:
 
 def test_settings_and_imports_stay_light() -> None:
     code = (
-        "import sys; from fedddp.tracking import Track; Track()\n"
+        "import sys; from fedddp.tracking.tracker import Track; Track()\n"
         "print({'wandb', 'accelerate', 'torch', 'rich'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedddp.launch import connect
+from fedddp.distributed.launch import connect
+from fedddp.distributed.topology import Topology
+from fedddp.models.flat import FlatModel, norm
 from fedddp.testing import run_world
-from fedddp.topology import Topology
-from fedddp.vector import FlatModel, norm
 
 
 class Tied(nn.Module):

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedddp.method import Contribution, Total
-from fedddp.topology import World
-from fedddp.vector import norm
+from fedddp.algorithms.algorithm import Contribution, Total
+from fedddp.distributed.world import World
+from fedddp.models.flat import norm
 
 FRACTION_BITS = 40
 """One unit of the fixed-point sums is 2^-40; with weights that sum to 1 a mean may reach 2^22."""

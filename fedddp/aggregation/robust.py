@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedddp.aggregation.mean import Accumulator, Mean
-from fedddp.method import Total
-from fedddp.topology import World
+from fedddp.algorithms.algorithm import Total
+from fedddp.distributed.world import World
 
 WEISZFELD_STEPS = 100
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedddp.method import Method, Server, Total
+from fedddp.algorithms.algorithm import Method, Server, Total
 
 STATE = "optimizer."
 

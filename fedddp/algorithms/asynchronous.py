@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from fedddp.method import Contribution, Local, Method, Server, Total, Visit
+from fedddp.algorithms.algorithm import Contribution, Method, Server, Total, Visit
+from fedddp.algorithms.local import Local
 
 
 @dataclass(frozen=True, kw_only=True)

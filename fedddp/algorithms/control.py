@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedddp.method import Contribution, Local, Method, Server, Total, Visit
+from fedddp.algorithms.algorithm import Contribution, Method, Server, Total, Visit
+from fedddp.algorithms.local import Local
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedddp.method import Method, Server, Total
+from fedddp.algorithms.algorithm import Method, Server, Total
 
 
 @dataclass(frozen=True, kw_only=True)

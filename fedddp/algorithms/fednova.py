@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fedddp.algorithms.algorithm import Contribution, Server, Total, Visit
+from fedddp.algorithms.local import Local
 from fedddp.algorithms.proximal import FedProx
-from fedddp.method import Contribution, Local, Server, Total, Visit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedddp.algorithms.algorithm import Server, Total, Visit
 from fedddp.algorithms.fedavg import FedAvg
-from fedddp.method import Local, Server, Total, Visit
+from fedddp.algorithms.local import Local
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedddp.algorithms.algorithm import Contribution, Visit
 from fedddp.algorithms.fedavg import FedAvg
-from fedddp.method import Contribution, Visit
-from fedddp.vector import FlatModel
-from fedddp.vision.models import head_of
+from fedddp.models.flat import FlatModel
+from fedddp.models.weights import head_of
 
 if TYPE_CHECKING:
-    from fedddp.data.feed import Batch
+    from fedddp.data.loader import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from fedddp.algorithms.algorithm import Contribution, Visit
 from fedddp.algorithms.fedavg import FedAvg
-from fedddp.method import Contribution, Local, Visit
-from fedddp.vector import FlatModel
-from fedddp.vision.models import head_of
-from fedddp.vision.norms import norm_parameters
+from fedddp.algorithms.local import Local
+from fedddp.models.flat import FlatModel
+from fedddp.models.norms import norm_parameters
+from fedddp.models.weights import head_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedddp.algorithms.algorithm import Visit
 from fedddp.algorithms.fedavg import FedAvg
-from fedddp.method import Visit
 
 
 @dataclass(frozen=True, kw_only=True)

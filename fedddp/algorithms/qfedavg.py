@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fedddp.method import Contribution, Local, Method, Server, Total, Visit
-from fedddp.vector import norm
+from fedddp.algorithms.algorithm import Contribution, Method, Server, Total, Visit
+from fedddp.algorithms.local import Local
+from fedddp.models.flat import norm
 
 TINY = 1e-10
 """Losses below count as so much where one is divided by them."""

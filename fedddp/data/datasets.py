@@ -2,75 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import fcntl
-import inspect
-import pkgutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from torchvision import datasets as torchvision_datasets
 
 from fedddp.data import decode
-from fedddp.data.partition import IID, FeatureSkew, Indices, Partition, Split, holdout_sizes
-from fedddp.data.shapes import SHAPES, render
+from fedddp.data.catalog import find, open_dataset
+from fedddp.data.partition import IID, Indices, Partition, Split, holdout_sizes
+from fedddp.data.transforms import Augment, FeatureSkew
 from fedddp.rng import stream
 
 Memory = Literal["auto", "device", "stream"]
-Augment = Literal["none", "flip", "crop", "crop-flip"]
 
 FITS_BYTES = 2 * 2**30
 """Largest set of pixels that `memory=auto` holds on the device of every rank."""
-
-_FLAG: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
-_SPLIT: tuple[dict[str, Any], dict[str, Any]] = ({"split": "train"}, {"split": "test"})
-_VAL: tuple[dict[str, Any], dict[str, Any]] = ({"split": "train"}, {"split": "val"})
-_TRAINVAL: tuple[dict[str, Any], dict[str, Any]] = ({"split": "trainval"}, {"split": "test"})
-_WHOLE: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-
-# Name -> class in torchvision.datasets and its arguments for the training and the test set. Only
-# CIFAR unpickles its files, and its constructor checks their MD5 sums first. `_WHOLE` sets come
-# without a test set; a fifth of them becomes one.
-TORCHVISION: dict[str, tuple[str, tuple[dict[str, Any], dict[str, Any]]]] = {
-    "mnist": ("MNIST", _FLAG),
-    "fashion-mnist": ("FashionMNIST", _FLAG),
-    "kmnist": ("KMNIST", _FLAG),
-    "qmnist": ("QMNIST", _FLAG),
-    **{
-        f"emnist-{part}": ("EMNIST", ({"split": part, **_FLAG[0]}, {"split": part, **_FLAG[1]}))
-        for part in ("balanced", "byclass", "bymerge", "digits", "letters", "mnist")
-    },
-    "usps": ("USPS", _FLAG),
-    "semeion": ("SEMEION", _WHOLE),
-    "cifar10": ("CIFAR10", _FLAG),
-    "cifar100": ("CIFAR100", _FLAG),
-    "svhn": ("SVHN", _SPLIT),
-    "stl10": ("STL10", _SPLIT),
-    "gtsrb": ("GTSRB", _SPLIT),
-    "fer2013": ("FER2013", _SPLIT),
-    "eurosat": ("EuroSAT", _WHOLE),
-    "flowers102": ("Flowers102", _SPLIT),
-    "dtd": ("DTD", _SPLIT),
-    "food101": ("Food101", _SPLIT),
-    "country211": ("Country211", _SPLIT),
-    "rendered-sst2": ("RenderedSST2", _SPLIT),
-    "oxford-pet": ("OxfordIIITPet", _TRAINVAL),
-    "fgvc-aircraft": ("FGVCAircraft", _TRAINVAL),
-    "imagenette": ("Imagenette", _VAL),
-    "imagenet": ("ImageNet", _VAL),
-}
-
-NAMES = ("digits", "shapes", "image_folder", *TORCHVISION)
-"""Datasets that `Data.dataset` knows by name."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +96,7 @@ class Data:
     """Use only so many training and so many test examples, drawn at random, >= 1; for trials."""
 
     def __post_init__(self) -> None:
-        _find(self.dataset)
+        find(self.dataset)
         if self.clients < 1:
             raise ValueError(f"clients must be >= 1, got {self.clients}")
         if not 0 <= self.holdout < 1:
@@ -180,8 +130,10 @@ def load(data: Data) -> tuple[Images, Images]:
     Raises:
         ValueError: files are missing or damaged, or labels out of range.
     """
-    name = _find(data.dataset)
-    train, test = _open(name, data)
+    name = find(data.dataset)
+    train, test = open_dataset(
+        name, data.root, download=data.download, image_size=data.image_size, examples=data.examples
+    )
     # A user's callable may decode the same files in its own way.
     cache = None if "." in name else Path(data.root).expanduser() / ".fedddp"
     how = (data.image_size, data.memory, cache)
@@ -264,138 +216,3 @@ def _images(
         mean=mean,
         std=std,
     )
-
-
-def _find(name: str) -> str:
-    """Return the name as `NAMES` spells it; a dotted path as it is."""
-    if "." in name:
-        return name
-    plain = {_plain(known): known for known in NAMES}
-    if _plain(name) in plain:
-        return plain[_plain(name)]
-    close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
-    hint = f"did you mean {plain[close[0]]!r}?" if close else f"known are {', '.join(NAMES)}"
-    raise ValueError(f"dataset {name!r} is unknown; {hint} (or give a callable's dotted path)")
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "")
-
-
-def _open(name: str, data: Data) -> tuple[Dataset[Any], Dataset[Any]]:
-    """Return the training and the test set as torch datasets."""
-    root = Path(data.root).expanduser()
-    if name == "digits":
-        return _fifth(_digits())
-    if name == "shapes":
-        count = data.examples or 10_000
-        return _shapes("train", count, data), _shapes("test", max(1, count // 5), data)
-    if name == "image_folder":
-        return _image_folder(root)
-    if "." in name:
-        return _call(name, data, train=True), _call(name, data, train=False)
-    class_name, parts = TORCHVISION[name]
-    train, test = (_torchvision(class_name, name, data, part) for part in parts)
-    return _fifth(train) if parts is _WHOLE else (train, test)
-
-
-def _digits() -> decode.Arrays:
-    """Read scikit-learn's `load_digits` from its file: importing the package would take most of a second."""
-    package = find_spec("sklearn")
-    assert package is not None
-    assert package.origin is not None
-    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    table = np.loadtxt(file, delimiter=",")
-    pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    labels = table[:, -1].astype(np.int64)
-    return decode.Arrays(torch.from_numpy(pixels), torch.from_numpy(labels), [str(d) for d in range(10)])
-
-
-def _shapes(part: str, count: int, data: Data) -> decode.Arrays:
-    pixels, labels, cameras = render(part, count, data.image_size or 32)
-    return decode.Arrays(pixels, labels, list(SHAPES), ids=cameras)
-
-
-def _fifth(dataset: Dataset[Any]) -> tuple[Dataset[Any], Dataset[Any]]:
-    """Split off a fifth of every class, always the same, as the test set."""
-    labels = decode.labels(dataset, type(dataset).__name__)
-    shuffled = stream("test set").permutation(len(labels))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    return (
-        Subset(dataset, np.sort(by_class[np.arange(len(labels)) % 5 != 0]).tolist()),
-        Subset(dataset, np.sort(by_class[::5]).tolist()),
-    )
-
-
-def _image_folder(root: Path) -> tuple[Dataset[Any], Dataset[Any]]:
-    held_out = "val" if (root / "val").is_dir() else "test"
-    folders = [root / "train", root / held_out]
-    for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(
-                f"data.root={root} has no folder {folder.name!r}; image_folder reads "
-                "train/CLASS/IMAGE and val/CLASS/IMAGE (or test/...) in it"
-            )
-    try:
-        train, test = (torchvision_datasets.ImageFolder(str(folder)) for folder in folders)
-    except FileNotFoundError as error:
-        raise ValueError(f"data.root={root}: {_line(error)}") from error
-    differing = sorted(set(train.classes) ^ set(test.classes))
-    if differing:
-        raise ValueError(
-            f"data.root={root}: class {differing[0]!r} is only in one of train and {held_out}; "
-            "both need the same class folders"
-        )
-    return train, test
-
-
-def _call(path: str, data: Data, *, train: bool) -> Dataset[Any]:
-    """Return what the user's callable makes."""
-    try:
-        make = pkgutil.resolve_name(path)
-        inspect.signature(make).bind(root=data.root, train=train)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"data.dataset={path}: {_line(error)}; give the dotted path of a callable "
-            "f(root: str, train: bool) that returns a dataset"
-        ) from error
-    dataset: Dataset[Any] = make(root=data.root, train=train)
-    return dataset
-
-
-def _torchvision(class_name: str, name: str, data: Data, part: dict[str, Any]) -> Dataset[Any]:
-    root = Path(data.root).expanduser()
-    arguments = {"root": str(root), **part}
-    can_download = name not in ("fer2013", "imagenet")
-    if can_download:
-        arguments["download"] = data.download
-    try:
-        with _one_at_a_time(root) if data.download else contextlib.nullcontext():
-            dataset: Any = getattr(torchvision_datasets, class_name)(**arguments)
-    except (OSError, RuntimeError, AssertionError, ValueError) as error:
-        way_out = f"point data.root at the folder that holds {class_name}"
-        if can_download and not data.download:
-            way_out = f"pass --data.download true, or {way_out}"
-        # Torchvision's own advice here is an argument of its constructor.
-        reason = _line(error).replace(". You can use download=True to download it", "")
-        raise ValueError(f"data.root={data.root} has no intact {class_name} ({reason}); {way_out}") from error
-    if name == "qmnist":  # its targets say more than the class: column 2 is the writer
-        facts = dataset.targets
-        return decode.Arrays(dataset.data, facts[:, 0], dataset.classes, ids=facts[:, 2])
-    if name == "emnist-letters":  # labels start at 1
-        return decode.Arrays(dataset.data, dataset.targets - 1, dataset.classes[1:])
-    return dataset  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def _one_at_a_time(root: Path) -> Iterator[None]:
-    """Keep the processes of all nodes from downloading into the same files."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".fedddp.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _line(error: Exception) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

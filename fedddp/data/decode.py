@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.transforms.v2 import functional
 
+from fedddp.data.transforms import resize
+
 v2: Any = functional  # its functions are not typed as exported
 
 _CHUNK = 1024
@@ -134,14 +136,6 @@ class Decoded(Dataset[tuple[Tensor, int]]):
         std = values.std(dim=1, correction=0)
         std = torch.where(std > 1e-3, std, 1.0)
         return tuple(values.mean(dim=1).tolist()), tuple(std.tolist())
-
-
-def resize(images: Tensor, size: int | None) -> Tensor:
-    """Resize the shorter side of (..., C, H, W) to `size` and crop the centre; None: do not."""
-    if size is None or tuple(images.shape[-2:]) == (size, size):
-        return images
-    resized: Tensor = v2.resize(images, [size], antialias=True)
-    return v2.center_crop(resized, [size, size])  # type: ignore[no-any-return]
 
 
 def _to_uint8(image: Any, where: str) -> Tensor:

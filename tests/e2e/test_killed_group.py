@@ -12,8 +12,8 @@ from launching import torchrun
 from safetensors.torch import load_file
 
 from fedddp import Federation
-from fedddp.history import read_rows
-from fedddp.settings import load
+from fedddp.config.loader import load
+from fedddp.storage.history import read_rows
 from fedddp.testing import run_world
 
 METHOD = """

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, load_model
 
 from fedddp.cli import main
-from fedddp.settings import load
-from fedddp.vision.nets import lenet
+from fedddp.config.loader import load
+from fedddp.models.zoo import lenet
 
 BIN = Path(sys.executable).parent
 SHORT = "run digits --rounds 2 --data.examples 400 --track.with []"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from slurm_cluster import TEMPLATES, Cluster
 
 from fedddp import Federation
-from fedddp.settings import load
+from fedddp.config.loader import load
 from fedddp.testing import run_world
 
 pytestmark = pytest.mark.timeout(240)

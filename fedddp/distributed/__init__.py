@@ -1,0 +1,1 @@
+"""Ranks: the launcher's environment, process groups, and how ranks fail and stop."""

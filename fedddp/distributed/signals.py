@@ -1,0 +1,44 @@
+"""Signals to a request to stop, for as long as a run lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+from fedddp.distributed.world import World
+
+SECOND_SIGINT_S = 2.0
+"""A terminal and torchrun both hand on one Ctrl-C: what comes sooner is the same one."""
+
+
+@contextlib.contextmanager
+def stop_on_signals(world: World) -> Iterator[None]:
+    """Turn SIGUSR1, SIGTERM and SIGINT into a request to stop at the next safe point.
+
+    A second SIGINT, two seconds after the first, interrupts at once. Does nothing outside the main
+    thread (notebooks' workers).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    first = [math.inf]
+
+    def on_signal(number: int, _: object) -> None:
+        if number == signal.SIGINT:
+            first[0] = min(first[0], time.monotonic())
+            if time.monotonic() - first[0] > SECOND_SIGINT_S:
+                raise KeyboardInterrupt
+        world.stopping = True
+
+    watched = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, on_signal) for number in watched}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

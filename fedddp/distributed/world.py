@@ -1,0 +1,236 @@
+"""From a world of ranks to a mesh of client groups.
+
+With `launch.py` (and `testing.py`) the only module that names `torch.distributed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from fedddp.distributed.environment import Launch
+from fedddp.distributed.topology import Topology
+
+STOP_POLL_S = 0.2
+NUMBERS = 1  # the tag of messages of numbers; tensors have 0
+
+
+class World:
+    """This rank's place in the world, and every way in which ranks talk.
+
+    The mesh has the dimensions ("client", "data"): G groups of R ranks. A method that says
+    "collective" must be called by all ranks of the world (or of the group) in the same order.
+    Tensors may lie on any device; they are moved to where the backend can send them.
+    """
+
+    def __init__(
+        self, topology: Topology, launch: Launch, store: Store, device: torch.device, nccl: bool
+    ) -> None:
+        """Collective over the world; `fedddp.distributed.launch.connect` calls it.
+
+        Args:
+            topology: how the ranks are shared out.
+            launch: which rank this is.
+            store: shared by all ranks.
+            device: where this rank trains.
+            nccl: whether the groups speak NCCL.
+        """
+        self.rank, self.size = launch.rank, launch.world_size
+        self.local_rank = launch.local_rank
+        self.ranks_per_client = topology.ranks_per_client
+        self.groups = topology.groups(launch.world_size)
+        self.dedicated = topology.coordinator == "dedicated"
+        self.timeout_s = topology.timeout_s
+        self.store = store
+        self.device = device
+        # World-wide tensors go through the CPU unless every rank has a GPU of its own.
+        self._transport = self.device if nccl and not self.dedicated else torch.device("cpu")
+        first = int(self.dedicated)
+        ranks = torch.arange(first, self.size).view(self.groups, self.ranks_per_client)
+        kind = "cuda" if nccl else "cpu"
+        self.mesh = DeviceMesh(kind, ranks, mesh_dim_names=("client", "data"))
+        cell = self.mesh.get_coordinate()
+        self.group: int | None = None if cell is None else int(cell[0])
+        self.data_rank: int = 0 if cell is None else int(cell[1])
+        self._peers = None if cell is None else self.mesh.get_group("data")
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(topology.threads)
+        self.stopping = self.failed = False
+        self.waiting = False
+        """Whether this rank waits for others, all of the world or one."""
+        self._announced = False
+        self._asked = 0.0
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this rank is the coordinator (rank 0)."""
+        return self.rank == 0
+
+    @property
+    def leads_group(self) -> bool:
+        """Whether this rank speaks for its client group (its first rank)."""
+        return self.group is not None and self.data_rank == 0
+
+    def leader(self, group: int) -> int:
+        """Return the world rank that leads `group`."""
+        return int(self.dedicated) + group * self.ranks_per_client
+
+    def replicate(self, module: nn.Module, *, some_unused: bool = False) -> nn.Module:
+        """Collective over the group. Wrap `module` in DDP when R > 1; gradients stay in place.
+
+        `some_unused` says that some trainable parameters get no gradient.
+        """
+        if self.ranks_per_client == 1 or self._peers is None:
+            return module
+        with warnings.catch_warnings():
+            # torch 2.15 renames broadcast_buffers; the new name is unknown to the torch we still support.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                module,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                process_group=self._peers,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=False,
+                find_unused_parameters=some_unused,
+            )
+
+    def broadcast(self, *tensors: Tensor) -> None:
+        """Collective. Copy the coordinator's `tensors` to all ranks, in place."""
+        self._exchange(tensors, lambda tensor: dist.broadcast(tensor, src=0))
+
+    def sum(self, *tensors: Tensor) -> None:
+        """Collective. Replace each tensor by its sum over all ranks, in place."""
+        self._exchange(tensors, dist.all_reduce)
+
+    def max(self, *tensors: Tensor) -> None:
+        """Collective. Replace each tensor by its elementwise maximum over all ranks, in place."""
+        self._exchange(tensors, lambda tensor: dist.all_reduce(tensor, op=dist.ReduceOp.MAX))
+
+    def _exchange(self, tensors: tuple[Tensor, ...], collective: Any) -> None:
+        for tensor in tensors:
+            if tensor.numel() == 0 or self.size == 1:
+                continue
+            direct = tensor.device == self._transport and tensor.is_contiguous()
+            staged = tensor if direct else tensor.to(self._transport).contiguous()
+            with self._waiting():
+                collective(staged)
+            if not direct:
+                tensor.copy_(staged)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self.waiting = True
+        yield  # an error leaves it so: it was others that this rank waited for
+        self.waiting = False
+
+    def group_broadcast(self, *tensors: Tensor) -> None:
+        """Collective over the group. Copy the group leader's `tensors` to its ranks, in place."""
+        if self.ranks_per_client > 1:
+            for tensor in tensors:
+                if tensor.numel():
+                    dist.broadcast(tensor, group=self._peers, group_src=0)
+
+    def group_sum(self, tensor: Tensor) -> Tensor:
+        """Collective over the group. Return the sum of `tensor` over its ranks; differentiable."""
+        if self.ranks_per_client == 1:
+            return tensor
+        result: Tensor = _GroupSum.apply(tensor, self._peers)
+        return result
+
+    def group_max(self, tensor: Tensor) -> Tensor:
+        """Collective over the group. Replace `tensor` by its maximum over the ranks, in place."""
+        if self.ranks_per_client > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._peers)
+        return tensor
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Send `tensor` to `rank`, which must `receive` it."""
+        dist.send(tensor.to(self._transport).contiguous(), dst=rank)
+
+    def receive(self, tensor: Tensor, rank: int) -> None:
+        """Fill `tensor` from `rank`."""
+        with self._waiting():
+            dist.recv(staged := torch.empty_like(tensor, device=self._transport), src=rank)
+        tensor.copy_(staged)
+
+    def post(self, numbers: Sequence[float], rank: int) -> None:
+        """Send a few numbers to `rank`, through the CPU; it must `collect` as many."""
+        dist.send(torch.tensor(numbers, dtype=torch.float64), dst=rank, tag=NUMBERS)
+
+    def collect(self, count: int, rank: int) -> list[float]:
+        """Wait for `count` numbers from `rank`; may be called from any thread."""
+        dist.recv(numbers := torch.empty(count, dtype=torch.float64), src=rank, tag=NUMBERS)
+        return [float(number) for number in numbers]
+
+    def gather(self, value: object) -> list[Any]:
+        """Collective. Return every rank's `value`, by rank; for small things."""
+        values: list[Any] = [None] * self.size
+        if self.size == 1:
+            return [value]
+        with self._waiting():
+            dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Collective. Wait until all ranks are here."""
+        self.sum(torch.zeros(1))
+
+    # ---- stopping early: any rank may be told, all ranks must learn ----
+
+    def stop_requested(self) -> bool:
+        """Return whether any rank was asked to stop; not a collective, ranks may differ for a moment."""
+        if self.stopping:
+            if not self._announced:
+                self.store.set("fedddp/stop", "1")
+                self._announced = True
+        elif time.monotonic() - self._asked > STOP_POLL_S:
+            self._asked = time.monotonic()
+            self.stopping = self._announced = bool(self.store.check(["fedddp/stop"]))
+        return self.stopping
+
+    def group_should_stop(self) -> bool:
+        """Collective over the group. Return whether the run shall stop; the same on its ranks."""
+        asked = torch.tensor([float(self.stop_requested())], device=self.device)
+        return bool(self.group_max(asked))
+
+    def agree_to_stop(self) -> bool:
+        """Collective. Return whether any rank was asked to stop; the same on all ranks."""
+        asked = torch.tensor([float(self.stop_requested())])
+        self.max(asked)
+        return bool(asked)
+
+    def close(self) -> None:
+        """Leave the world; the process may connect again."""
+        if self.size > 1:
+            with contextlib.suppress(RuntimeError):
+                self.store.set(f"fedddp/left/{self.rank}", "1")
+        torch.set_num_threads(self._threads)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _GroupSum(torch.autograd.Function):
+    """All-reduce whose gradient is the all-reduce of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, peers: dist.ProcessGroup) -> Tensor:
+        ctx.peers = peers
+        total = tensor.clone()
+        dist.all_reduce(total, group=peers)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone()
+        dist.all_reduce(total, group=ctx.peers)
+        return total, None

@@ -1,0 +1,1 @@
+"""Models: names to modules, weights, normalisation layers, and state as flat vectors."""

@@ -1,0 +1,223 @@
+"""Vision models by name: small classics, torchvision's classifiers, and the user's own."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fedddp.models.norms import GroupSum, Norm, convert_norm
+from fedddp.models.weights import (
+    load_weights,
+    read_weights,
+    shape_text,
+    statistics_of,
+    torchvision_models,
+    torchvision_names,
+    torchvision_weights,
+    with_channels,
+)
+from fedddp.models.zoo import SMALL_MODELS, Maker, Shape
+from fedddp.rng import stream_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model that the federation trains."""
+
+    name: str = "lenet"
+    """`lenet`, `2nn`, `cnn`, `resnet8-gn`, `resnet20-gn`, a classification model of torchvision
+    such as `resnet18`, or the dotted path of your own: a callable that returns an `nn.Module` and
+    is given those of `num_classes`, `in_channels`, `image_size=(height, width)` that it has."""
+
+    weights: str | None = None
+    """Weights to start from: a local .safetensors file, or the name of torchvision's, such as
+    `IMAGENET1K_V1` or `DEFAULT` (downloaded). A head for another number of classes is left out."""
+
+    norm: Norm = "keep"
+    """Turns batch and group norms into batch norm per rank (`batch`), batch norm over all ranks of
+    a client (`sync`) or group norm (`group`), which needs no statistics of a client's data."""
+
+    freeze: list[str] = field(default_factory=list)
+    """Layers or parameters that are not trained, by name: `layer1` covers `layer1.0.conv1.weight`.
+    Statistics of their batch norms still follow the data; `norm: group` has none."""
+
+    def __post_init__(self) -> None:
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}")
+        _maker(self.name)
+        if self.weights is None:
+            return
+        if not self.weights.endswith(".safetensors"):
+            torchvision_weights(self.name, self.weights)
+        elif not Path(self.weights).is_file():
+            raise ValueError(f"weights={self.weights} is not a file")
+
+    def build(self, *, classes: int, shape: Shape, seed: int, sync: GroupSum | None = None) -> nn.Module:
+        """Make the model, in training mode on the CPU; a pure function of its arguments.
+
+        Args:
+            classes: outputs of the model, >= 1.
+            shape: channels, height and width of the images.
+            seed: of the initial weights; torch's global random state is left as it was.
+            sync: differentiable sum over the ranks of a client, for `norm: sync`.
+
+        Raises:
+            ValueError: the model cannot take such images, or the weights do not fit it.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(stream_seed("model", seed))
+            try:
+                module = _maker(self.name)(classes, shape)
+            except (ValueError, AssertionError) as error:
+                if "." in self.name:
+                    raise
+                raise _cannot_take(self.name, shape, error) from error
+            self._prepare(module, sync)
+            # A named model is tried without computing; a user's may not work on the meta device.
+            device = None if "." in self.name else torch.device("meta")
+            return _tried(module, self.name, classes, shape, device)
+
+    def adapt(
+        self, module: nn.Module, *, classes: int, shape: Shape, sync: GroupSum | None = None
+    ) -> nn.Module:
+        """Do to the user's own `module`, in place, what `build` does to a named one.
+
+        Loads `weights`, converts `norm`, applies `freeze`, and tries it on images of `shape`.
+        Arguments, result and errors as for `build`.
+        """
+        with torch.random.fork_rng(devices=[]):
+            self._prepare(module, sync)
+            return _tried(module, type(module).__name__, classes, shape, None)
+
+    def _prepare(self, module: nn.Module, sync: GroupSum | None) -> None:
+        if self.weights is None:
+            convert_norm(module, self.norm, sync)
+        else:
+            state = read_weights(self.name, self.weights)
+            # A file of a converted model has the statistics that the conversion leaves.
+            converted = statistics_of(state) != statistics_of(module.state_dict())
+            if converted:
+                convert_norm(module, self.norm, sync)
+            load_weights(module, state, self.weights)
+            if not converted:
+                convert_norm(module, self.norm, sync)
+        self._freeze(module)
+
+    def _freeze(self, module: nn.Module) -> None:
+        for prefix in self.freeze:
+            chosen = [
+                parameter
+                for name, parameter in module.named_parameters()
+                if f"{name}.".startswith(f"{prefix.rstrip('.')}.")
+            ]
+            if not chosen:
+                layers = [name for name, _ in module.named_children()]
+                raise ValueError(
+                    f"model.freeze: there are no parameters named {prefix!r}; "
+                    f"the layers are {', '.join(layers)}"
+                )
+            for parameter in chosen:
+                parameter.requires_grad_(False)
+        if self.freeze and not any(p.requires_grad for p in module.parameters()):
+            raise ValueError(f"model.freeze={self.freeze} leaves nothing to train; freeze less")
+
+
+# ---- names to makers ----
+
+
+def _maker(name: str) -> Maker:
+    """Return what makes the model `name` from the number of classes and the images' shape.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if name in SMALL_MODELS:
+        return SMALL_MODELS[name]
+    if "." in name:
+        return _users_maker(name)
+    known = torchvision_names()
+    if name in known:
+        return lambda classes, shape: _torchvision_model(name, classes, shape)
+    near = difflib.get_close_matches(name, [*SMALL_MODELS, *known])
+    hint = f"did you mean {' or '.join(near)}?" if near else f"try {', '.join(SMALL_MODELS)}"
+    raise ValueError(f"name: unknown model {name!r}; {hint}")
+
+
+def _users_maker(path: str) -> Maker:
+    location, _, attribute = path.rpartition(".")
+    try:
+        factory: Any = getattr(importlib.import_module(location), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"name: cannot import {path!r}: {error}") from error
+    if not callable(factory):
+        raise ValueError(f"name: {path!r} is not callable; name a class or a function")
+
+    def make(classes: int, shape: Shape) -> nn.Module:
+        offered = {"num_classes": classes, "in_channels": shape[0], "image_size": shape[1:]}
+        taken = inspect.signature(factory).parameters
+        module = factory(**{key: value for key, value in offered.items() if key in taken})
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"model.name={path} returned {type(module).__name__}, not a module")
+        return module
+
+    return make
+
+
+def _torchvision_model(name: str, classes: int, shape: Shape) -> nn.Module:
+    options: dict[str, Any] = {"num_classes": classes}
+    if name in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True}
+    elif name.startswith("vit_"):
+        if shape[1] != shape[2]:
+            raise ValueError("it needs square images")
+        options["image_size"] = shape[1]
+    elif name.startswith("maxvit_"):
+        options["input_size"] = shape[1:]
+    module: nn.Module = torchvision_models().get_model(name, weights=None, **options)
+    first = next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
+    first.weight.data = with_channels(first.weight.data, shape[0])
+    first.in_channels = shape[0]
+    return module
+
+
+def _tried(
+    module: nn.Module, name: str, classes: int, shape: Shape, device: torch.device | None
+) -> nn.Module:
+    """Return `module`, in training mode, after one try, so that a misfit shows before training.
+
+    The try is on `device`, with a copy of the state without content; None: with the state itself.
+    """
+    state = dict([*module.named_parameters(), *module.named_buffers()])
+    if device is None:
+        device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
+    else:
+        state = {key: torch.empty_like(tensor, device=device) for key, tensor in state.items()}
+    images = torch.zeros(2, *shape, device=device)
+    module.eval()
+    try:
+        with torch.no_grad():
+            outputs = torch.func.functional_call(module, state, (images,))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise _cannot_take(name, shape, error) from error
+    got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if got != (2, classes):
+        raise ValueError(
+            f"model {name} must return logits of shape (batch, classes); for a batch of 2 and "
+            f"{classes} classes it returned {got}"
+        )
+    return module.train()
+
+
+def _cannot_take(name: str, shape: Shape, error: Exception) -> ValueError:
+    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return ValueError(
+        f"model {name} cannot take images of {shape_text(shape)} ({reason}); "
+        "set another data.image_size (torchvision's models are made for about 224) or model.name"
+    )

@@ -1,0 +1,1 @@
+"""What a simulation decides: who takes part, how long clients take, who is malicious."""

@@ -1,0 +1,105 @@
+"""What clients keep between their visits: where it lies, how it follows a client to another group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fedddp.distributed.world import World
+
+State = dict[str, Tensor]
+
+
+class ClientStates:
+    """The state of the clients visited so far, in CPU memory of the leader of the last group.
+
+    Clients never sampled cost nothing. All ranks know where every state lies, because all know who
+    trained whom; so a state moves by one message, and nobody asks.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.kept: dict[int, State] = {}
+        self.homes: dict[int, int] = {}  # client -> group
+
+    def move(self, plan: list[list[int]]) -> None:
+        """Collective. Bring the states of each group's clients (`plan[group]`) to its leader."""
+        for group, clients in enumerate(plan):
+            for client in clients:
+                home = self.homes.get(client, group)
+                if home != group:
+                    self._move(client, home, group)
+                    self.homes[client] = group
+
+    def _move(self, client: int, home: int, group: int) -> None:
+        source, target = self.world.leader(home), self.world.leader(group)
+        if self.world.rank == source:
+            packed = _pack(self.kept.pop(client, {}))  # none, if its update was never valid
+            self.world.send(torch.tensor([packed.numel()]), target)
+            self.world.send(packed, target)
+        elif self.world.rank == target:
+            length = torch.zeros(1, dtype=torch.int64)
+            self.world.receive(length, source)
+            packed = torch.empty(int(length), dtype=torch.uint8)
+            self.world.receive(packed, source)
+            self.kept[client] = _unpack(packed)
+
+    def share(self, client: int) -> State:
+        """Collective over the group. Return a copy of the client's state on every rank of its group."""
+        state = self.kept.get(client, {}) if self.world.leads_group else {}
+        if self.world.ranks_per_client == 1:
+            return dict(state)
+        device = self.world.device
+        packed = _pack(state).to(device)
+        length = torch.tensor([packed.numel()], device=device)
+        self.world.group_broadcast(length)
+        if not self.world.leads_group:
+            packed = torch.empty(int(length), dtype=torch.uint8, device=device)
+        self.world.group_broadcast(packed)
+        return _unpack(packed.cpu())
+
+    def keep(self, client: int, state: State) -> None:
+        """Keep `state` (the leader does) until the client's next visit."""
+        if self.world.leads_group and state:
+            self.kept[client] = state
+
+    def settle(self, plan: list[list[int]], visited: Iterable[int]) -> None:
+        """Note, on every rank, that the `visited` clients' states lie where `plan` trained them."""
+        done = set(visited)
+        for group, clients in enumerate(plan):
+            self.homes.update({client: group for client in clients if client in done})
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write the states this rank keeps to `folder`, one file a group; return it, if there are any."""
+        if not self.kept:
+            return []
+        flat = {f"{client}.{n}": t for client, s in self.kept.items() for n, t in s.items()}
+        path = folder / f"clients-{self.world.group:05d}.safetensors"
+        safetensors.torch.save_file(flat, path)
+        return [path]
+
+    def load(self, files: Iterable[Path]) -> None:
+        """Take back states saved with any number of groups; client k goes to group k mod G."""
+        self.kept, self.homes = {}, {}
+        for path in sorted(files):
+            with safe_open(path, framework="pt") as saved:
+                for key in saved.keys():  # noqa: SIM118 - not a dict
+                    client, name = int(key.split(".", 1)[0]), key.split(".", 1)[1]
+                    self.homes[client] = client % self.world.groups
+                    if self.world.leads_group and self.homes[client] == self.world.group:
+                        self.kept.setdefault(client, {})[name] = saved.get_tensor(key).clone()
+
+
+def _pack(state: Mapping[str, Tensor]) -> Tensor:
+    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()})
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor) -> State:
+    # Cloned, as above: kernels round differently where memory is not aligned as torch aligns its own.
+    return {name: tensor.clone() for name, tensor in safetensors.torch.load(packed.numpy().tobytes()).items()}

@@ -1,0 +1,1 @@
+"""Tasks: the loss and the metrics of what a model is trained for."""

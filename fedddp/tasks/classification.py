@@ -1,0 +1,53 @@
+"""One class per image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedddp.tasks.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(Task):
+    """One class per image: cross entropy; accuracy, top-5 accuracy and recall per class."""
+
+    label_smoothing: float = 0.0
+    """Share of each training target that is spread evenly over all classes, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}; 0.1 is usual")
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross entropy summed over the batch, with label smoothing.
+
+        Args:
+            outputs: logits, (b, classes), any float dtype.
+            targets: (b,), int64, in range(classes).
+        """
+        return F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing)
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return sums and counts of `loss` (no smoothing), `accuracy`, `recall` per class.
+
+        With more than 5 classes also `accuracy_top5`. Arguments as for `loss`; b may be 0.
+        """
+        logits = outputs.detach().double()
+        examples, classes = logits.shape
+        correct = (logits.argmax(1) == targets).double()
+        sums = {
+            "loss": F.cross_entropy(logits, targets, reduction="sum"),
+            "accuracy": correct.sum(),
+        }
+        if classes > 5:
+            sums["accuracy_top5"] = (logits.topk(5).indices == targets[:, None]).sum().double()
+        count = torch.full_like(sums["loss"], examples)
+        metrics = {name: torch.stack([total, count]) for name, total in sums.items()}
+        recall = logits.new_zeros(2, classes)
+        recall.index_add_(1, targets, torch.stack([correct, torch.ones_like(correct)]))
+        metrics["recall"] = recall
+        return metrics

@@ -1,0 +1,44 @@
+"""What a model is trained for: the loss, and the metrics as sums and counts that add up."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """A loss to train with and metrics to evaluate with; subclass it for a task of your own."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss to differentiate: a scalar, summed (not averaged) over the batch."""
+
+    @abstractmethod
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return each metric as its sum and its count: float64, shape (2,) or (2, n).
+
+        Adding these over batches and ranks gives the totals of all of them.
+        """
+
+    def summarise(self, totals: dict[str, Tensor]) -> dict[str, float | list[float | None] | None]:
+        """Divide sums by counts; None where nothing was counted.
+
+        Args:
+            totals: what `measure` returned, added over batches and ranks.
+
+        Returns:
+            A number for each (2,) metric, a list of n for each (2, n) metric.
+        """
+        return {name: _ratio(total.tolist()) for name, total in totals.items()}
+
+
+def _ratio(total: list[float] | list[list[float]]) -> float | list[float | None] | None:
+    sums, counts = total
+    if isinstance(sums, list) and isinstance(counts, list):
+        return [s / n if n else None for s, n in zip(sums, counts, strict=True)]
+    assert isinstance(sums, float)
+    assert isinstance(counts, float)
+    return sums / counts if counts else None

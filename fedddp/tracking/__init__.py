@@ -1,0 +1,1 @@
+"""What a run shows while it lasts: progress, wandb and other trackers."""

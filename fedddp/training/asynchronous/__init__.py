@@ -1,0 +1,1 @@
+"""Asynchronous training: a coordinator, workers, and the scheduler between them."""

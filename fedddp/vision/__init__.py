@@ -1,1 +1,0 @@
-"""Vision models by name, and the tasks they are trained for."""
