@@ -4,88 +4,72 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import version as _version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedddp import aggregation as aggregation
+    from fedddp import algorithms as algorithms
+    from fedddp import tasks as tasks
+    from fedddp.algorithms.local import LocalConfig as LocalConfig
+    from fedddp.config.loader import load_config as load_config
+    from fedddp.config.schema import Config as Config
+    from fedddp.data import partition as partitions  # noqa: F401
+    from fedddp.data.datasets import DataConfig as DataConfig
+    from fedddp.data.transforms import FeatureShift as FeatureShift
+    from fedddp.distributed.topology import TopologyConfig as TopologyConfig
+    from fedddp.evaluation import EvaluationConfig as EvaluationConfig
+    from fedddp.federation import Federation as Federation
+    from fedddp.federation import Result as Result
+    from fedddp.federation import summarize as summarize
+    from fedddp.inference import evaluate as evaluate
+    from fedddp.inference import load_model as load_model
+    from fedddp.models.registry import ModelConfig as ModelConfig
+    from fedddp.section import ConfigError as ConfigError
+    from fedddp.simulation import attacks as attacks
+    from fedddp.simulation import clock as clocks  # noqa: F401
+    from fedddp.simulation.cohort import CohortConfig as CohortConfig
+    from fedddp.storage.checkpoint import CheckpointConfig as CheckpointConfig
+    from fedddp.tracking.tracker import TrackingConfig as TrackingConfig
 
 __version__ = _version("fedddp")
 
 # Resolved on first use, so that `import fedddp` and `fedddp --help` do not import torch.
-_HOMES = {
-    "fedddp.federation": ("Federation", "Outcome"),
-    "fedddp.config.schema": ("Run",),
-    "fedddp.config.loader": ("load",),
-    "fedddp.algorithms.algorithm": ("Contribution", "Method", "Server", "Total", "Visit"),
-    "fedddp.algorithms.local": ("Local",),
-    "fedddp.algorithms": (
-        "MOON",
-        "SCAFFOLD",
-        "AsyncSGD",
-        "DiLoCo",
-        "Ditto",
-        "FedAdagrad",
-        "FedAdam",
-        "FedAsync",
-        "FedAvg",
-        "FedAvgM",
-        "FedBN",
-        "FedBuff",
-        "FedDyn",
-        "FedNova",
-        "FedPer",
-        "FedProx",
-        "FedYogi",
-        "LocalSGD",
-        "QFedAvg",
-        "ServerOptimizer",
-        "SyncSGD",
-    ),
-    "fedddp.algorithms.asynchronous": ("AsynchronousMethod", "Constant", "Hinge", "Inverse", "Polynomial"),
-    "fedddp.simulation.clock": ("LogNormalSpeed", "SameSpeed", "SpeedTable", "Virtual", "Wall"),
-    "fedddp.data.datasets": ("Data",),
-    "fedddp.data.partition": (
-        "IID",
-        "Dirichlet",
-        "LabelQuantity",
-        "LogNormal",
-        "Natural",
-        "Partition",
-        "PowerLaw",
-        "Shards",
-    ),
-    "fedddp.data.transforms": ("FeatureSkew",),
-    "fedddp.models.registry": ("Model",),
-    "fedddp.tasks.classification": ("Classification",),
-    "fedddp.tasks.task": ("Task",),
-    "fedddp.simulation.cohort": ("Cohort",),
-    "fedddp.aggregation": (
-        "Bulyan",
-        "CoordinateMedian",
-        "GeometricMedian",
-        "Krum",
-        "Mean",
-        "MultiKrum",
-        "TrimmedMean",
-    ),
-    "fedddp.simulation.attacks": (
-        "Attack",
-        "GaussianNoise",
-        "LabelFlip",
-        "ModelReplacement",
-        "NoAttack",
-        "SignFlip",
-    ),
-    "fedddp.evaluation": ("Evaluation",),
-    "fedddp.storage.checkpoint": ("Checkpoint",),
-    "fedddp.distributed.topology": ("Topology",),
-    "fedddp.tracking.tracker": ("Track",),
+_MODULES = {
+    "algorithms": "fedddp.algorithms",
+    "aggregation": "fedddp.aggregation",
+    "attacks": "fedddp.simulation.attacks",
+    "clocks": "fedddp.simulation.clock",
+    "partitions": "fedddp.data.partition",
+    "tasks": "fedddp.tasks",
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = ["__version__", *_HOME_OF]  # noqa: PLE0604 - the names are strings
+_NAMES = {
+    "Federation": "fedddp.federation",
+    "Result": "fedddp.federation",
+    "summarize": "fedddp.federation",
+    "Config": "fedddp.config.schema",
+    "ConfigError": "fedddp.section",
+    "load_config": "fedddp.config.loader",
+    "load_model": "fedddp.inference",
+    "evaluate": "fedddp.inference",
+    "DataConfig": "fedddp.data.datasets",
+    "FeatureShift": "fedddp.data.transforms",
+    "ModelConfig": "fedddp.models.registry",
+    "LocalConfig": "fedddp.algorithms.local",
+    "CohortConfig": "fedddp.simulation.cohort",
+    "TopologyConfig": "fedddp.distributed.topology",
+    "EvaluationConfig": "fedddp.evaluation",
+    "CheckpointConfig": "fedddp.storage.checkpoint",
+    "TrackingConfig": "fedddp.tracking.tracker",
+}
+__all__ = ["__version__", *_NAMES, *_MODULES]  # noqa: PLE0604 - the names are strings
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'fedddp' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'fedddp' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

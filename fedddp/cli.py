@@ -6,19 +6,21 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import logging
 import os
 import shlex
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from fedddp.distributed.environment import Launch, wait_for_first_error
+
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fedddp.config.schema import Run
+    from fedddp.config.schema import Config
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL)."""
@@ -28,7 +30,7 @@ fedddp: federated learning on DDP groups, in one torchrun.
 
   fedddp run RECIPE|FILE [--section.key value ...]    train; under torchrun on many ranks
   fedddp compare RECIPE|FILE|RUN ... [...]            train what is not trained yet; one table, one picture
-  fedddp plan RECIPE|FILE [--section.key value ...]   what a run would do: groups, bytes, memory
+  fedddp plan RECIPE|FILE [--section.key value ...]   dry run: groups, bytes, memory
   fedddp partition RECIPE|FILE [...]                  how the data are split over the clients
   fedddp recipes                                      the configurations that ship with fedddp
   fedddp runs [OUTPUT]                                the runs in a folder (default: runs)
@@ -65,97 +67,83 @@ def main(arguments: list[str] | None = None) -> None:
         print(USAGE, end="")
         sys.exit(0)
     sys.path.insert(0, os.getcwd())  # so that the dotted path of a class beside the user is found
-    commands[command](rest)
+    with _logging():
+        commands[command](rest)
     sys.exit(0)
 
 
+# ---- what is printed, by which rank, and exit codes ----
+
+
+class _PrintHandler(logging.Handler):
+    """Prints log records on standard output, as it is at that moment: a progress bar redirects it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print `record`, with its level if it is a warning or worse."""
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        print(f"{level}{record.getMessage()}", flush=True)
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Print fedddp's log records in the block."""
+    logger, handler = logging.getLogger("fedddp"), _PrintHandler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _is_coordinator() -> bool:
+    return Launch.from_environment().is_coordinator
+
+
 def _fail(message: str, code: int = 2) -> NoReturn:
-    """Print one error line, by one rank, and exit."""
-    # Every rank finds the same error. A launcher ends the job as soon as one rank has left, so the
-    # others give rank 0 the time to speak.
+    """Print one error line, on one rank, and exit; every rank finds the same error."""
     if not _is_coordinator():
-        time.sleep(10)
+        wait_for_first_error()
     else:
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def _is_coordinator() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _load(rest: list[str]) -> tuple[Run, str]:
-    """Return the run described on the command line, and its default name."""
-    from fedddp.config.loader import help_text, load
-    from fedddp.distributed.environment import Launch
-    from fedddp.distributed.launch import place
-
-    if "-h" in rest or "--help" in rest:
-        if _is_coordinator():
-            print(help_text(), end="")
-        sys.exit(0)
-    target = rest[0] if rest and not rest[0].startswith("-") else None
-    if target is None:
-        _fail("give a recipe or a .yaml file, e.g. `fedddp run digits`; `fedddp recipes` lists them")
-    try:
-        run = load(target, rest[1:])
-        place(run.topology, Launch.from_environment())
-    except ValueError as error:
-        _fail(str(error))
-    return run, Path(target).stem
-
-
-def _run(rest: list[str]) -> None:
-    run, name = _load(rest)
-    from fedddp.federation import Federation
-
-    with _reporting():
-        outcome = Federation(run, default_name=name).run()
-    if not outcome.finished:
-        again = [*rest]
-        for flag, value in (("--name", outcome.folder.name), ("--resume", "auto")):
-            if flag not in again:
-                again += [flag, value]
-        _stop(f"run {shlex.join(again)}")
-    if _is_coordinator():
-        print(f"run directory: {outcome.folder}")
-
-
 @contextlib.contextmanager
 def _reporting() -> Iterator[None]:
     """Train in the block; exit with one line if that fails."""
-    from fedddp.federation import AnotherRankFailedError
+    from fedddp.distributed.launch import AnotherRankFailedError
 
     try:
         yield
     except AnotherRankFailedError:
-        time.sleep(5)  # the launcher ends this rank once the one that failed has spoken
+        wait_for_first_error()
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        _explain(error)
+        _report(error)
 
 
-def _explain(error: Exception) -> NoReturn:
-    """Report the error that ended the run, as the first rank that had one."""
+def _report(error: Exception) -> NoReturn:
+    """Print the error that ended the run, and exit; on the first rank that had one."""
+    from fedddp.section import ConfigError
+
     user_error = isinstance(error, (ValueError, OSError))
     if not user_error:
         traceback.print_exception(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
-    rank = int(os.environ.get("RANK", "0"))
+    rank = Launch.from_environment().rank
     where = f"rank {rank}: " if rank and not user_error else ""
     notes = "; ".join(getattr(error, "__notes__", []))
     text = " ".join(f"{where}{error}".split()) or type(error).__name__
     print(f"error: {text}{'; ' + notes if notes else ''}", file=sys.stderr, flush=True)
-    from fedddp.config.schema import ConfigError
-
     sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
 def _stop(command: str) -> NoReturn:
-    """Say which command goes on with what was stopped, and exit."""
+    """Print the command that resumes a stopped run, and exit."""
     if _is_coordinator():
-        print(f"stopped; go on with the same launcher and: fedddp {command}", flush=True)
+        print(f"Stopped. Resume with the same launcher and: fedddp {command}", flush=True)
     marker = os.environ.get("FEDDDP_STOPPED_FILE")
     if marker:  # torchrun turns any other exit code than 0 into 1, so a batch script looks for a file
         Path(marker).touch()
@@ -163,22 +151,70 @@ def _stop(command: str) -> NoReturn:
     sys.exit(STOPPED)
 
 
+def _show(table: Table) -> None:
+    """Print `table`, on one rank."""
+    from rich.console import Console
+
+    if _is_coordinator():
+        Console().print(table)
+
+
+# ---- commands ----
+
+
+def _load(rest: list[str]) -> tuple[Config, str]:
+    """Return the configuration of a command line, and the default name of its run."""
+    from fedddp.config.loader import load_config
+    from fedddp.distributed.launch import choose_device
+
+    if "-h" in rest or "--help" in rest:
+        from fedddp.config.reference import help_text
+
+        if _is_coordinator():
+            print(help_text(), end="")
+        sys.exit(0)
+    target = rest[0] if rest and not rest[0].startswith("-") else None
+    if target is None:
+        _fail("give a recipe or a .yaml file, e.g. `fedddp run digits`; `fedddp recipes` lists them")
+    try:
+        config = load_config(target, rest[1:])
+        choose_device(config.topology, Launch.from_environment())
+    except ValueError as error:
+        _fail(str(error))
+    return config, Path(target).stem
+
+
+def _run(rest: list[str]) -> None:
+    config, name = _load(rest)
+    from fedddp.federation import Federation
+
+    with _reporting():
+        result = Federation(config, default_name=name).run()
+    if not result.finished:
+        again = [*rest]
+        for flag, value in (("--name", result.folder.name), ("--resume", "auto")):
+            if flag not in again:
+                again += [flag, value]
+        _stop(f"run {shlex.join(again)}")
+    if _is_coordinator():
+        print(f"run directory: {result.folder}")
+
+
 def _compare(rest: list[str]) -> None:
     from rich.console import Console
 
-    from fedddp.distributed.environment import Launch
-    from fedddp.distributed.launch import place
+    from fedddp.distributed.launch import choose_device
     from fedddp.reporting import compare
 
     options = argparse.ArgumentParser(
         prog="fedddp compare",
         usage="fedddp compare RECIPE|FILE|RUN ... [--output FOLDER] [--accuracy A] [--section.key value ...]",
-        description="Train what is not trained yet; set all runs side by side in a table, a picture, a page.",
+        description="Train what is not trained yet; compare all runs in a table, a picture, a page.",
         epilog="A folder stands for all runs in it. Settings are for all runs trained: fedddp run --help.",
         allow_abbrev=False,
         exit_on_error=False,
     )
-    options.add_argument("--output", metavar="FOLDER", help="where the runs and the report go")
+    options.add_argument("--output", metavar="FOLDER", help="folder of the runs and the report")
     options.add_argument(
         "--accuracy", metavar="A", type=float, help="test accuracy to race for, in (0, 1]; 0.95 of the best"
     )
@@ -191,13 +227,13 @@ def _compare(rest: list[str]) -> None:
         _fail("give recipes, .yaml files or run directories, e.g. `fedddp compare compare-paradigms`")
     try:
         own, flags = options.parse_known_args(rest[len(targets) :])
-        comparison = compare.plan(targets, flags, own.output, own.accuracy)
-        for run in comparison.runs.values():
-            place(run.topology, Launch.from_environment())
+        comparison = compare.prepare(targets, flags, own.output, own.accuracy)
+        for config in comparison.configs.values():
+            choose_device(config.topology, Launch.from_environment())
     except (ValueError, argparse.ArgumentError) as error:
         _fail(str(error))
     with _reporting():
-        finished = compare.train(comparison, speak=_is_coordinator())
+        finished = compare.train(comparison)
         if finished and _is_coordinator():
             for path in compare.report(comparison, Console()):
                 print(path)
@@ -206,46 +242,42 @@ def _compare(rest: list[str]) -> None:
 
 
 def _partition(rest: list[str]) -> None:
-    run, _ = _load(rest)
+    config, _ = _load(rest)
     from fedddp.data.datasets import load
     from fedddp.reporting.partition_table import describe, table
 
     try:
-        train, _ = load(run.data)
-        split, _ = run.data.split(train, run.seed)
+        train, _ = load(config.data)
+        split, _ = config.data.split(train, config.seed)
     except (ValueError, OSError) as error:
         _fail(str(error))
     _show(table(describe(split, train.labels, train.classes)))
 
 
 def _plan(rest: list[str]) -> None:
-    run, name = _load(rest)
-    from fedddp.reporting.dry_run import plan
+    config, name = _load(rest)
+    from fedddp.reporting.dry_run import dry_run
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        table = plan(dataclasses.replace(run, name=run.name or name), world_size)
+        table = dry_run(
+            dataclasses.replace(config, name=config.name or name), Launch.from_environment().world_size
+        )
     except (ValueError, OSError) as error:
         _fail(str(error))
     _show(table)
 
 
-def _show(table: Table) -> None:
-    """Print `table`, once however many ranks there are."""
-    from rich.console import Console
-
-    if _is_coordinator():
-        Console().print(table)
-
-
 def _recipes(_: list[str]) -> None:
     from rich.table import Table
 
-    folder = Path(__file__).parent / "recipes"
+    from fedddp.recipes import recipes
+
     table = Table("recipe", "what it trains", box=None, header_style="bold")
-    # Each set of images first as it is, then with other methods.
-    for path in sorted(folder.glob("*.yaml"), key=lambda path: (path.stem.startswith("digits-"), path.stem)):
-        table.add_row(path.stem, path.read_text().partition("\n")[0].lstrip("# "))
+    # Each dataset first with FedAvg, then with other algorithms.
+    for name, description in sorted(
+        recipes().items(), key=lambda item: (item[0].startswith("digits-"), item[0])
+    ):
+        table.add_row(name, description)
     _show(table)
 
 

@@ -11,31 +11,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedddp.data.loader import Feed
+from fedddp.data.loader import ClientLoader
 from fedddp.distributed.world import World
 from fedddp.rng import stream
+from fedddp.section import NonNegativeInt, PositiveInt, Section
 from fedddp.tasks.task import Task
 
 Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """When and on what the global model is measured."""
+class EvaluationConfig(Section):
+    """When and on what the global model is evaluated."""
 
-    every: int = 1
+    key = "evaluation"
+
+    every: PositiveInt = 1
     """Rounds between evaluations, >= 1; the last round is always evaluated."""
 
-    batch_size: int = 500
+    batch_size: PositiveInt = 500
     """Examples per forward pass on each rank, >= 1."""
 
-    clients: int = 0
+    clients: NonNegativeInt = 0
     """Clients whose held-out local data are evaluated too (needs data.holdout > 0), >= 0."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("batch_size", 1), ("clients", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
 
     def due(self, round_number: int, rounds: int) -> bool:
         """Return whether the model is evaluated after round `round_number` (from 1)."""
@@ -43,16 +41,16 @@ class Evaluation:
 
     def sample(self, population: int, seed: int) -> NDArray[np.int64]:
         """Return the clients that are evaluated locally, the same in every round."""
-        random = stream("evaluated clients", seed)
+        rng = stream("evaluated clients", seed)
         size = min(self.clients, population)
-        return np.sort(random.choice(population, size, replace=False)).astype(np.int64)
+        return np.sort(rng.choice(population, size, replace=False)).astype(np.int64)
 
 
 @torch.no_grad()
 def measure(
     module: nn.Module,
     task: Task,
-    feed: Feed,
+    loader: ClientLoader,
     indices: NDArray[np.int64],
     batch_size: int,
     client: int | None = None,
@@ -60,31 +58,31 @@ def measure(
     """Return the (sum, count) pairs of `task` over the examples `indices`, on this rank alone."""
     module.eval()
     totals: dict[str, Tensor] = {}
-    for batch in feed.batches(indices, batch_size, client=client):
+    for batch in loader.batches(indices, batch_size, client=client):
         for name, pair in task.measure(module(batch.images), batch.targets).items():
             totals[name] = totals[name] + pair if name in totals else pair
     return totals
 
 
-def evaluate(world: World, module: nn.Module, task: Task, feed: Feed, batch_size: int) -> Metrics:
-    """Collective. Return the metrics of `module` over all examples of `feed`, shared out over ranks."""
-    examples = len(feed.images.labels)
+def evaluate(world: World, module: nn.Module, task: Task, loader: ClientLoader, batch_size: int) -> Metrics:
+    """Collective. Return the metrics of `module` over all examples of `loader`, shared out over ranks."""
+    examples = len(loader.images.labels)
     bounds = np.linspace(0, examples, world.size + 1).astype(np.int64)
     shard = np.arange(bounds[world.rank], bounds[world.rank + 1])
-    # Every rank measures at least one example, so that all know the names and shapes; it is
-    # subtracted again from those that had none.
-    totals = measure(module, task, feed, shard if len(shard) else np.arange(1), batch_size)
+    # Every rank evaluates at least one example, so that all know the names and shapes; it is
+    # subtracted again on ranks without examples.
+    totals = measure(module, task, loader, shard if len(shard) else np.arange(1), batch_size)
     if not len(shard):
         totals = {name: torch.zeros_like(pair) for name, pair in totals.items()}
     world.sum(*totals.values())
-    return task.summarise(totals)
+    return task.summarize(totals)
 
 
 def evaluate_clients(
     world: World,
     module: nn.Module,
     task: Task,
-    feed: Feed,
+    loader: ClientLoader,
     held_out: dict[int, NDArray[np.int64]],
     batch_size: int,
     personalise: Callable[[int], None],
@@ -98,8 +96,8 @@ def evaluate_clients(
     for client, indices in held_out.items():
         if len(indices):
             personalise(client)
-            totals = measure(module, task, feed, indices, batch_size, client)
-            metrics = {n: v for n, v in task.summarise(totals).items() if isinstance(v, float)}
+            totals = measure(module, task, loader, indices, batch_size, client)
+            metrics = {n: v for n, v in task.summarize(totals).items() if isinstance(v, float)}
             rows.append({"client": client, "examples": len(indices), **metrics})
     everyone = [row for part in world.gather(rows) for row in part]
     return sorted(everyone, key=lambda row: int(row["client"]))

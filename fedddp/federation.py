@@ -1,274 +1,194 @@
-"""Puts the parts of one run together; the public entry from Python."""
+"""`Federation`: one run, from its configuration to its result; the entry from Python."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import re
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, Unpack
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import Dataset
 
-from fedddp.algorithms.algorithm import Server
-from fedddp.config.loader import to_dict
-from fedddp.config.schema import ConfigError, Run
-from fedddp.data.datasets import Images, from_dataset, load
-from fedddp.data.loader import Feed
-from fedddp.data.partition import Split, holdout
-from fedddp.distributed.heartbeat import Pulse
-from fedddp.distributed.launch import connect
-from fedddp.distributed.signals import stop_on_signals
-from fedddp.distributed.world import World
+from fedddp.algorithms import AsynchronousAlgorithm
+from fedddp.config.loader import digest
+from fedddp.config.schema import Config, ConfigFields
+from fedddp.data.datasets import Images
+from fedddp.distributed.launch import joined
 from fedddp.evaluation import Metrics
-from fedddp.models.flat import FlatModel
-from fedddp.simulation.clock import examples_trained
-from fedddp.storage.checkpoint import Checkpoints, save_model, write_text
-from fedddp.storage.client_states import ClientStates
-from fedddp.tracking.tracker import NullTracker, Tracker
-from fedddp.training.asynchronous.coordinator import run_events
-from fedddp.training.client_trainer import Trainer
-from fedddp.training.run_directory import check_replay, run_folder
+from fedddp.section import ConfigError
+from fedddp.storage.checkpoint import save_model
+from fedddp.storage.history import read_rows
+from fedddp.training.assembly import assemble, load_images
+from fedddp.training.asynchronous.coordinator import run_asynchronous
+from fedddp.training.objects import Objects, check_objects
+from fedddp.training.run_directory import check_replay, run_directory
 from fedddp.training.session import Session, Stopped
 from fedddp.training.synchronous import run_rounds
 
-WANDB_RUN = ".wandb-run"
-"""File of the run directory with the id of its wandb run."""
-
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a run returns, the same on every rank but for the history (the coordinator's)."""
+class Result:
+    """The result of a run, the same on every rank but for the history (the coordinator's)."""
 
     model: nn.Module
     """The global model, in evaluation mode."""
     history: list[Metrics]
-    """One row a round, as in `history.jsonl`; empty on the other ranks."""
+    """One row per round, as in `history.jsonl`, rounds before a resume included; empty on the other ranks."""
     folder: Path
     """The run directory."""
     finished: bool
-    """False when the run was asked to stop; `resume="auto"` goes on."""
-
-
-class AnotherRankFailedError(Exception):
-    """Another rank reported the error that ended the run; this one has nothing to add."""
+    """False when the run was asked to stop; `resume="auto"` resumes it."""
 
 
 class Federation:
-    """One federated run, under any launcher or none (then it is a world of one, as in a notebook).
+    """One federated run, under any launcher or none (then it is a world of one rank, as in a notebook).
 
     Example:
-        >>> outcome = Federation(model=my_net, train=my_images, test=my_test, rounds=5).run()
+        >>> result = Federation(module=net, train=images, test=test_images, rounds=5).run()
     """
 
     def __init__(
         self,
-        run: Run | None = None,
+        config: Config | None = None,
         *,
-        model: nn.Module | None = None,
+        module: nn.Module | None = None,
         train: Dataset[Any] | None = None,
         test: Dataset[Any] | None = None,
         default_name: str = "run",
-        **sections: Any,
+        **fields: Unpack[ConfigFields],
     ) -> None:
         """Describe the run; nothing is started.
 
         Args:
-            run: the configuration; `Run()` by default.
-            model: your own module instead of `run.model.name`; it is copied, not changed.
-            train: your own map-style dataset of (image, label) instead of `run.data.dataset`.
-            test: the examples for central evaluation; with `train`, none means no evaluation.
-            default_name: the run directory's name when `run.name` is none; numbered when taken.
-            sections: fields of `Run` to change, e.g. `rounds=5, algorithm=FedProx(mu=0.1)`.
+            config: the configuration; `Config()` by default.
+            module: your own model instead of `config.model.name`; it is copied, not changed.
+            train: your own map-style dataset of (image, label) instead of `config.data.dataset`.
+            test: the examples of central evaluation; with `train`, none means no central evaluation.
+            default_name: the run directory's name when `config.name` is none; numbered when it is taken.
+            fields: fields of `Config` to change, e.g. `rounds=5, algorithm=algorithms.FedProx(mu=0.1)`.
 
         Raises:
-            ValueError: the configuration cannot run.
+            ConfigError: the configuration cannot run.
         """
-        self.config = dataclasses.replace(run or Run(), **sections)
-        check_replay(self.config)
-        self.module, self.images = model, (train, test)
+        check_objects(module, train, test)
+        given = fields.get("model")
+        if isinstance(given, nn.Module):
+            raise ConfigError(
+                f"model must be a ModelConfig, got {type(given).__name__}; pass a module as module="
+            )
+        self.config: Config = dataclasses.replace(config or Config(), **fields)
+        self.objects = Objects(module, train, test)
         self.default_name = default_name
-        if test is not None and train is None:
-            raise ValueError("test is given without train; give both, or data.dataset for both")
 
-    def run(self) -> Outcome:
+    def run(self) -> Result:
         """Collective. Train, and return the global model and the history.
 
         Raises:
-            ValueError: what the user gave cannot run.
+            ConfigError: the configuration cannot run.
             AnotherRankFailedError: the error is another rank's, which reports it.
         """
-        with _refusing():
-            world = connect(self.config.topology)
-        pulse = Pulse(world)
-        try:
-            with torch.random.fork_rng(devices=[]), stop_on_signals(world), _first_error_speaks(pulse):
-                return self._run(world)
-        finally:
-            world.close()
-            pulse.stop()
-
-    def _run(self, world: World) -> Outcome:
-        with run_folder(self.config, self.default_name, world) as (folder, config):
-            with _refusing():
-                session = self._session(world, folder, config)
-            try:
-                if session.tracker.run_id:
-                    write_text(folder / WANDB_RUN, session.tracker.run_id)
-                return self._outcome(session, finished=_train(session))
-            except BaseException:
-                world.failed = True
-                session.tracker.finish(failed=True)
-                raise
-
-    def _outcome(self, s: Session, *, finished: bool) -> Outcome:
-        s.send()
-        s.load_global_model()
-        model_file = s.folder / "model.safetensors" if finished else None
-        if s.world.is_coordinator and model_file:
-            save_model(s.flat.module, model_file)
-        s.world.barrier()
-        last = {n: v for n, v in (s.history[-1] if s.history else {}).items() if n != "cohort"}
-        s.tracker.finish(model_file, last)
-        return Outcome(s.flat.module.eval(), s.history, s.folder, finished)
-
-    def _session(self, world: World, folder: Path, run: Run) -> Session:
-        with _one_rank_first(world):
-            train, test = self._load_images(run)
-        module = self._build(world, run, train)
-        flat = FlatModel(module)
-        run.algorithm.check_model(flat)
-        world.broadcast(*(t.detach() for t in module.state_dict().values()))
-        split, sizes = run.data.split(train, run.seed)
-        server = Server(flat.params.clone(), flat.buffers.clone(), flat.counters.clone(), len(split))
-        run.algorithm.start(server)
-        liars = run.attacks.malicious(len(split), run.seed)
-        feed = Feed(_relabelled(train, split, run, liars), run.data, world.device, seed=run.seed)
-        run.clock.check(examples_trained(run.local, sizes), run.aggregation.least(), run.seed)
-        checkpoints = Checkpoints(folder / "checkpoints", run.checkpoint.keep, world)
-        session = Session(
-            run=run,
-            world=world,
-            flat=flat,
-            server=server,
-            trainer=Trainer(world, flat, run.task, feed, run.local, run.algorithm),
-            states=ClientStates(world),
-            train=feed,
-            test=None if test is None else Feed(test, run.data, world.device, seed=run.seed),
-            split=split,
-            sizes=sizes,
-            tracker=NullTracker(),
-            checkpoints=checkpoints,
-            folder=folder,
-            liars=frozenset(liars.tolist()),
-        )
-        run_id = _resume(session) if run.resume == "auto" else None
-        if world.is_coordinator:
-            session.tracker = Tracker(
-                run.track,
-                folder,
-                to_dict(run),
-                name=folder.name,
-                total_rounds=run.rounds,
-                resume_round=session.rounds_done,
-                run_id=run_id,
-            )
-        return session
-
-    def _load_images(self, run: Run) -> tuple[Images, Images | None]:
-        train, test = self.images
-        if train is None:
-            return load(run.data)
-        images = from_dataset(train)
-        return images, None if test is None else from_dataset(test)
-
-    def _build(self, world: World, run: Run, train: Images) -> nn.Module:
-        known = {"classes": train.classes, "shape": train.shape, "sync": world.group_sum}
-        if self.module is None:
-            module = run.model.build(seed=run.seed, **known)  # type: ignore[arg-type]
-        else:
-            module = run.model.adapt(copy.deepcopy(self.module), **known)  # type: ignore[arg-type]
-        module = module.to(world.device)
-        if run.local.channels_last:
-            module = module.to(memory_format=torch.channels_last)
-        return module
+        with joined(self.config.topology) as world:
+            with _rejecting():
+                train, test = load_images(self.objects, self.config, world)
+                record = self.objects.record(self.config, train, test)
+                check_replay(self.config, record)
+            with run_directory(self.config, self.default_name, world, record) as (directory, config):
+                with _rejecting():
+                    s = assemble(config, world, directory, self.objects.module, train, test)
+                loop = run_asynchronous if isinstance(config.algorithm, AsynchronousAlgorithm) else run_rounds
+                finished = True
+                with _failing_tracker(s):
+                    try:
+                        loop(s)
+                    except Stopped:
+                        finished = False
+                    return _result(s, train, finished=finished)
 
 
-def _train(s: Session) -> bool:
-    """Collective. Train; return whether to the last round, or False when asked to stop."""
-    try:
-        (run_events if s.run.algorithm.asynchronous else run_rounds)(s)
-    except Stopped:
-        return False
-    return True
+def _result(s: Session, train: Images, *, finished: bool) -> Result:
+    """Collective. Write the final model, end the tracker, and return the result on every rank."""
+    s.send()
+    s.load_global_model()
+    history = read_rows(s.directory / "history.jsonl") if s.world.is_coordinator else []
+    model_file = s.directory / "model.safetensors" if finished else None
+    if s.world.is_coordinator and model_file:
+        save_model(s.flat.module, model_file, _model_metadata(s, train))
+    s.world.barrier()
+    last = {n: v for n, v in (history[-1] if history else {}).items() if n != "cohort"}
+    s.tracker.finish(model_file, last)
+    return Result(s.flat.module.eval(), history, s.directory, finished)
 
 
-def _resume(s: Session) -> str | None:
-    """Collective. Restore the newest whole checkpoint if there is one; returns its wandb run id."""
-    found, damaged = s.checkpoints.newest() if s.world.is_coordinator else (None, [])
-    for line in damaged:
-        print(f"warning: {line}", flush=True)
-    if damaged and found is None:
-        print(f"warning: no checkpoint of {s.folder} is whole; starting anew", flush=True)
-    name, facts = s.world.gather((found.folder.name, found.facts) if found else (None, {}))[0]
-    if name is not None:
-        s.restore(s.checkpoints.open(name, facts))
-        if s.world.is_coordinator:
-            print(f"resuming {s.folder} from {name}", flush=True)
-    noted = s.folder / WANDB_RUN  # newer than the checkpoint, if the run was killed before its first one
-    text = noted.read_text(errors="replace") if noted.exists() else ""
-    return text if re.fullmatch(r"\w+", text) else facts.get("wandb_run_id")
+def _model_metadata(s: Session, train: Images) -> dict[str, str]:
+    """Return what a user of the final model must know, for the header of its file."""
+    preprocessing = {
+        "size": train.shape[1:],
+        "channels": train.shape[0],
+        "mean": train.mean,
+        "std": train.std,
+    }
+    return {
+        "preprocessing": json.dumps(preprocessing),
+        "classes": json.dumps(train.class_names or list(map(str, range(train.classes)))),
+        "task": type(s.config.task).__name__,
+        "config_digest": digest(s.config),
+        "fedddp": version("fedddp"),
+        "torch": torch.__version__,
+    }
+
+
+def summarize(results: Sequence[Result], metric: str = "eval/accuracy") -> dict[str, float]:
+    """Return mean, standard deviation, minimum and maximum of a metric at the end of several runs.
+
+    Args:
+        results: of runs such as those of a sweep over seeds.
+        metric: a key of the history; the last round that has it counts.
+
+    Returns:
+        "runs", "mean", "std" (of a sample; 0 for one run), "min" and "max".
+
+    Raises:
+        ValueError: a run never recorded the metric.
+    """
+    values = []
+    for result in results:
+        recorded = [row[metric] for row in result.history if row.get(metric) is not None]
+        if not recorded:
+            raise ValueError(f"{result.folder} has no {metric} in its history; its rows have other metrics")
+        values.append(float(recorded[-1]))
+    if not values:
+        raise ValueError("results is empty; give one result or more")
+    spread = stdev(values) if len(values) > 1 else 0.0
+    return {"runs": len(values), "mean": fmean(values), "std": spread, "min": min(values), "max": max(values)}
+
+
+# ---- what surrounds a run ----
 
 
 @contextlib.contextmanager
-def _first_error_speaks(pulse: Pulse) -> Iterator[None]:
-    """Turn an error of the block that is not the world's first into an `AnotherRankFailedError`.
-
-    The launcher sends SIGTERM as soon as a rank is gone; whoever has yet to say why must not end by it.
-    """
+def _failing_tracker(s: Session) -> Iterator[None]:
+    """End the tracker as failed when the block raises; that may take long, so the error is counted first."""
     try:
         yield
-    except Exception as error:
-        if not pulse.first_to_fail():
-            raise AnotherRankFailedError from error
-        pulse.name_absent(error)
+    except BaseException:
+        s.world.report_failure()
+        s.tracker.finish(failed=True)
         raise
 
 
 @contextlib.contextmanager
-def _refusing() -> Iterator[None]:
-    """Make a ValueError of the block, in which nothing is trained yet, a refusal of the settings."""
+def _rejecting() -> Iterator[None]:
+    """Make a ValueError of the block, in which nothing is trained yet, a rejected configuration."""
     try:
         yield
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _relabelled(images: Images, split: Split, run: Run, liars: NDArray[np.int64]) -> Images:
-    """Return `images` with the labels that malicious clients train on; held-out ones stay true."""
-    if not len(liars):
-        return images
-    labels = images.labels.copy()
-    for client in liars.tolist():
-        mine, _ = holdout(split.indices(client), run.data.holdout, client, run.seed)
-        labels[mine] = run.attacks.relabel(labels[mine], images.classes)
-    return dataclasses.replace(images, labels=labels)
-
-
-@contextlib.contextmanager
-def _one_rank_first(world: World) -> Iterator[None]:
-    """Collective. Let one rank of each node run the block before the others (downloads, caches)."""
-    if world.local_rank == 0:
-        yield
-    world.barrier()
-    if world.local_rank != 0:
-        yield

@@ -1,7 +1,7 @@
-"""Randomness as an argument: every draw comes from a stream named by what it is for.
+"""Randomness as an argument: every draw comes from a stream that is named by its purpose.
 
-A stream depends on its name only, e.g. ``("visit", seed, round, client)``; never on the rank, the
-number of ranks or the order of draws elsewhere. That is what makes results equal for any world.
+A stream depends on its name only, e.g. ``("batches", seed, round, client, epoch)``; never on the rank, the
+number of ranks or the order of other draws. That is what makes results equal for any world.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+
+# The purpose is part of the hash: another word would draw other numbers, so these two keep their old ones.
+DROPOUT = "visit"
+FEATURE_SHIFT = "look"
 
 
 def stream_seed(*name: int | str) -> int:

@@ -6,9 +6,9 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 VENV=$ROOT/.venv
 NEEDED_GB=10 # torch with its GPU libraries takes 6; pip keeps its downloads beside them until it is done
 
-say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
+info() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 fail() {
-  say "$@"
+  info "$@"
   exit 1
 }
 
@@ -26,7 +26,7 @@ make_venv() {
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
-# Is the .venv whole, and does its pip install into it? (Not so after the checkout was moved or copied.)
+# Is the .venv intact, and does its pip install into it? (Not so after the checkout was moved or copied.)
 usable() {
   local pip_home
   [ ! -e "$VENV/unfinished" ] && new_enough "$VENV/bin/python" || return
@@ -40,14 +40,14 @@ create_venv() {
   free_gb=$(df -Pk "$ROOT" | awk 'NR == 2 { print int($4 / 1048576) }')
   [ "$free_gb" -ge "$NEEDED_GB" ] ||
     fail "the disk of $ROOT has $free_gb GB free, but the installation needs $NEEDED_GB GB; make room and try again"
-  say "making $VENV with $("$python" --version)"
+  info "making $VENV with $("$python" --version)"
   rm -rf "$VENV"
   mkdir "$VENV" && touch "$VENV/unfinished" && "$python" -m venv "$VENV" || fail "cannot make $VENV (see above)"
 }
 
 find_python() {
   local name without_venv=''
-  for name in python3.13 python3.12 python3.11 python3; do
+  for name in python3.14 python3.13 python3.12 python3.11 python3; do
     new_enough "$name" || continue
     if "$name" -c 'import ensurepip, venv' 2>/dev/null; then
       echo "$name"
@@ -63,7 +63,7 @@ find_python() {
 
 install_project() {
   local log=$VENV/install.log
-  say "installing fedddp and what it needs (2-3 minutes the first time; pip writes to $log)"
+  info "installing fedddp and what it needs (2-3 minutes the first time; pip writes to $log)"
   (cd "$ROOT" && "$VENV/bin/python" -m pip install --disable-pip-version-check --editable ".${1:+[$1]}") 2>&1 |
     tee "$log" | show_progress >&2 || explain_failure "$log"
 }

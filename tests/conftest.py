@@ -1,4 +1,4 @@
-"""What every test must leave as it found it."""
+"""Fixtures of all tests: an empty folder, the same environment afterwards, no dashboards."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ def no_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         os.environ.pop(name, None)
         if name in before:
             os.environ[name] = before[name]
-    # torchvision sets one of them when it is imported (by way of torch's compiler), scikit-learn two.
+    # Importing torchvision sets the third (by way of torch's compiler), importing scikit-learn the last two.
     allowed = {"PYTEST_CURRENT_TEST", "GLOO_SOCKET_IFNAME", "TORCHINDUCTOR_CACHE_DIR"}
     allowed |= {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
     assert changed <= allowed, changed
-    dist = sys.modules.get(
-        "torch.distributed"
-    )  # not imported here, where xdist's controller would wait for it
+    # Not imported here, where xdist's controller would wait for it.
+    dist = sys.modules.get("torch.distributed")
     assert not (dist and dist.is_initialized()), "a process group was left behind"
 
 

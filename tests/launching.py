@@ -1,4 +1,4 @@
-"""A real torchrun around a method that a test writes for it; and commands on the ranks of a test."""
+"""Run an algorithm that a test writes under a real torchrun, and commands on the ranks of a test."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ ROOT = Path(__file__).parent.parent
 
 def torchrun(
     folder: Path,
-    method: str,
+    algorithm: str,
     command: str,
     *options: str,
     ranks: int = 2,
     timeout_s: float = 150,
     strike: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `fedddp COMMAND` in `folder` on `ranks` ranks, with `method` as the module `mine`.
+    """Run `fedddp COMMAND` in `folder` on `ranks` ranks, with `algorithm` as the module `mine`.
 
     Args:
         folder: where the module is written and the command runs.
-        method: source of the module.
+        algorithm: source of the module.
         command: what follows `fedddp`.
         options: of torchrun.
-        strike: the variable STRIKE, by which the module knows what to do to whom.
-        ranks: of this machine.
+        ranks: processes, on this machine.
         timeout_s: seconds after which the launcher is killed.
+        strike: the variable STRIKE, from which the module reads which fault to cause on which rank.
     """
-    (folder / "mine.py").write_text(method)
+    (folder / "mine.py").write_text(algorithm)
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options)
     return subprocess.run(
         [sys.executable, *launcher, "-m", "fedddp", *shlex.split(command)],

@@ -1,33 +1,36 @@
-"""Every method again, in a few lines of float64 on one process, from the papers' equations alone."""
+"""Every algorithm again, in a few lines of float64 on one process, from the papers' equations alone."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.data import Dataset
 
-from fedddp import Run
+from fedddp import Config
 from fedddp.data.datasets import Images, from_dataset
 from fedddp.rng import stream
 from fedddp.tasks.classification import Classification
 
 ROUNDS, CLIENTS, COHORT = 3, 5, 3
 
+Indices = NDArray[np.int64]
 
-class Pixels(torch.utils.data.Dataset):  # type: ignore[type-arg]
+
+class Pixels(Dataset[tuple[Tensor, int]]):
     """36 images of 3 x 3 in 3 classes."""
 
     def __init__(self) -> None:
-        random = np.random.default_rng(0)
-        self.pixels = torch.from_numpy(random.integers(0, 256, (36, 1, 3, 3), dtype=np.uint8))
-        self.targets = random.integers(0, 3, 36).tolist()
+        rng = np.random.default_rng(0)
+        self.pixels = torch.from_numpy(rng.integers(0, 256, (36, 1, 3, 3), dtype=np.uint8))
+        self.targets: list[int] = rng.integers(0, 3, 36).tolist()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -66,7 +69,7 @@ class Quadratic(Classification):
         return (0.5 * curvature * (outputs[:, 0] - minimum).square()).sum()
 
 
-class TwoExamples(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class TwoExamples(Dataset[tuple[Tensor, int]]):
     """One of each target."""
 
     def __init__(self) -> None:
@@ -84,26 +87,27 @@ NORM = slice(40, 48)
 
 
 class Reference:
-    """The data and the local training of `run`, in float64 and without fedddp's own loops."""
+    """The data and the local training of a run, in float64 and without fedddp's own loops."""
 
-    def __init__(self, run: Run, norm: bool = False, clients: int = CLIENTS) -> None:
+    def __init__(self, config: Config, norm: bool = False, clients: int = CLIENTS) -> None:
         images: Images = from_dataset(Pixels())
         assert images.pixels is not None
         x = images.pixels.double() / 255
         self.x = (x - images.mean[0]) / images.std[0]
         self.y = torch.from_numpy(images.labels)
-        self.split = run.data.partition.split(images.labels, clients, run.seed)
-        self.run, self.local = run, run.local
+        self.split = config.data.partition.split(images.labels, clients, config.seed)
+        self.config, self.local = config, config.local
         self.net = net(norm).double()
         self.w0 = parameters_to_vector(self.net.parameters()).detach().clone()
         self.b0 = self.buffers()
-        self.b = self.b0  # of the last visit
+        self.b = self.b0  # after the last local training
         self.round = 0
 
     @property
     def lr(self) -> float:
         """η of this round."""
-        return self.local.lr_at(self.round, ROUNDS)
+        lr: float = self.local.lr_at(self.round, ROUNDS)
+        return lr
 
     def buffers(self) -> Tensor:
         floats = [b.flatten() for b in self.net.buffers() if b.dtype.is_floating_point]
@@ -112,12 +116,13 @@ class Reference:
     def set(self, w: Tensor, b: Tensor | None = None) -> None:
         vector_to_parameters(w, self.net.parameters())
         if b is not None and len(b):
-            self.net[2].running_mean.copy_(b[:4])
-            self.net[2].running_var.copy_(b[4:])
+            statistics = dict(self.net[2].named_buffers())
+            statistics["running_mean"].copy_(b[:4])
+            statistics["running_var"].copy_(b[4:])
 
     def cohorts(self) -> Iterator[list[int]]:
         for self.round in range(ROUNDS):
-            yield self.run.cohort.sample(CLIENTS, self.run.seed, self.round).tolist()
+            yield self.config.cohort.sample(CLIENTS, self.config.seed, self.round).tolist()
 
     def n(self, client: int) -> int:
         return len(self.split.indices(client))
@@ -126,11 +131,11 @@ class Reference:
         total = sum(map(self.n, cohort))
         return [self.n(k) / total for k in cohort]
 
-    def batches(self, client: int) -> Iterator[np.ndarray]:
+    def batches(self, client: int) -> Iterator[Indices]:
         step, epoch, size = 0, 0, self.local.batch_size
         while epoch < self.local.epochs if self.local.steps is None else step < self.local.steps:
-            order = stream("batches", self.run.seed, self.round, client, epoch)
-            indices = order.permutation(self.split.indices(client))
+            rng = stream("batches", self.config.seed, self.round, client, epoch)
+            indices = rng.permutation(self.split.indices(client))
             for start in range(0, len(indices), size):
                 if step == self.local.steps:
                     return
@@ -148,7 +153,7 @@ class Reference:
         w: Tensor,
         client: int,
         correct: Callable[[Tensor], Tensor | float] = lambda w: 0.0,
-        extra: Callable[[np.ndarray], Tensor | float] = lambda chosen: 0.0,
+        extra: Callable[[Indices], Tensor | float] = lambda chosen: 0.0,
         b: Tensor | None = None,
         make: Callable[[Tensor], torch.optim.Optimizer] | None = None,
     ) -> tuple[Tensor, int]:
@@ -163,13 +168,25 @@ class Reference:
             self.set(weights.detach().clone())
             self.net.train().zero_grad()
             objective = F.cross_entropy(self.net(self.x[chosen]), self.y[chosen]) + extra(chosen)
-            objective.backward()
-            gradient = torch.cat([p.grad.flatten() for p in self.net.parameters()])
-            weights.grad = gradient + correct(weights.detach())
+            backward(objective)
+            weights.grad = gradient(self.net) + correct(weights.detach())
             optimizer.step()
             steps += 1
         self.b = self.buffers()
         return weights.detach().clone(), steps
+
+
+def pull(strength: float, x: Tensor, constant: Tensor | float = 0.0) -> Callable[[Tensor], Tensor]:
+    """Return w -> strength (w − x) + constant, which is added to gradients."""
+    return lambda w: strength * (w - x) + constant
+
+
+def backward(objective: Tensor) -> None:
+    objective.backward()  # type: ignore[no-untyped-call]
+
+
+def gradient(module: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
 def mean(vectors: list[Tensor], weights: list[float] | None = None) -> Tensor:
@@ -182,7 +199,7 @@ def fedavg(r: Reference, mu: float = 0.0, lr: float = 1.0, beta: float = 0.0) ->
     for cohort in r.cohorts():
         updates, bs = [], []
         for k in cohort:
-            updates.append(r.train(x, k, lambda w, x=x: mu * (w - x), b=b)[0] - x)
+            updates.append(r.train(x, k, pull(mu, x), b=b)[0] - x)
             bs.append(r.b)
         v = beta * v - mean(updates, r.p(cohort))
         x, b = x - lr * v, mean(bs, r.p(cohort))
@@ -214,12 +231,13 @@ def server_adam(r: Reference, lr: float, betas: tuple[float, float]) -> Tensor:
 
 
 def scaffold(r: Reference, lr: float) -> Tensor:
-    x, c, own = r.w0, torch.zeros_like(r.w0), {}
+    x, c = r.w0, torch.zeros_like(r.w0)
+    own: dict[int, Tensor] = {}
     for cohort in r.cohorts():
         updates, changes = [], []
         for k in cohort:
             c_k = own.get(k, torch.zeros_like(x))
-            y, steps = r.train(x, k, lambda w, c=c, c_k=c_k: c - c_k)
+            y, steps = r.train(x, k, pull(0.0, x, c - c_k))
             own[k] = c_k - c + (x - y) / (steps * r.lr)
             updates.append(y - x)
             changes.append(own[k] - c_k)
@@ -229,12 +247,13 @@ def scaffold(r: Reference, lr: float) -> Tensor:
 
 
 def feddyn(r: Reference, alpha: float) -> Tensor:
-    x, h, own = r.w0, torch.zeros_like(r.w0), {}
+    x, h = r.w0, torch.zeros_like(r.w0)
+    own: dict[int, Tensor] = {}
     for cohort in r.cohorts():
         ys = []
         for k in cohort:
             dual = own.get(k, torch.zeros_like(x))
-            y, _ = r.train(x, k, lambda w, x=x, dual=dual: -dual + alpha * (w - x))
+            y, _ = r.train(x, k, pull(alpha, x, -dual))
             own[k] = dual - alpha * (y - x)
             ys.append(y)
         h = h - alpha / CLIENTS * sum(y - x for y in ys)
@@ -247,7 +266,7 @@ def fednova(r: Reference, mu: float = 0.0) -> Tensor:
     for cohort in r.cohorts():
         directions, a, bs = [], [], []
         for k in cohort:
-            y, steps = r.train(x, k, lambda w, x=x: mu * (w - x), b=b)
+            y, steps = r.train(x, k, pull(mu, x), b=b)
             bs.append(r.b)
             if mu:  # the paper's forms, for momentum and for prox
                 a_k = sum((1 - eta * mu) ** i for i in range(steps))
@@ -304,27 +323,29 @@ def sync_sgd(r: Reference) -> Tensor:
         together = np.concatenate([next(iter(r.batches(k))) for k in cohort])
         r.set(x)
         r.net.zero_grad()
-        F.cross_entropy(r.net(r.x[together]), r.y[together]).backward()
-        x = x - r.local.lr * torch.cat([p.grad.flatten() for p in r.net.parameters()])
+        backward(F.cross_entropy(r.net(r.x[together]), r.y[together]))
+        x = x - r.local.lr * gradient(r.net)
     return x
 
 
 def moon(r: Reference, mu: float, temperature: float) -> Tensor:
-    x, b, previous = r.w0, r.b0, {}
+    x, b = r.w0, r.b0
+    previous: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def frozen(w: Tensor, b: Tensor, chosen: np.ndarray) -> Tensor:
+    def frozen(w: Tensor, b: Tensor, chosen: Indices) -> Tensor:
         other = copy.copy(r)
         other.net = copy.deepcopy(r.net)
         other.set(w, b)
-        return other.net.eval()[:-1](r.x[chosen]).detach()
+        features: Tensor = other.net.eval()[:-1](r.x[chosen])
+        return features.detach()
 
     for cohort in r.cohorts():
         ys, bs = [], []
         for k in cohort:
-            models = [(x, b), previous.get(k)]
+            models = [(x, b), *([previous[k]] if k in previous else [])]
 
-            def term(chosen: np.ndarray, models: list[Any] = models) -> Tensor | float:
-                if models[1] is None:
+            def term(chosen: Indices, models: list[tuple[Tensor, Tensor]] = models) -> Tensor | float:
+                if len(models) == 1:
                     return 0.0
                 near, far = (frozen(*model, chosen) for model in models)
                 body = r.net[:-1]  # whose statistics count each batch once
@@ -344,9 +365,10 @@ def moon(r: Reference, mu: float, temperature: float) -> Tensor:
     return torch.cat([x, b])
 
 
-def local_layers(r: Reference, where: slice, buffers: bool) -> tuple[Tensor, dict[int, Tensor]]:
-    x, own, own_b = r.w0, {}, {}
-    b = r.b0
+def local_layers(r: Reference, where: slice, *, buffers: bool) -> tuple[Tensor, dict[int, Tensor]]:
+    x, b = r.w0, r.b0
+    own: dict[int, Tensor] = {}
+    own_b: dict[int, Tensor] = {}
     for cohort in r.cohorts():
         ys, bs = [], []
         for k in cohort:
@@ -365,11 +387,12 @@ def local_layers(r: Reference, where: slice, buffers: bool) -> tuple[Tensor, dic
 
 
 def ditto(r: Reference, lam: float) -> tuple[Tensor, dict[int, Tensor]]:
-    x, own = r.w0, {}
+    x = r.w0
+    own: dict[int, Tensor] = {}
     for cohort in r.cohorts():
         ys = []
         for k in cohort:
-            own[k] = r.train(own.get(k, x), k, lambda v, x=x: lam * (v - x))[0]
+            own[k] = r.train(own.get(k, x), k, pull(lam, x))[0]
             ys.append(r.train(x, k)[0])
         x = mean(ys, r.p(cohort))
     return x, own

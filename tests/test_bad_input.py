@@ -1,4 +1,4 @@
-"""Bad input gets one line: what is wrong, its value, the rule and the way out; nothing is lost."""
+"""Bad input gets one line with the key, its value, the rule and the fix; nothing on disk is lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 from fedddp.cli import main
 
 FEW = "--data.clients 2 --cohort.size 1"
-TRIAL = "--data.examples 200 --track.with [] --track.progress false --rounds 2"
+TRIAL = "--data.examples 200 --tracking.trackers [] --tracking.progress false --rounds 2"
 
 
 def users_labels_out_of_range(root: str, train: bool) -> Dataset[object]:
@@ -36,6 +36,7 @@ def prepare(folder: Path) -> None:
     (folder / "prox.yaml").write_text("algorithm: {name: FedProx, mu: 0.5}\n")
     (folder / "nameless.yaml").write_text("algorithm: {mu: 0.5}\n")
     (folder / "typo.yaml").write_text("local: {learning_rate: 0.1}\n")
+    (folder / "before.yaml").write_text("track: {with: []}\n")
     (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
     (folder / "file").write_text("not a folder")
     (folder / "empty").mkdir()
@@ -55,14 +56,14 @@ def prepare(folder: Path) -> None:
     (folder / "images" / "train" / "cat" / "1.png").write_bytes(b"not a picture")
 
 
-# command, exit code, what the line must say: the key or file, the value, the rule or way out
+# command, exit code, and words of the line: the key or file, the value, the rule or fix
 TABLE: list[tuple[str, int, tuple[str, ...]]] = [
     ("", 2, ()),
     ("compare", 2, ("give recipes", "compare-paradigms")),
     ("compare digitz", 2, ("unknown recipe 'digitz'", "Did you mean 'digits'")),
     ("compare empty", 2, ("empty holds no runs", "folder of them")),
     ("compare never-trained", 1, ("never-trained is no run directory", "history.jsonl")),
-    ("compare torn", 1, ("torn/config.yaml is damaged",)),
+    ("compare torn", 1, ("torn/config.yaml is corrupt",)),
     ("compare torn --rounds 3", 2, ("--rounds is for runs that are trained", "leave it out")),
     ("compare two-datas.yaml", 2, ("compare.b.data is set for one run", "set data at the top")),
     ("compare one-word.yaml", 2, ("compare must hold a name and sections", "FedProx")),
@@ -87,18 +88,24 @@ TABLE: list[tuple[str, int, tuple[str, ...]]] = [
     ("run nameless.yaml", 2, ("'algorithm.mu'", "FedProx", "not of FedAvg")),
     ("run prox.yaml --algorithm FedAvg --algorithm.mu 1", 2, ("'algorithm.mu'", "FedProx", "not of FedAvg")),
     ("run digits --lr 3", 2, ("'lr'", "Did you mean 'local.lr'?")),
-    ("run digits --model resnet18", 2, ("model has settings of its own, got 'resnet18'", "model.name")),
+    ("run digits --model resnet18", 2, ("model has settings of its own, got resnet18", "model.name")),
     ("run digits --data.partition.alpha x", 2, ("data.partition.alpha must be a number, got x",)),
     ("run digits --local.steps few", 2, ("local.steps must be a whole number or null, got few",)),
     ("run digits --data.download maybe", 2, ("data.download must be true or false, got maybe",)),
-    ("run digits --track.with wandb", 2, ("track.with must be a list, as in [a, b], got wandb",)),
+    (
+        "run digits --tracking.trackers wandb",
+        2,
+        ("tracking.trackers must be a list, as in [a, b], got wandb",),
+    ),
+    ("run digits --track.with []", 2, ("track.with is now tracking.trackers",)),
+    ("run before.yaml", 2, ("track is now tracking",)),
     ("run digits --rounds", 2, ("--rounds has no value",)),
     ("run digits rounds=3", 2, ("'rounds=3'", "--section.key value")),
     ("run digits --algorithm fedprox", 2, ("unknown name 'fedprox'", "Did you mean 'FedProx'?")),
     (
         "run digits --algorithm pathlib.Path",
         2,
-        ("'pathlib.Path' is not a subclass of fedddp.algorithms.algorithm.Method",),
+        ("'pathlib.Path' is not a subclass of fedddp.algorithms.algorithm.Algorithm",),
     ),
     ("run digits --round 3", 2, ("'round'", "Did you mean 'rounds'")),
     ("run digits --local.epoch 3", 2, ("local.epoch", "Did you mean 'local.epochs'")),
@@ -134,7 +141,7 @@ TABLE: list[tuple[str, int, tuple[str, ...]]] = [
     ("run digits --topology.ranks_per_client 2", 2, ("topology.ranks_per_client=2", "1", "--nproc-per-node")),
     ("run digits --topology.coordinator dedicated", 2, ("topology.coordinator=dedicated", "2 ranks")),
     ("run digits --topology.device cuda", 2, ("topology.device=cuda", "no GPU")),
-    ("run digits --track.with [wandbb]", 2, ("track.with", "wandbb")),
+    ("run digits --tracking.trackers [wandbb]", 2, ("tracking.trackers", "wandbb")),
     ("run digits --output file", 2, ("file", "--output")),
     ("run digits --name a/b", 2, ("name", "a/b", "output")),
     ("run digits --checkpoint.every 0", 2, ("checkpoint.every must be >= 1, got 0",)),
@@ -152,7 +159,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("command", "code", "words"), TABLE, ids=[row[0] or "(nothing)" for row in TABLE])
-def test_one_line_names_what_is_wrong_and_the_way_out(
+def test_one_line_names_the_key_the_value_the_rule_and_the_fix(
     command: str, code: int, words: tuple[str, ...], folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if "cuda" in command and torch.cuda.is_available():
@@ -171,7 +178,7 @@ def test_one_line_names_what_is_wrong_and_the_way_out(
     assert (folder / "file").read_text() == "not a folder"
 
 
-def test_a_taken_name_and_changed_settings_leave_the_run_alone(
+def test_a_taken_name_and_changed_settings_do_not_change_the_run(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def run(arguments: str) -> tuple[object, str]:
@@ -193,7 +200,7 @@ def test_a_taken_name_and_changed_settings_leave_the_run_alone(
         assert (tmp_path / "runs" / "one" / "history.jsonl").read_bytes() == history
 
 
-def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(
+def test_a_full_disk_is_reported_and_the_checkpoint_before_it_stays(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if os.system("mkdir small && mount -t tmpfs -o size=9m tmpfs small 2>/dev/null") != 0:

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, and never another model's."""
+"""Checkpoints: written in full or not at all, verified on reading, and never another model's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedddp.distributed.launch import connect
-from fedddp.distributed.topology import Topology
+from fedddp.distributed.topology import TopologyConfig
 from fedddp.models.flat import FlatModel
 from fedddp.storage.checkpoint import Checkpoints, load_into, save_model
 from fedddp.testing import run_world
@@ -29,12 +29,13 @@ class Tied(nn.Module):
         self.bn = nn.BatchNorm1d(3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.b(self.a(x)))
+        normalized: Tensor = self.bn(self.b(self.a(x)))
+        return normalized
 
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Checkpoints:
-    world = connect(Topology())
+    world = connect(TopologyConfig())
     world.close()
     return Checkpoints(tmp_path / "checkpoints", 2, world)
 
@@ -46,14 +47,14 @@ def save(checkpoints: Checkpoints, name: str, value: float) -> None:
     checkpoints.save(name, model, state, {"round": int(value)}, lambda folder: [])
 
 
-def test_the_newest_is_found_and_old_ones_go(checkpoints: Checkpoints) -> None:
+def test_the_newest_checkpoint_is_found_and_old_ones_are_deleted(checkpoints: Checkpoints) -> None:
     for number in (1, 2, 3):
         save(checkpoints, f"round-{number:05d}", number)
-    found, damaged = checkpoints.newest()
+    found, corrupt = checkpoints.newest()
     assert found is not None
     assert found.folder.name == "round-00003"
-    assert not damaged
-    assert found.facts["round"] == 3
+    assert not corrupt
+    assert found.metadata["round"] == 3
     assert found.tensors("state.safetensors")["server.v"].tolist() == [3.0] * 3
     assert found.tensors("model.safetensors")["weight"].eq(3).all()
     assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["round-00002", "round-00003"]
@@ -70,56 +71,56 @@ def test_a_round_stopped_in_the_middle_is_newer_than_the_round_before(
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
-def test_a_damaged_checkpoint_is_passed_over_and_named(
-    checkpoints: Checkpoints, file: str, damage: str
+@pytest.mark.parametrize("corruption", ["cut", "flip", "deleted"])
+def test_a_corrupt_checkpoint_is_set_aside_and_reported(
+    checkpoints: Checkpoints, file: str, corruption: str
 ) -> None:
     save(checkpoints, "round-00001", 1)
     save(checkpoints, "round-00002", 2)
     path = checkpoints.folder / "round-00002" / file
     data = bytearray(path.read_bytes())
-    if damage == "gone":
+    if corruption == "deleted":
         path.unlink()
     else:
         data[len(data) // 2] ^= 0x5A
-        path.write_bytes(data[: len(data) // 2] if damage == "cut" else data)
-    found, damaged = checkpoints.newest()
+        path.write_bytes(data[: len(data) // 2] if corruption == "cut" else data)
+    found, corrupt = checkpoints.newest()
     assert found is not None
     assert found.folder.name == "round-00001"
-    assert len(damaged) == 1
-    assert "round-00002 is damaged" in damaged[0]
-    assert "set aside as .damaged-1-round-00002" in damaged[0]
-    # The name is free again: the run that goes on from round 1 gets there once more.
+    assert len(corrupt) == 1
+    assert "round-00002 is corrupt" in corrupt[0]
+    assert "set aside as .corrupt-1-round-00002" in corrupt[0]
+    # The name is free again: the run that resumes from round 1 reaches round 2 once more.
     save(checkpoints, "round-00002", 2)
-    again, damaged = checkpoints.newest()
+    again, corrupt = checkpoints.newest()
     assert again is not None
-    assert (again.folder.name, damaged) == ("round-00002", [])
+    assert (again.folder.name, corrupt) == ("round-00002", [])
 
 
-def test_age_is_a_number_and_strangers_are_no_checkpoints(checkpoints: Checkpoints) -> None:
+def test_checkpoints_sort_by_number_and_other_folders_are_ignored(checkpoints: Checkpoints) -> None:
     for number in (99999, 100000):
         save(checkpoints, f"round-{number:05d}", number)
-    for stranger in ("round-100000 (copy)", "notes", "zzz"):
-        (checkpoints.folder / stranger).mkdir()
-    (checkpoints.folder / "round-200000").write_text("a file of that name is damaged, not whole")
-    found, damaged = checkpoints.newest()
+    for other in ("round-100000 (copy)", "notes", "zzz"):
+        (checkpoints.folder / other).mkdir()
+    (checkpoints.folder / "round-200000").write_text("a file of that name is a corrupt checkpoint")
+    found, corrupt = checkpoints.newest()
     assert found is not None
     assert found.folder.name == "round-100000"
-    assert len(damaged) == 1
-    assert "round-200000" in damaged[0]
+    assert len(corrupt) == 1
+    assert "round-200000" in corrupt[0]
 
 
-def test_only_files_that_were_written_are_read(checkpoints: Checkpoints) -> None:
+def test_only_files_that_the_checkpoint_wrote_are_read(checkpoints: Checkpoints) -> None:
     save(checkpoints, "round-00001", 1)
     (checkpoints.folder / "round-00001" / "clients-00009.safetensors").write_bytes(b"of another run")
-    found, damaged = checkpoints.newest()
+    found, corrupt = checkpoints.newest()
     assert found is not None
-    assert not damaged
+    assert not corrupt
     assert found.files("clients-*.safetensors") == []
     assert found.tensors("clients-00009.safetensors") == {}
 
 
-def test_saving_again_leaves_a_whole_checkpoint_alone_and_replaces_a_damaged_one(
+def test_saving_again_keeps_an_intact_checkpoint_and_replaces_a_corrupt_one(
     checkpoints: Checkpoints,
 ) -> None:
     save(checkpoints, "round-00001", 1)
@@ -129,15 +130,15 @@ def test_saving_again_leaves_a_whole_checkpoint_alone_and_replaces_a_damaged_one
     assert path.stat().st_ino == before
     path.write_bytes(path.read_bytes()[:-1])
     save(checkpoints, "round-00001", 1)
-    found, damaged = checkpoints.newest()
+    found, corrupt = checkpoints.newest()
     assert found is not None
-    assert not damaged
+    assert not corrupt
 
 
-def test_what_a_kill_left_behind_is_cleaned_up(checkpoints: Checkpoints) -> None:
+def test_partial_files_of_a_killed_run_are_deleted(checkpoints: Checkpoints) -> None:
     for leftover in (".round-00007.part", ".round-00001.part"):
         (checkpoints.folder / leftover).mkdir(parents=True)
-        (checkpoints.folder / leftover / "clients-00003.safetensors").write_bytes(b"half")
+        (checkpoints.folder / leftover / "clients-00003.safetensors").write_bytes(b"partial")
     assert checkpoints.newest() == (None, [])
     save(checkpoints, "round-00001", 1)
     assert [p.name for p in checkpoints.folder.iterdir()] == ["round-00001"]
@@ -146,14 +147,14 @@ def test_what_a_kill_left_behind_is_cleaned_up(checkpoints: Checkpoints) -> None
     assert found.files("clients-*") == []
 
 
-def test_nothing_whole_is_nothing_found(checkpoints: Checkpoints) -> None:
+def test_without_an_intact_checkpoint_none_is_found(checkpoints: Checkpoints) -> None:
     assert checkpoints.newest() == (None, [])
     save(checkpoints, "round-00001", 1)
     shutil.rmtree(checkpoints.folder / "round-00001")
     assert checkpoints.newest() == (None, [])
 
 
-def test_a_failed_save_leaves_the_earlier_one(checkpoints: Checkpoints) -> None:
+def test_a_failed_save_keeps_the_earlier_checkpoint(checkpoints: Checkpoints) -> None:
     save(checkpoints, "round-00001", 1)
 
     def full(_: Path) -> list[Path]:
@@ -161,15 +162,15 @@ def test_a_failed_save_leaves_the_earlier_one(checkpoints: Checkpoints) -> None:
 
     with pytest.raises(OSError, match=r"round-00002: No space left on device; make room"):
         checkpoints.save("round-00002", nn.Linear(2, 2), {}, {}, full)
-    found, damaged = checkpoints.newest()
+    found, corrupt = checkpoints.newest()
     assert found is not None
     assert found.folder.name == "round-00001"
-    assert not damaged
+    assert not corrupt
     assert [p.name for p in checkpoints.folder.iterdir()] == ["round-00001"]
 
 
 def _save_in_a_world(folder: Path, full: int | str | None) -> str:
-    world = connect(Topology())
+    world = connect(TopologyConfig())
     if full == "coordinator's model" and world.rank == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
@@ -188,18 +189,18 @@ def _save_in_a_world(folder: Path, full: int | str | None) -> str:
 
 
 @pytest.mark.parametrize("full", [None, 0, 1, "coordinator's model"])
-def test_all_ranks_write_or_all_learn_that_one_could_not(tmp_path: Path, full: int | str | None) -> None:
-    told = run_world(_save_in_a_world, tmp_path / "checkpoints", full, size=2)
+def test_all_ranks_save_or_all_raise_the_same_error(tmp_path: Path, full: int | str | None) -> None:
+    reported = run_world(_save_in_a_world, tmp_path / "checkpoints", full, size=2)
     if full is None:
-        assert told == ["saved"] * 2
+        assert reported == ["saved"] * 2
         assert len(list((tmp_path / "checkpoints" / "round-00001").glob("clients-*"))) == 2
     else:
-        assert told[0] == told[1]
-        assert re.match(r"cannot write checkpoint .*(No space left|File too large).*; make room", told[0])
+        assert reported[0] == reported[1]
+        assert re.match(r"cannot write checkpoint .*(No space left|File too large).*; make room", reported[0])
         assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_the_model_file_loads_into_the_plain_module(tmp_path: Path) -> None:
+def test_model_safetensors_loads_into_a_plain_module(tmp_path: Path) -> None:
     module = Tied()
     FlatModel(module).params.uniform_()
     save_model(module, tmp_path / "model.safetensors")
@@ -223,6 +224,6 @@ def test_the_model_file_loads_into_the_plain_module(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_another_models_checkpoint_is_refused(tensors: dict[str, Tensor], words: str) -> None:
+def test_a_checkpoint_of_another_model_is_rejected(tensors: dict[str, Tensor], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         load_into(nn.Linear(2, 2), tensors)

@@ -1,4 +1,4 @@
-"""Runs side by side: what the numbers are, what is the same in all, what is trained and what is only read."""
+"""Comparisons: their numbers, the settings that all runs share, and what is trained or only read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import yaml
 from launching import type_on_this_rank
 from PIL import Image
 
-from fedddp import FedAvg, Server, Total
+from fedddp.algorithms import AggregatedUpdate, FedAvg, ServerState
 from fedddp.cli import STOPPED, main
 from fedddp.reporting.curves import differing, over_seeds, read
 from fedddp.reporting.render import cells, target_of, write
@@ -32,14 +32,14 @@ data: {dataset: digits, examples: 200, clients: 4}
 model: {name: 2nn}
 cohort: {size: 2}
 local: {epochs: 2, batch_size: 10, lr: 0.1}
-track: {with: [], progress: false}
+tracking: {trackers: [], progress: false}
 rounds: 3
 compare:
 """
 
 
 def make_run(folder: Path, rows: Sequence[dict[str, Any]], finished: bool = True, **settings: Any) -> Path:
-    """Leave on disk what a run leaves."""
+    """Write a run directory."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     lines = [json.dumps({"round": number, **row}) + "\n" for number, row in enumerate(rows, 1)]
@@ -71,7 +71,9 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
-def test_axes_add_up_and_the_race_ends_at_the_first_evaluation_that_is_good_enough(tmp_path: Path) -> None:
+def test_axes_are_summed_up_to_the_first_evaluation_that_reaches_the_accuracy(
+    tmp_path: Path,
+) -> None:
     rows = [row(None), row(0.5), row(None), row(0.91), row(None), row(0.89)]
     curve = read(make_run(tmp_path / "run", rows))
     assert curve.reach(0.9) == {
@@ -82,14 +84,14 @@ def test_axes_add_up_and_the_race_ends_at_the_first_evaluation_that_is_good_enou
         "wall s": 12.0,
     }
     assert cells([curve], 0.9)[1] == [
-        *("run", "89.00 %", "4 / 6", "400 / 600", "6 kB / 9 kB", "8 / 12", "12 / 18", "–", "–"),
+        *("run", "89.00 %", "4 / 6", "400 / 600", "6.00 kB / 9.00 kB", "8 / 12", "12 / 18", "–", "–"),
     ]
-    assert cells([curve], 0.9, totals=False)[1][2:7] == ["4", "400", "6 kB", "8", "12"]
+    assert cells([curve], 0.9, totals=False)[1][2:7] == ["4", "400", "6.00 kB", "8", "12"]
     assert cells([curve], 0.95)[1][2] == "– / 6", "never reached"
     assert target_of([curve]) == 0.86, "95 % of 91 %, in whole percent"
 
 
-def test_what_a_run_does_not_know_is_left_open(tmp_path: Path) -> None:
+def test_cells_without_a_measurement_show_a_dash(tmp_path: Path) -> None:
     wall = [{k: v for k, v in row(0.5).items() if k != "time/virtual"}]
     curve = read(make_run(tmp_path / "run", wall, finished=False))
     assert curve.name == "run (unfinished)"
@@ -130,7 +132,21 @@ def test_runs_that_differ_in_the_seed_alone_become_one_curve(tmp_path: Path) -> 
     assert len(twice) == 2, "the same seed twice is not a mean over seeds"
 
 
-def test_all_get_data_seed_and_budget_of_the_first(tmp_path: Path) -> None:
+def test_runs_of_different_modules_of_the_users_are_no_repetitions(tmp_path: Path) -> None:
+    for seed, layers in enumerate(("Small", "Large")):
+        module = {"class": f"lab.{layers}", "parameters": 10 + seed, "digest": f"{seed:016x}"}
+        make_run(
+            tmp_path / layers,
+            [row(0.5), row(0.8)],
+            seed=seed,
+            algorithm={"name": "FedAvg", "lr": 1.0},
+            objects={"module": module},
+        )
+    curves = over_seeds([read(folder) for folder in sorted(tmp_path.iterdir())])
+    assert [curve.name for curve in curves] == ["Large", "Small"]
+
+
+def test_all_runs_have_the_data_the_seed_and_the_budget_of_the_first(tmp_path: Path) -> None:
     runs = "  FedAvg: {}\n  SyncSGD: {algorithm: SyncSGD, local: {steps: 1}}\n"
     Path("mine.yaml").write_text(SMALL + runs)
     compare("mine.yaml", "--seed", "3")
@@ -151,8 +167,8 @@ def test_all_get_data_seed_and_budget_of_the_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_ranks_train_one_run_after_the_other() -> None:
-    small = "--rounds 1 --data.examples 300 --track.with []"
+def test_all_ranks_train_one_run_after_another() -> None:
+    small = "--rounds 1 --data.examples 300 --tracking.trackers []"
     command = f"compare compare-paradigms {small}"
     (code, printed), (other_code, _) = run_world(type_on_this_rank, command, size=2, timeout_s=100)
     assert (code, other_code) == (0, 0), printed
@@ -163,10 +179,9 @@ def test_ranks_train_one_run_after_the_other() -> None:
         assert f"\n{name} " in (folder / "comparison.md").read_text().replace("| ", "\n")
 
 
-def test_recipes_take_over_the_data_of_the_first_and_flags_are_for_all() -> None:
-    small = (
-        "--data.examples 300 --data.clients 12 --rounds 1 --track.with [] --track.progress false --output OUT"
-    )
+def test_recipes_use_the_data_of_the_first_and_flags_are_for_all() -> None:
+    small = "--data.examples 300 --data.clients 12 --rounds 1 --output OUT"
+    small += " --tracking.trackers [] --tracking.progress false"
     compare("digits", "digits-fedprox", "digits-fedbuff", *small.split())
     split = [yaml.safe_load(Path(f"OUT/{n}/config.yaml").read_text()) for n in ("digits", "digits-fedprox")]
     assert split[0]["data"] == split[1]["data"]
@@ -174,7 +189,7 @@ def test_recipes_take_over_the_data_of_the_first_and_flags_are_for_all() -> None
     assert split[1]["algorithm"]["name"] == "FedProx"
 
 
-def test_another_call_reads_what_is_finished(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_call_reads_finished_runs_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.yaml").write_text(SMALL + "  a: {}\n  b: {algorithm: {name: FedProx, mu: 1.0}}\n")
     compare("mine.yaml")
     lines = {name: history(Path(f"runs/mine/{name}")) for name in "ab"}
@@ -190,15 +205,15 @@ def test_another_call_reads_what_is_finished(capsys: pytest.CaptureFixture[str])
     assert Path("elsewhere/comparison.html").exists()
 
 
-def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     compare("--help")
     assert {"--output", "--accuracy"} <= set(capsys.readouterr().out.split())
 
 
-def test_example_of_the_page_runs() -> None:
+def test_the_example_in_the_documentation_runs() -> None:
     (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "compare.md").read_text(), re.DOTALL)
     Path("mine.yaml").write_text(example)
-    quick = "--rounds 1 --data.examples 300 --track.with [] --track.progress false"
+    quick = "--rounds 1 --data.examples 300 --tracking.trackers [] --tracking.progress false"
     compare("mine.yaml", *quick.split())
     assert {path.parent.name for path in Path("runs/mine").glob("*/model.safetensors")} == {
         *("FedAvg", "FedBuff", "slow-and-steady"),
@@ -208,26 +223,26 @@ def test_example_of_the_page_runs() -> None:
 class StoppedOnce(FedAvg):
     """FedAvg that is interrupted in its second step."""
 
-    def step(self, server: Server, total: Total) -> None:
-        super().step(server, total)
+    def step(self, server: ServerState, aggregated: AggregatedUpdate) -> None:
+        super().step(server, aggregated)
         if server.version == 1 and not Path("was stopped").exists():
             Path("was stopped").touch()
             os.kill(os.getpid(), signal.SIGUSR1)
 
 
-def test_stopped_comparison_goes_on_with_the_same_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stopped_comparison_resumes_with_the_same_command(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.yaml").write_text(SMALL + "  a: {}\n  b: {algorithm: test_compare.StoppedOnce}\n")
     with pytest.raises(SystemExit) as stop:
         main(["compare", "mine.yaml"])
     assert stop.value.code == STOPPED
-    assert "go on with the same launcher and: fedddp compare mine.yaml" in capsys.readouterr().out
+    assert "Stopped. Resume with the same launcher and: fedddp compare mine.yaml" in capsys.readouterr().out
     assert not list(Path("runs/mine").glob("comparison.*"))
     compare("mine.yaml")
     assert [r["round"] for r in history(Path("runs/mine/b"))] == [1, 2, 3]
 
 
 class Page(HTMLParser):
-    """Notes what a page asks for."""
+    """Collects the tags of a page and the files that it refers to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +254,7 @@ class Page(HTMLParser):
         self.wanted += [v or "" for k, v in attributes if k in ("src", "href", "xlink:href")]
 
 
-def test_page_needs_no_other_file_and_pictures_are_pictures(tmp_path: Path) -> None:
+def test_the_page_loads_no_other_file_and_the_pictures_can_be_read(tmp_path: Path) -> None:
     folders = [
         make_run(tmp_path / name, [row(0.1), row(0.5 + n / 10)], algorithm={"name": name}, note="<script>")
         for n, name in enumerate(["A & B", "Fed<b>"])

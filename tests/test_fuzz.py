@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import tempfile
 from pathlib import Path
@@ -12,13 +11,12 @@ import yaml
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from fedddp import Federation
-from fedddp.aggregation import Mean
-from fedddp.aggregation.mean import InvalidUpdateError
-from fedddp.algorithms.algorithm import Method
-from fedddp.config.loader import choices, load
-from fedddp.config.schema import ConfigError
+from fedddp import ConfigError, Federation, load_config
+from fedddp.aggregation import Aggregation, InvalidUpdateError
+from fedddp.algorithms import Algorithm
+from fedddp.config.loader import to_yaml
 from fedddp.data.partition import Partition
+from fedddp.section import choices
 from fedddp.simulation.attacks import Attack
 from fedddp.storage.history import read_rows
 
@@ -31,10 +29,11 @@ def some(**options: list[Any]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def own(base: type[Any]) -> list[str]:
+    """Return the names of fedddp's own classes of a family."""
     return sorted(name for name in choices(base) if "." not in name)
 
 
-RUNS = st.fixed_dictionaries(
+CONFIGS = st.fixed_dictionaries(
     {
         "data": some(
             clients=[6, 7, 80, 3],
@@ -43,7 +42,7 @@ RUNS = st.fixed_dictionaries(
             augment=["none", "flip", "crop-flip"],
             image_size=[8, 12],
             memory=["auto", "device", "stream"],
-            skew=[{"rotation": 30.0}, {}],
+            feature_shift=[{"rotation": 30.0}, {}],
         ),
         "model": some(
             name=["2nn", "lenet", "cnn", "resnet8-gn"],
@@ -69,11 +68,11 @@ RUNS = st.fixed_dictionaries(
         "topology": some(ranks_per_client=[1] * 9 + [2], coordinator=["colocated"] * 9 + ["dedicated"]),
         "evaluation": some(every=[1, 2], clients=[0, 2], batch_size=[1, 500]),
         "checkpoint": some(every=[1, 5], keep=[1]),
-        "algorithm": st.sampled_from(own(Method)),
+        "algorithm": st.sampled_from(own(Algorithm)),
         "clock": st.sampled_from([{}, {}, {"speed": "LogNormalSpeed"}, {"deadline_s": 1e-3}]),
         "attacks": st.sampled_from(["NoAttack"] * 6 + own(Attack)),
         "aggregation": st.fixed_dictionaries(
-            {"name": st.sampled_from(["Mean"] * 6 + own(Mean))},
+            {"name": st.sampled_from(["Mean"] * 6 + own(Aggregation))},
             optional={
                 "clip_norm": st.sampled_from([0.1]),
                 "on_invalid_update": st.sampled_from(["stop", "skip", "clip"]),
@@ -85,24 +84,27 @@ RUNS = st.fixed_dictionaries(
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(RUNS)
-def test_any_settings_train_two_rounds_or_are_refused_in_one_line(given_settings: dict[str, Any]) -> None:
-    fixed = {"rounds": 2, "track": {"with": [], "progress": False}}
-    tiny = {"data": {"clients": 6, "workers": 0, "examples": 90, "holdout": 0.2, **given_settings["data"]}}
-    local = {"local": {"lr": 0.01, "steps": 1, **given_settings["local"]}}
-    cohort = {"cohort": {"size": 2, **given_settings["cohort"]}}
+@given(CONFIGS)
+def test_any_settings_train_two_rounds_or_are_refused_in_one_line(drawn: dict[str, Any]) -> None:
+    fixed = {"rounds": 2, "tracking": {"trackers": [], "progress": False}}
+    tiny = {"data": {"clients": 6, "workers": 0, "examples": 90, "holdout": 0.2, **drawn["data"]}}
+    local = {"local": {"lr": 0.01, "steps": 1, **drawn["local"]}}
+    cohort = {"cohort": {"size": 2, **drawn["cohort"]}}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "fuzz.yaml"
-        path.write_text(yaml.safe_dump({**given_settings, **fixed, **tiny, **local, **cohort}))
+        path.write_text(yaml.safe_dump({**drawn, **fixed, **tiny, **local, **cohort}))
         try:
-            outcome = Federation(dataclasses.replace(load(str(path)), output=folder)).run()
+            config = load_config(str(path))
+            path.write_text(to_yaml(config))
+            assert load_config(str(path)) == config
+            result = Federation(config, output=folder).run()
         except (ConfigError, InvalidUpdateError) as error:
             event(type(error).__name__)
             assert str(error)  # noqa: PT017 - the other branch is as good
             assert "\n" not in str(error)  # noqa: PT017
             return
         event("trained")
-        rows = read_rows(outcome.folder / "history.jsonl")
+        rows = read_rows(result.folder / "history.jsonl")
         assert [row["round"] for row in rows] == [1, 2]
         numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
         assert all(math.isfinite(value) for value in numbers)

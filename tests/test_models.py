@@ -1,4 +1,4 @@
-"""Names to modules: sizes, shapes, weights, norms, frozen layers, and what is said when they do not fit."""
+"""Names to modules: sizes, shapes, weights, norms, frozen layers, and errors when they do not fit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedddp.distributed.launch import connect
-from fedddp.distributed.topology import Topology
+from fedddp.distributed.topology import TopologyConfig
 from fedddp.models.norms import SyncedBatchNorm, convert_norm, norm_parameters
-from fedddp.models.registry import Model
+from fedddp.models.registry import ModelConfig
 from fedddp.models.weights import head_of
 from fedddp.testing import run_world
 
@@ -22,7 +22,7 @@ MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
 
 
 def build(name: str, classes: int = 10, shape: tuple[int, int, int] = MNIST, **model: Any) -> nn.Module:
-    return Model(name=name, **model).build(classes=classes, shape=shape, seed=0)
+    return ModelConfig(name=name, **model).build(classes=classes, shape=shape, seed=0)
 
 
 def size(module: nn.Module) -> int:
@@ -33,7 +33,7 @@ def size(module: nn.Module) -> int:
     ("name", "parameters"),
     [("lenet", 431_080), ("2nn", 199_210), ("cnn", 1_663_370)],  # the papers' own counts
 )
-def test_classics_have_the_published_size(name: str, parameters: int) -> None:
+def test_small_models_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
     assert size(build(name)) == parameters
 
 
@@ -46,14 +46,14 @@ def test_small_models_take_images_of_any_size(name: str, shape: tuple[int, int, 
     assert not list(module.buffers()) or name not in ("resnet8-gn", "resnet20-gn")
 
 
-def test_a_model_is_a_function_of_the_seed_and_leaves_the_generator_alone() -> None:
+def test_a_model_is_a_function_of_the_seed_and_does_not_draw_from_torchs_generator() -> None:
     torch.manual_seed(3)
     first = torch.rand(1)
     torch.manual_seed(3)
     one = build("lenet")
     assert torch.equal(torch.rand(1), first)
     two = build("lenet")
-    other = Model(name="lenet").build(classes=10, shape=MNIST, seed=1)
+    other = ModelConfig(name="lenet").build(classes=10, shape=MNIST, seed=1)
     weights = [next(iter(m.state_dict().values())) for m in (one, two, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -98,12 +98,12 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         ({"name": "lenet", "weights": "x.pt"}, "pickled file can run code"),
         ({"name": "lenet", "weights": "none.safetensors"}, "is not a file"),
         ({"name": "resnet18", "weights": "IMAGENET"}, "IMAGENET1K_V1"),
-        ({"name": "lenet", "norm": "layer"}, "norm must be one of"),
+        ({"name": "lenet", "norm": "layer"}, "model.norm must be keep, batch, group or sync, got layer"),
     ],
 )
-def test_a_model_that_cannot_be_made_is_refused(model: dict[str, str], words: str) -> None:
+def test_a_model_that_cannot_be_made_is_refused(model: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Model(**model)  # type: ignore[arg-type]
+        ModelConfig(**model)
 
 
 def test_images_too_small_are_refused() -> None:
@@ -113,7 +113,7 @@ def test_images_too_small_are_refused() -> None:
         build("alexnet", 10, (3, 8, 8))
 
 
-def test_frozen_layers_do_not_train() -> None:
+def test_layers_are_frozen_by_name() -> None:
     module = build("lenet", freeze=["conv1", "conv2"])
     assert next(n for n, p in module.named_parameters() if p.requires_grad) == "fc1.weight"
     with pytest.raises(ValueError, match="there are no parameters named 'conv9'"):
@@ -122,7 +122,7 @@ def test_frozen_layers_do_not_train() -> None:
         build("2nn", freeze=["fc1", "fc2", "fc3"])
 
 
-def users_model(num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+def own_model(num_classes: int, image_size: tuple[int, int]) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(image_size[0] * image_size[1], num_classes))
 
 
@@ -130,8 +130,8 @@ def wrong_model(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes + 1))
 
 
-def test_a_users_model_is_found_by_its_dotted_path() -> None:
-    module = build(f"{__name__}.users_model", 3, (1, 5, 4))
+def test_a_model_is_found_by_its_dotted_path() -> None:
+    module = build(f"{__name__}.own_model", 3, (1, 5, 4))
     assert module(torch.zeros(2, 1, 5, 4)).shape == (2, 3)
     with pytest.raises(ValueError, match=r"it returned \(2, 4\)"):
         build(f"{__name__}.wrong_model", 3, (1, 5, 4))
@@ -156,51 +156,53 @@ def test_norms_are_converted_everywhere(norm: str) -> None:
     assert module(torch.randn(2, *CIFAR)).shape == (2, 4)
 
 
-def test_conversion_keeps_weights_and_statistics() -> None:
+def test_converted_norms_keep_weights_and_statistics() -> None:
     old = nn.Sequential(nn.BatchNorm2d(16, eps=0.01, momentum=0.3))
-    old[0].weight.data.uniform_()
+    old.get_parameter("0.weight").data.uniform_()
     old(torch.randn(4, 16, 3, 3))
     x = torch.randn(3, 16, 5, 5)
     expected = old.eval()(x)
     convert_norm(old, "sync")
     assert isinstance(old[0], SyncedBatchNorm)
     torch.testing.assert_close(old.eval()(x), expected)
-    weight = old[0].weight.clone()
+    weight = old.get_parameter("0.weight").clone()
     convert_norm(old, "group")
-    assert torch.equal(old[0].weight, weight)
+    assert torch.equal(old.get_parameter("0.weight"), weight)
 
 
-def test_norm_parameters_are_named() -> None:
+def test_norm_parameters_are_found_by_the_kind_of_their_layer() -> None:
     module = nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Sequential(nn.LayerNorm(3)), nn.Linear(3, 3)
     )
     assert norm_parameters(module) == {"1.weight", "1.bias", "2.0.weight", "2.0.bias"}
 
 
-def test_a_batch_of_one_value_per_channel_trains() -> None:
+def test_batch_norm_trains_on_one_value_per_channel_with_its_running_statistics() -> None:
     module = nn.Sequential(nn.BatchNorm2d(4))
     convert_norm(module, "keep")
     before = {k: v.clone() for k, v in module.state_dict().items()}
     assert torch.isfinite(module(torch.randn(1, 4, 1, 1))).all()
-    assert torch.equal(module[0].running_mean, before["0.running_mean"])
+    assert torch.equal(module.get_buffer("0.running_mean"), before["0.running_mean"])
 
 
 def synced(shares: list[list[int]]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Return outputs' gradient sums and the state after two batches shared over the ranks."""
-    world = connect(Topology(ranks_per_client=len(shares), device="cpu"))
+    """Return the gradients and the state after two batches, whose examples the ranks share by `shares`."""
+    world = connect(TopologyConfig(ranks_per_client=len(shares), device="cpu"))
     try:
         torch.manual_seed(0)
         module = nn.Sequential(nn.BatchNorm2d(3))
         convert_norm(module, "sync", world.group_sum)
-        results = []
+        norm = module[0]
+        assert isinstance(norm, SyncedBatchNorm)
+        results: list[Tensor] = []
         for number in range(2):
             x = torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(number))
             own = shares[world.data_rank]
-            module[0].idle = not own  # type: ignore[assignment]
+            norm.is_padding = not own
             mine = x[own or [0]].requires_grad_()
             y = module(mine)
             (y.square().sum() * bool(own)).backward()
-            module[0].idle = False  # type: ignore[assignment]
+            norm.is_padding = False
             assert mine.grad is not None
             weights = [p.grad.clone() for p in module.parameters() if p.grad is not None]
             total = [world.group_sum(w) for w in weights]

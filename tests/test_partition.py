@@ -1,13 +1,15 @@
-"""Every partition: lossless, pure, and shaped as its paper says."""
+"""Partitions: every example has one owner, equal arguments give equal splits, shapes are the papers'."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from fedddp.data.partition import (
     IID,
@@ -22,7 +24,9 @@ from fedddp.data.partition import (
     holdout,
     holdout_sizes,
 )
-from fedddp.data.transforms import FeatureSkew
+from fedddp.data.transforms import FeatureShift
+
+Indices = NDArray[np.int64]
 
 LABELS = np.random.default_rng(0).integers(0, 10, 2003)
 IDS = np.random.default_rng(1).permutation(np.arange(2003) % 20)
@@ -43,7 +47,7 @@ ALL = [
 ]
 
 
-def histograms(split: Split, labels: np.ndarray, classes: int = 10) -> np.ndarray:
+def histograms(split: Split, labels: Indices, classes: int = 10) -> Indices:
     rows = [np.bincount(labels[split.indices(c)], minlength=classes) for c in range(len(split))]
     return np.array(rows)
 
@@ -56,17 +60,17 @@ def test_every_example_has_one_owner_and_equal_arguments_give_equal_splits(
     again = partition.split(LABELS.copy(), 20, seed=3, ids=IDS)
     assert len(split) == 20
     assert split.sizes.sum() == len(LABELS)
-    np.testing.assert_array_equal(np.sort(split.order), np.arange(len(LABELS)))
-    np.testing.assert_array_equal(split.order, again.order)
+    np.testing.assert_array_equal(np.sort(split.permutation), np.arange(len(LABELS)))
+    np.testing.assert_array_equal(split.permutation, again.permutation)
     np.testing.assert_array_equal(split.offsets, again.offsets)
-    whole = np.concatenate([split.indices(client) for client in range(20)])
-    np.testing.assert_array_equal(whole, split.order)
+    joined = np.concatenate([split.indices(client) for client in range(20)])
+    np.testing.assert_array_equal(joined, split.permutation)
 
 
 @pytest.mark.parametrize("partition", ALL[:-1], ids=repr)
 def test_another_seed_gives_another_split(partition: Partition) -> None:
     one, two = (partition.split(LABELS, 20, seed=seed) for seed in (0, 1))
-    assert not np.array_equal(one.order, two.order)
+    assert not np.array_equal(one.permutation, two.permutation)
 
 
 def test_iid_sizes_differ_by_at_most_one() -> None:
@@ -83,7 +87,7 @@ def test_dirichlet_shares_have_the_variance_of_the_dirichlet_distribution(alpha:
     assert shares.var() == pytest.approx(expected, rel=0.1)
 
 
-def test_dirichlet_fills_up_the_small_from_the_large_only() -> None:
+def test_dirichlet_moves_examples_from_the_largest_clients_to_those_below_the_minimum() -> None:
     before = Dirichlet(alpha=0.05, min_examples=0).split(LABELS, 50, 0).sizes
     after = Dirichlet(alpha=0.05, min_examples=12).split(LABELS, 50, 0).sizes
     assert before.min() == 0
@@ -93,12 +97,12 @@ def test_dirichlet_fills_up_the_small_from_the_large_only() -> None:
     assert before[gave].min() >= before[~gave].max()
 
 
-def test_dirichlet_can_ask_for_exactly_all_examples() -> None:
+def test_the_minimum_of_dirichlet_may_take_all_examples() -> None:
     split = Dirichlet(alpha=0.1, min_examples=5).split(LABELS[:1000], 200, 0)
     np.testing.assert_array_equal(split.sizes, 5)
 
 
-def test_shards_are_mcmahans() -> None:
+def test_shards_of_mnists_size_are_those_of_mcmahan_et_al() -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 600))
     split = Shards(per_client=2).split(labels, 100, 0)
     held = histograms(split, labels)
@@ -107,14 +111,14 @@ def test_shards_are_mcmahans() -> None:
     assert len(np.unique(held, axis=0)) > 20
 
 
-def test_log_normal_sizes() -> None:
+def test_sizes_are_log_normal() -> None:
     sizes = LogNormal(sigma=0.7).split(np.zeros(2_000_000, int), 2000, 0).sizes
     assert np.log(sizes).std() == pytest.approx(0.7, rel=0.05)
     assert LogNormal(sigma=5.0).split(LABELS, 500, 0).sizes.min() == 1
     assert np.ptp(LogNormal(sigma=0.0).split(LABELS, 20, 0).sizes) <= 1
 
 
-def test_power_law_sizes() -> None:
+def test_sizes_follow_the_power_law_in_random_order() -> None:
     sizes = np.sort(PowerLaw(exponent=1.5).split(np.zeros(1_000_000, int), 50, 0).sizes)[::-1]
     np.testing.assert_allclose(sizes / sizes[0], np.arange(1, 51) ** -1.5, rtol=0.01)
     in_order = PowerLaw().split(LABELS, 50, 0).sizes
@@ -129,13 +133,13 @@ def test_label_quantity_gives_each_client_its_classes_and_shares_each_equally(cl
         assert np.ptp(column[column > 0]) <= 1
 
 
-def test_natural_follows_the_ids() -> None:
+def test_natural_clients_are_the_owners_ordered_by_id() -> None:
     writers = np.array(["b", "a", "c", "a"])
     split = Natural().split(np.zeros(4, int), 3, 0, writers)
     assert [split.indices(client).tolist() for client in range(3)] == [[1, 3], [0], [2]]
 
 
-def test_a_million_clients_cost_two_arrays_and_about_a_second() -> None:
+def test_a_million_clients_take_two_arrays_and_a_few_seconds() -> None:
     clients = 1_000_000
     labels = np.random.default_rng(0).integers(0, 10, 2 * clients)
     for partition, seconds in ((IID(), 2), (LogNormal(), 2), (Dirichlet(), 8), (Shards(), 5)):
@@ -144,7 +148,7 @@ def test_a_million_clients_cost_two_arrays_and_about_a_second() -> None:
         assert time.perf_counter() - start < seconds, partition
         assert len(split) == clients
         assert split.sizes.min() >= 1
-        assert split.order.nbytes + split.offsets.nbytes <= 8 * (3 * clients + 1)
+        assert split.permutation.nbytes + split.offsets.nbytes <= 8 * (3 * clients + 1)
 
 
 def test_holdout_is_a_split_of_the_clients_examples() -> None:
@@ -166,14 +170,14 @@ def test_holdout_leaves_an_example_to_train_on() -> None:
         assert len(holdout(np.arange(size), 0.9, 0, 0)[1]) == holdout_sizes(sizes, 0.9)[size]
 
 
-def test_a_client_looks_the_same_whenever_it_is_asked() -> None:
-    skew = FeatureSkew(rotation=30, color=0.2, noise=0.1)
-    looks = [skew.look(client, seed=0) for client in range(200)]
-    assert looks == [skew.look(client, seed=0) for client in range(200)]
-    assert looks != [skew.look(client, seed=1) for client in range(200)]
-    angles = np.array([look.angle for look in looks])
-    gains = np.array([look.gains for look in looks])
-    noise = np.array([look.noise for look in looks])
+def test_feature_shifts_are_uniform_and_a_function_of_client_and_seed() -> None:
+    feature_shift = FeatureShift(rotation=30, color=0.2, noise=0.1)
+    shifts = [feature_shift.of_client(client, seed=0) for client in range(200)]
+    assert shifts == [feature_shift.of_client(client, seed=0) for client in range(200)]
+    assert shifts != [feature_shift.of_client(client, seed=1) for client in range(200)]
+    angles = np.array([shift.angle for shift in shifts])
+    gains = np.array([shift.gains for shift in shifts])
+    noise = np.array([shift.noise for shift in shifts])
     for values, low, high in ((angles, -30, 30), (gains, 0.8, 1.2), (noise, 0, 0.1)):
         assert low <= values.min() <= values.max() <= high
         assert np.ptp(values) > 0.9 * (high - low)
@@ -185,12 +189,12 @@ def test_a_client_looks_the_same_whenever_it_is_asked() -> None:
         (lambda: Dirichlet(alpha=-1), "alpha must be > 0, got -1; 0.1 is strong skew"),
         (lambda: Dirichlet(alpha=float("nan")), "alpha must be > 0, got nan"),
         (lambda: Dirichlet(min_examples=-1), "min_examples must be >= 0, got -1"),
-        (lambda: Shards(per_client=0), "per_client must be >= 1 shard, got 0"),
+        (lambda: Shards(per_client=0), "per_client must be >= 1, got 0"),
         (lambda: LogNormal(sigma=-1), "sigma must be >= 0, got -1"),
         (lambda: PowerLaw(exponent=-1), "exponent must be >= 0, got -1"),
-        (lambda: LabelQuantity(classes=0), "classes must be >= 1 per client, got 0"),
-        (lambda: FeatureSkew(rotation=181), "rotation must be between 0 and 180, got 181"),
-        (lambda: FeatureSkew(noise=-1), "noise must be between 0 and 1, got -1"),
+        (lambda: LabelQuantity(classes=0), "classes must be >= 1, got 0"),
+        (lambda: FeatureShift(rotation=181), r"rotation must be in \[0, 180\], got 181"),
+        (lambda: FeatureShift(noise=-1), r"noise must be in \[0, 1\], got -1"),
         (
             lambda: IID().split(LABELS, 3000, 0),
             "data.clients=3000 is larger than the 2003 training",
@@ -213,9 +217,9 @@ def test_a_client_looks_the_same_whenever_it_is_asked() -> None:
         ),
     ],
 )
-def test_errors_say_the_field_the_value_and_the_way_out(make: object, message: str) -> None:
+def test_errors_name_the_field_the_value_and_the_fix(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        make()  # type: ignore[operator]
+        make()
     assert "\n" not in str(caught.value)
 
 

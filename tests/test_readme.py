@@ -1,85 +1,97 @@
-"""What the README says to type is typed here; the `torchrun` line of a run is started by tests/e2e."""
+"""The README: its program and `fedddp` commands run as they stand; every other command has its test."""
 
 from __future__ import annotations
 
-import re
+import ast
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
+from pages import ROOT, assert_target_exists, blocks, commands, run_command, snippets, targets
 
-from fedddp.cli import main
-from fedddp.config.loader import load
+from fedddp import load_config
+from fedddp.aggregation import Aggregation
+from fedddp.algorithms import Algorithm
+from fedddp.data.catalog import TORCHVISION
+from fedddp.data.partition import Partition
+from fedddp.models.zoo import SMALL_MODELS
+from fedddp.section import choices, class_name
+from fedddp.simulation.attacks import Attack
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 pytestmark = pytest.mark.usefixtures("no_dashboards")
 
+FOUR_RANKS = "--standalone --nproc-per-node 4 -m fedddp run digits --topology.ranks_per_client 2"
+PARADIGMS = "--standalone --nproc-per-node 2 -m fedddp compare compare-paradigms"
+SLURM = "--nodes=2 --ntasks-per-node=2 slurm/federated.sbatch digits --topology.ranks_per_client 2"
+RUN_BY = {
+    "./scripts/quickstart": ("tests/test_scripts.py", ["scripts/quickstart"]),
+    "./scripts/test": ("tests/test_scripts.py", ["/scripts/test"]),
+    f"torchrun {FOUR_RANKS}": ("tests/e2e/test_torchrun.py", [FOUR_RANKS]),
+    f"torchrun {PARADIGMS}": ("tests/test_compare.py", ["compare compare-paradigms", "size=2"]),
+    f"sbatch {SLURM}": ("tests/slurm/test_training.py", [f'"{Path(word).name}"' for word in SLURM.split()]),
+}
+"""The test that runs a command that is not run here, and what it holds of the command."""
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
-
-def commands(program: str) -> list[list[str]]:
-    """Return the shell lines that start with `program`, in the order in which they are read."""
-    lines = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(program)]
-
-
-def test_first_screen_has_what_a_newcomer_needs() -> None:
+def test_the_first_screen_has_what_a_newcomer_needs() -> None:
     first_screen = README.split("## How it works")[0]
     assert len(first_screen.splitlines()) <= 50
-    for needed in ("./scripts/quickstart", "./scripts/test", "```python", "torchrun ", "sbatch "):
+    for needed in ("./scripts/quickstart", "./scripts/test", "```python", "torchrun ", "sbatch ", ".png)"):
         assert needed in first_screen
 
 
-def test_every_command_is_one_that_a_test_runs() -> None:
-    known = ("fedddp ", "torchrun ", "sbatch ", "./scripts/")
-    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
-    assert [line for line in lines if not line.startswith(known)] == []
-
-
-def test_scripts_can_be_run() -> None:
-    for script, *_ in commands("./scripts/"):
-        assert (ROOT / script).stat().st_mode & 0o111, script
-
-
-def test_python_trains(capsys: pytest.CaptureFixture[str]) -> None:
-    (snippet,) = blocks("python")
-    assert len(snippet.splitlines()) <= 14
-    exec(compile(snippet, "README.md", "exec"), {})
+def test_the_program_has_ten_lines_and_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = snippets(README)
+    assert len(snippet.splitlines()) == 10
+    assert len(ast.parse(snippet).body) == 8
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
     accuracy, folder = capsys.readouterr().out.splitlines()[-1].split()
     assert float(accuracy) > 0.8
     assert (Path(folder) / "model.safetensors").exists()
 
 
-def test_commands_work_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
-    for _, *arguments in commands("fedddp "):
-        with pytest.raises(SystemExit) as stop:
-            main(arguments)
-        assert not stop.value.code, (arguments, capsys.readouterr().err)
+def test_fedddp_commands_run_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in commands(README):
+        if command.startswith("fedddp "):
+            run_command(command)
     assert "my-run" in capsys.readouterr().out
     assert len(Path("runs/my-run/history.jsonl").read_text().splitlines()) == 5
 
 
-@pytest.mark.parametrize("program", ["torchrun", "sbatch"])
-def test_launch_lines_start_a_run_that_is_possible(program: str) -> None:
-    for line in commands(f"{program} "):
-        if "compare" in line:  # tests/test_compare.py trains it on two ranks
-            continue
-        if program == "torchrun":
-            arguments = line[line.index("run") + 1 :]
-            world = int(line[line.index("--nproc-per-node") + 1])
-        else:
-            script = next(word for word in line if word.endswith(".sbatch"))
-            subprocess.run(["bash", "-n", ROOT / script], check=True)
-            arguments = line[line.index(script) + 1 :]
-            options = dict(word.lstrip("-").split("=") for word in line if "=" in word)
-            world = int(options["nodes"]) * int(options["ntasks-per-node"])
-        assert load(arguments[0], arguments[1:]).topology.groups(world) == 2
+def test_every_other_command_has_a_test_that_runs_it() -> None:
+    others = [command for command in commands(README) if not command.startswith("fedddp ")]
+    assert sorted(others) == sorted(RUN_BY)
+    for command, (test, held) in RUN_BY.items():
+        content = (ROOT / test).read_text()
+        assert [part for part in held if part not in content] == [], command
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
-        assert (ROOT / target).exists(), target
+def test_the_quickstart_script_starts_the_torchrun_command_of_the_page() -> None:
+    script = (ROOT / "scripts" / "quickstart").read_text().replace("\\\n", "")
+    assert f"torchrun {FOUR_RANKS}" in " ".join(script.replace('"', "").split())
+    for name in ("quickstart", "test"):
+        assert (ROOT / "scripts" / name).stat().st_mode & 0o111, name
+
+
+@pytest.mark.parametrize(("arguments", "world"), [(FOUR_RANKS, 4), (SLURM, 4)])
+def test_launch_commands_make_two_client_groups(arguments: str, world: int) -> None:
+    words = shlex.split(arguments)
+    target, *flags = words[words.index("digits") :]
+    assert load_config(target, flags).topology.groups(world) == 2
+
+
+def test_everything_that_ships_is_named() -> None:
+    table = README.split("## What is included")[1].split("\n## ")[0]
+    for base in (Algorithm, Aggregation, Attack, Partition):
+        for name in {class_name(cls) for cls in choices(base).values()} - {"Mean", "NoAttack"}:
+            assert "." in name or f"`{name}`" in table, name
+    for name in SMALL_MODELS:
+        assert f"`{name}`" in table, name
+    assert f"{len(TORCHVISION)} datasets of torchvision" in table
+
+
+def test_links_lead_to_files_and_titles_that_exist() -> None:
+    assert len(blocks(README)) >= 5
+    for target in targets(README):
+        assert_target_exists(target, ROOT / "README.md")

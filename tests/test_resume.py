@@ -1,8 +1,8 @@
-"""Stop or kill anywhere, resume, and nothing tells the run from one that was left in peace: for every method.
+"""A run that is stopped or killed anywhere and resumed equals an uninterrupted one, for every algorithm.
 
-A run is asked to stop at a random one of the moments at which ranks look whether they were: before a visit,
-or at the end of a round. It goes on, and is killed at a random one of these or while it writes a checkpoint.
-Then it goes on in a world of two client groups.
+A run is asked to stop at a random one of the points where ranks check for a stop request: before a client
+trains, or at the end of a round. It resumes and is killed at a random one of these points, or while it
+writes a checkpoint. Then it resumes in a world of two client groups.
 """
 
 from __future__ import annotations
@@ -23,27 +23,38 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fedddp import Cohort, Data, Dirichlet, Evaluation, FedAvg, Federation, Local, Run, Topology, Track
-from fedddp.algorithms.algorithm import Method
-from fedddp.config.loader import choices
+from fedddp import (
+    CheckpointConfig,
+    CohortConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    Federation,
+    LocalConfig,
+    Result,
+    TopologyConfig,
+    TrackingConfig,
+)
+from fedddp.algorithms import Algorithm, AsynchronousAlgorithm, FedAvg
+from fedddp.data.partition import Dirichlet
 from fedddp.distributed.world import World
-from fedddp.storage.checkpoint import Checkpoint
+from fedddp.section import choices
 from fedddp.storage.history import read_rows
 from fedddp.testing import run_world
 
 LOCALS = (
-    Local(batch_size=20, lr=0.1, epochs=2),
-    Local(batch_size=20, lr=0.1, steps=1),
-    Local(batch_size=20, lr=0.01, steps=3, optimizer="adamw", optimizer_state="keep"),
+    LocalConfig(batch_size=20, lr=0.1, epochs=2),
+    LocalConfig(batch_size=20, lr=0.1, steps=1),
+    LocalConfig(batch_size=20, lr=0.01, steps=3, optimizer="adamw", optimizer_state="keep"),
 )
-"""Local trainings; a method is tried with the first that it can be combined with."""
+"""Settings of local training; an algorithm is tested with the first that it accepts."""
 
-BASE = Run(
-    data=Data(clients=6, partition=Dirichlet(alpha=1.0), holdout=0.2),
-    cohort=Cohort(size=3),
-    evaluation=Evaluation(every=2, clients=3),
-    checkpoint=Checkpoint(every=2),
-    track=Track(with_=[], progress=False),
+BASE = Config(
+    data=DataConfig(clients=6, partition=Dirichlet(alpha=1.0), holdout=0.2),
+    cohort=CohortConfig(size=3),
+    evaluation=EvaluationConfig(every=2, clients=3),
+    checkpoint=CheckpointConfig(every=2),
+    tracking=TrackingConfig(trackers=[], progress=False),
     rounds=5,
 )
 
@@ -56,7 +67,7 @@ TRAIN, TEST = (
 
 
 class Net(nn.Module):
-    """Statistics, dropout, and a head: something for every method to keep, to draw, or to leave alone."""
+    """Buffers, dropout and a head: parts that algorithms keep, draw at random, or leave out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,77 +88,85 @@ def net() -> Net:
 
 
 class Killed(BaseException):
-    """Ends a run as a kill does: nothing more is written."""
+    """Ends a run as `kill -9` does: nothing more is written."""
 
 
 @dataclass
-class Moments:
-    """The moments of a run at which it may be stopped or killed."""
+class Checks:
+    """The points of a run at which it may be stopped or killed."""
 
-    looks: int = 0
-    """Times it looked whether it shall stop."""
+    stop: int = 0
+    """Times that it checked for a stop request."""
     all: int = 0
-    """Looks, and files that were forced to the disk."""
+    """These, and the times that a file was forced to the disk."""
 
 
 @contextmanager
-def disturbed(stop_at: int | None = None, kill_at: int | None = None) -> Iterator[Moments]:
-    """Ask this process to stop, as a signal would, the `stop_at`-th time it looks; kill it at `kill_at`."""
-    moments, look, fsync = Moments(), World.stop_requested, os.fsync
+def interrupted(stop_at: int | None = None, kill_at: int | None = None) -> Iterator[Checks]:
+    """Request a stop, as a signal does, at the `stop_at`-th check for one; kill at check `kill_at`."""
+    checks, stop_requested, fsync = Checks(), World.stop_requested, os.fsync
 
-    def pass_one() -> None:
-        moments.all += 1
-        if moments.all == kill_at:
+    def count() -> None:
+        checks.all += 1
+        if checks.all == kill_at:
             raise Killed
 
-    def stop_requested(world: World) -> bool:
-        moments.looks += 1
-        pass_one()
-        world.stopping = world.stopping or moments.looks == stop_at
-        return look(world)
+    def counted_stop_requested(world: World) -> bool:
+        checks.stop += 1
+        count()
+        if checks.stop == stop_at:
+            world.request_stop()
+        return stop_requested(world)
 
-    def forced(descriptor: int) -> None:
-        pass_one()
+    def counted_fsync(descriptor: int) -> None:
+        count()
         fsync(descriptor)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(World, "stop_requested", stop_requested)
-        patch.setattr(os, "fsync", forced)
-        yield moments
+        patch.setattr(World, "stop_requested", counted_stop_requested)
+        patch.setattr(os, "fsync", counted_fsync)
+        yield checks
 
 
-def train(run: Run, stop_at: int | None = None) -> tuple[bool, Moments]:
-    """Train in this rank's world; return whether the run finished, and its moments."""
-    with disturbed(stop_at) as moments:
-        outcome = Federation(run, model=net(), train=TRAIN, test=TEST).run()
-    return outcome.finished, moments
+def run(config: Config) -> Result:
+    """Train in this rank's world."""
+    return Federation(config, module=net(), train=TRAIN, test=TEST).run()
 
 
-def kill(run: Run, at: int) -> None:
-    """Train, and end as a killed process does; the run may be done before."""
-    with disturbed(kill_at=at), suppress(Killed):
-        Federation(run, model=net(), train=TRAIN, test=TEST).run()
+def train(config: Config, stop_at: int | None = None) -> tuple[bool, Checks]:
+    """Train in this rank's world; return whether the run finished, and its checks."""
+    with interrupted(stop_at) as checks:
+        result = run(config)
+    return result.finished, checks
 
 
-def train_all(runs: list[Run]) -> None:
-    """Train in this rank's world, one after another."""
-    for run in runs:
-        assert train(run)[0], run.output
+def kill(config: Config, at: int) -> None:
+    """Train, and end as a killed process does, unless the run finishes before."""
+    with interrupted(kill_at=at), suppress(Killed):
+        run(config)
 
 
-def train_in(size: int, run: Run, stop_at: int | None = None) -> tuple[bool, int]:
-    """Return whether the run finished in a world of its own, and how often the ranks looked at least."""
-    finished, moments = zip(*run_world(train, run, stop_at, size=size), strict=True)
+def train_all(configs: list[Config]) -> None:
+    """Train in this rank's world, one run after another."""
+    for config in configs:
+        assert train(config)[0], config.output
+
+
+def train_in_world(size: int, config: Config, stop_at: int | None = None) -> tuple[bool, int]:
+    """Return whether the run finished on `size` ranks, and the fewest checks for a stop of any rank."""
+    finished, checks = zip(*run_world(train, config, stop_at, size=size), strict=True)
     assert len(set(finished)) == 1
-    return finished[0], min(one.looks for one in moments)
+    return finished[0], min(rank.stop for rank in checks)
 
 
-def rows(folder: Path, file: str) -> list[dict[str, Any]]:
-    """Return the lines of a run but for seconds."""
-    return [
-        {key: value for key, value in row.items() if not key.startswith("time/")}
-        for row in read_rows(folder / file)
-    ]
+def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows of a history without their seconds."""
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def rows_of(directory: Path, file: str) -> list[dict[str, Any]]:
+    """Return the rows of a file of a run without their seconds."""
+    return without_seconds(read_rows(directory / file))
 
 
 def close(row: dict[str, Any]) -> dict[str, Any]:
@@ -158,127 +177,148 @@ def close(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_same(resumed: Path, expected: Path, rounds: int) -> None:
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (resumed, expected))
+    ours, theirs = (load_file(directory / "model.safetensors") for directory in (resumed, expected))
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert [row["round"] for row in read_rows(resumed / "history.jsonl")] == list(range(1, rounds + 1))
     for file in ("history.jsonl", "clients.jsonl"):
-        assert len(rows(resumed, file)) == len(rows(expected, file))
-        for ours_row, their_row in zip(rows(resumed, file), rows(expected, file), strict=True):
-            assert ours_row == close(their_row)
-    states = [newest_states(folder) for folder in (resumed, expected)]
+        assert len(rows_of(resumed, file)) == len(rows_of(expected, file))
+        for our_row, their_row in zip(rows_of(resumed, file), rows_of(expected, file), strict=True):
+            assert our_row == close(their_row)
+    states = [newest_states(directory) for directory in (resumed, expected)]
     assert states[0].keys() == states[1].keys()
     assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
 
 
-def newest_states(folder: Path) -> dict[str, Tensor]:
-    """Return what the server and the clients keep at the end of a run."""
-    last = max((folder / "checkpoints").iterdir(), key=lambda path: path.name)
+def newest_states(directory: Path) -> dict[str, Tensor]:
+    """Return the state of the server and of the clients at the end of a run."""
+    last = max((directory / "checkpoints").iterdir(), key=lambda path: path.name)
     found = [load_file(path) for path in last.glob("*.safetensors")]
     return {name: tensor for tensors in found for name, tensor in tensors.items()}
 
 
-def local_for(method: Method) -> Local:
+def local_for(algorithm: Algorithm) -> LocalConfig:
     return next(
         local
         for local in LOCALS
-        if all(getattr(local, name) == wanted for name, wanted in method.needs(local).items())
+        if all(getattr(local, name) == wanted for name, wanted in algorithm.requires(local).items())
     )
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "momentum kept": {"local": Local(batch_size=20, momentum=0.9, optimizer_state="keep")},
-    "adam kept": {"local": Local(batch_size=20, lr=0.01, optimizer="adam", optimizer_state="keep")},
-    "cosine": {"local": Local(batch_size=20, schedule="cosine")},
-    "step": {"local": Local(batch_size=20, schedule="step", decay=0.5, decay_every=2)},
+    "momentum kept": {"local": LocalConfig(batch_size=20, momentum=0.9, optimizer_state="keep")},
+    "adam kept": {"local": LocalConfig(batch_size=20, lr=0.01, optimizer="adam", optimizer_state="keep")},
+    "cosine": {"local": LocalConfig(batch_size=20, schedule="cosine")},
+    "step": {"local": LocalConfig(batch_size=20, schedule="step", decay=0.5, decay_every=2)},
     "server momentum": {"algorithm": FedAvg(momentum=0.9), "local": LOCALS[0]},
-    "poisson": {"cohort": Cohort(size=2, sampling="poisson"), "local": LOCALS[0], "seed": 3},
+    "poisson": {"cohort": CohortConfig(size=2, sampling="poisson"), "local": LOCALS[0], "seed": 3},
     "augmented": {"data": dataclasses.replace(BASE.data, augment="crop"), "local": LOCALS[0]},
-    "every round saved": {"checkpoint": Checkpoint(every=1, keep=1), "local": LOCALS[0]},
+    "every round saved": {"checkpoint": CheckpointConfig(every=1, keep=1), "local": LOCALS[0]},
 }
-METHODS = {name: method() for name, method in choices(Method).items() if "." not in name}
+ALGORITHMS = {name: algorithm() for name, algorithm in choices(Algorithm).items() if "." not in name}
 CASES = {
-    name: {"algorithm": method, "local": local_for(method)} for name, method in METHODS.items()
+    name: {"algorithm": algorithm, "local": local_for(algorithm)} for name, algorithm in ALGORITHMS.items()
 } | VARIANTS
 
 
-def test_all_methods_are_there() -> None:
-    assert sum(method.asynchronous for method in METHODS.values()) == 3
-    assert len(METHODS) == 21
+def test_the_cases_cover_every_algorithm() -> None:
+    assert sum(isinstance(algorithm, AsynchronousAlgorithm) for algorithm in ALGORITHMS.values()) == 3
+    assert len(ALGORITHMS) == 21
 
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For every case the folders `whole` and `parted`; the latter are finished in one world of two groups."""
-    where, parted = tmp_path_factory.mktemp("resumed"), []
+    """The runs `uninterrupted` and `resumed` of every case; the latter end in one world of two groups."""
+    output, to_resume = tmp_path_factory.mktemp("resumed"), []
     for name, changes in CASES.items():
-        draw, output = random.Random(name), where / name
-        whole = dataclasses.replace(BASE, **changes, output=str(output), name="whole")
-        finished, moments = train(whole)
+        draw = random.Random(name)
+        config = dataclasses.replace(BASE, **changes, output=str(output / name), name="uninterrupted")
+        finished, checks = train(config)
         assert finished
-        parted.append(dataclasses.replace(whole, name="parted", resume="auto"))
-        assert not train(parted[-1], stop_at=draw.randint(1, max(1, moments.looks - 1)))[0], name
-        kill(parted[-1], at=draw.randint(1, moments.all // 2))
-    run_world(train_all, parted, size=2, timeout_s=200)
-    return where
+        to_resume.append(dataclasses.replace(config, name="resumed", resume="auto"))
+        assert not train(to_resume[-1], stop_at=draw.randint(1, max(1, checks.stop - 1)))[0], name
+        kill(to_resume[-1], at=draw.randint(1, checks.all // 2))
+    run_world(train_all, to_resume, size=2, timeout_s=200)
+    return output
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", CASES)
-def test_a_stopped_and_killed_run_goes_on_as_if_nothing_had_happened(resumed: Path, name: str) -> None:
-    assert_same(resumed / name / "parted", resumed / name / "whole", BASE.rounds)
+def test_a_stopped_and_killed_run_ends_with_the_same_bits(resumed: Path, name: str) -> None:
+    assert_same(resumed / name / "resumed", resumed / name / "uninterrupted", BASE.rounds)
 
 
-SHAPES: dict[str, tuple[Topology, tuple[int, int]]] = {
-    "two groups to one": (Topology(), (2, 1)),
-    "pairs of ranks": (Topology(ranks_per_client=2), (4, 2)),
-    "a dedicated coordinator": (Topology(coordinator="dedicated"), (3, 2)),
+SHAPES: dict[str, tuple[TopologyConfig, tuple[int, int]]] = {
+    "two groups to one": (TopologyConfig(), (2, 1)),
+    "pairs of ranks": (TopologyConfig(ranks_per_client=2), (4, 2)),
+    "a dedicated coordinator": (TopologyConfig(coordinator="dedicated"), (3, 2)),
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_stopped_run_goes_on_with_another_number_of_groups(tmp_path: Path, shape: str) -> None:
+def test_a_stopped_run_resumes_with_another_number_of_groups(tmp_path: Path, shape: str) -> None:
     topology, (first, second) = SHAPES[shape]
-    local = Local(batch_size=20, momentum=0.9, optimizer_state="keep")
-    whole = dataclasses.replace(BASE, topology=topology, local=local, output=str(tmp_path), name="whole")
-    finished, looks = train_in(first, whole)
+    local = LocalConfig(batch_size=20, momentum=0.9, optimizer_state="keep")
+    config = dataclasses.replace(
+        BASE, topology=topology, local=local, output=str(tmp_path), name="uninterrupted"
+    )
+    finished, checks = train_in_world(first, config)
     assert finished
-    parted = dataclasses.replace(whole, name="parted", resume="auto")
-    assert not train_in(first, parted, random.Random(shape).randint(1, looks - 1))[0]
-    assert train_in(second, parted)[0]
-    assert_same(tmp_path / "parted", tmp_path / "whole", BASE.rounds)
+    resumed = dataclasses.replace(config, name="resumed", resume="auto")
+    assert not train_in_world(first, resumed, random.Random(shape).randint(1, checks - 1))[0]
+    assert train_in_world(second, resumed)[0]
+    assert_same(tmp_path / "resumed", tmp_path / "uninterrupted", BASE.rounds)
 
 
-def test_a_stop_before_the_first_visit_and_two_in_a_row_lose_nothing(tmp_path: Path) -> None:
-    whole = dataclasses.replace(BASE, local=LOCALS[0], output=str(tmp_path), name="whole")
-    train(whole)
-    parted = dataclasses.replace(whole, name="parted", resume="auto")
-    for _ in range(3):  # each time before any visit: the same point, the same checkpoint
-        assert not train(parted, 1)[0]
-    assert [p.name for p in (tmp_path / "parted" / "checkpoints").iterdir()] == ["round-00000-00000"]
-    assert train(parted)[0]
-    assert_same(tmp_path / "parted", tmp_path / "whole", BASE.rounds)
+def test_three_stops_before_the_first_client_lose_nothing(tmp_path: Path) -> None:
+    config = dataclasses.replace(BASE, local=LOCALS[0], output=str(tmp_path), name="uninterrupted")
+    train(config)
+    resumed = dataclasses.replace(config, name="resumed", resume="auto")
+    for _ in range(3):  # each time before any local training: the same point, the same checkpoint
+        assert not train(resumed, 1)[0]
+    assert [p.name for p in (tmp_path / "resumed" / "checkpoints").iterdir()] == ["round-00000-00000"]
+    assert train(resumed)[0]
+    assert_same(tmp_path / "resumed", tmp_path / "uninterrupted", BASE.rounds)
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
-    run = dataclasses.replace(BASE, local=LOCALS[0], output=str(tmp_path), name="whole", resume="auto")
-    train(run)
-    before = {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()}
-    finished, moments = train(run)
+def test_resuming_a_finished_run_changes_no_file(tmp_path: Path) -> None:
+    config = dataclasses.replace(BASE, local=LOCALS[0], output=str(tmp_path), name="one", resume="auto")
+    train(config)
+    before = {path: path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    finished, checks = train(config)
     assert finished
-    assert moments.looks == 0
-    after = {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    assert checks.stop == 0
+    after = {path: path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file()}
     assert after == before
 
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedBuff"])
+def test_the_history_of_a_resumed_run_has_every_round(tmp_path: Path, name: str) -> None:
+    config = dataclasses.replace(BASE, **CASES[name], output=str(tmp_path), name="uninterrupted")
+    expected = run(config).history
+    assert [row["round"] for row in expected] == list(range(1, BASE.rounds + 1))
+    resumed = dataclasses.replace(config, name="resumed", resume="auto")
+    with interrupted(stop_at=7):
+        stopped = run(resumed)
+    assert not stopped.finished
+    assert 0 < len(stopped.history) < BASE.rounds
+    finished = run(resumed)
+    assert finished.finished
+    assert without_seconds(finished.history) == without_seconds(expected)
+    assert finished.history[: len(stopped.history)] == stopped.history
+    again = run(resumed)  # nothing is left to train
+    assert again.finished
+    assert again.history == finished.history
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedBuff"])
 def test_a_run_killed_after_its_last_checkpoint_only_writes_its_model(tmp_path: Path, name: str) -> None:
-    run = dataclasses.replace(BASE, **CASES[name], output=str(tmp_path), name="one", resume="auto")
-    assert train(run)[0]
+    config = dataclasses.replace(BASE, **CASES[name], output=str(tmp_path), name="one", resume="auto")
+    assert train(config)[0]
     model = tmp_path / "one" / "model.safetensors"
     written = model.read_bytes()
     model.unlink()
-    run_world(train, run, size=2, timeout_s=40)
+    run_world(train, config, size=2, timeout_s=40)
     assert model.read_bytes() == written
 
 
@@ -293,14 +333,16 @@ def wandb_offline(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("wandb_offline")
-def test_the_wandb_run_is_the_same_one_even_if_no_checkpoint_was_left(tmp_path: Path) -> None:
-    track = Track(with_=["wandb"], progress=False)
-    run = dataclasses.replace(BASE, track=track, output=str(tmp_path), name="one", resume="auto", rounds=2)
-    assert not train(run, 3)[0]
-    noted = (tmp_path / "one" / ".wandb-run").read_text()
+def test_a_run_without_a_checkpoint_resumes_the_same_wandb_run(tmp_path: Path) -> None:
+    tracking = TrackingConfig(trackers=["wandb"], progress=False)
+    config = dataclasses.replace(
+        BASE, tracking=tracking, output=str(tmp_path), name="one", resume="auto", rounds=2
+    )
+    assert not train(config, 3)[0]
+    run_id = (tmp_path / "one" / ".wandb-run").read_text()
     for checkpoint in (tmp_path / "one" / "checkpoints").iterdir():
         checkpoint.rename(tmp_path / checkpoint.name)  # as if it had been killed before
-    assert train(run)[0]
+    assert train(config)[0]
     sessions = [path.name for path in (tmp_path / "one" / "wandb").glob("offline-run-*")]
     assert len(sessions) == 2
-    assert all(noted in name for name in sessions)
+    assert all(run_id in name for name in sessions)

@@ -1,7 +1,8 @@
-"""Rules against liars: each against its paper's words in plain loops, and on real attacks."""
+"""Robust aggregation: each rule against its paper's words in plain loops, and against attacks."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable
@@ -10,44 +11,45 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_methods as rig
+import references as ref
+import rig
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from fedddp import (
-    IID,
-    Bulyan,
-    Cohort,
-    CoordinateMedian,
-    Data,
-    Evaluation,
-    FedAvg,
+    CohortConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
     Federation,
-    FedProx,
-    GaussianNoise,
+    LocalConfig,
+    TopologyConfig,
+    TrackingConfig,
+    load_config,
+)
+from fedddp.aggregation import (
+    Bulyan,
+    CoordinateMedian,
     GeometricMedian,
     Krum,
-    LabelFlip,
-    Local,
     Mean,
-    ModelReplacement,
     MultiKrum,
-    NoAttack,
-    Run,
-    SignFlip,
-    Track,
+    RobustAggregation,
     TrimmedMean,
 )
-from fedddp.aggregation.robust import Robust
-from fedddp.algorithms.algorithm import Contribution
-from fedddp.config.loader import load
-from fedddp.config.schema import ConfigError
+from fedddp.algorithms import ClientUpdate, FedAvg, FedProx
+from fedddp.data.partition import IID, holdout
+from fedddp.distributed.launch import connect
+from fedddp.simulation.attacks import GaussianNoise, LabelFlip, ModelReplacement, NoAttack, SignFlip
 from fedddp.testing import run_world
+from fedddp.training.objects import Objects
 
-pytestmark = pytest.mark.timeout(2 * rig.PATIENCE_S)
+pytestmark = pytest.mark.timeout(2 * rig.TIMEOUT_S)
 
 Rows = NDArray[np.float64]
+"""One update per row."""
 
 
 def krum_scores(rows: Rows, f: int) -> list[float]:
@@ -59,11 +61,13 @@ def krum_scores(rows: Rows, f: int) -> list[float]:
 
 
 def krum(rows: Rows, f: int) -> Rows:
-    return rows[int(np.argmin(krum_scores(rows, f)))]
+    best: Rows = rows[int(np.argmin(krum_scores(rows, f)))]
+    return best
 
 
 def multi_krum(rows: Rows, f: int, keep: int) -> Rows:
-    return rows[np.argsort(krum_scores(rows, f))[:keep]].mean(0)
+    mean: Rows = rows[np.argsort(krum_scores(rows, f))[:keep]].mean(0)
+    return mean
 
 
 def trimmed(rows: Rows, cut: int) -> Rows:
@@ -72,17 +76,22 @@ def trimmed(rows: Rows, cut: int) -> Rows:
 
 
 def bulyan(rows: Rows, f: int) -> Rows:
-    left, chosen = list(rows), []
+    left = list(rows)
+    chosen: list[Rows] = []
     while len(chosen) < len(rows) - 2 * f:
         chosen.append(left.pop(int(np.argmin(krum_scores(np.array(left), f)))))
     columns = []
     for column in np.array(chosen).T:
-        nearest = sorted(column, key=lambda value, column=column: abs(value - np.median(column)))
-        columns.append(np.mean(nearest[: len(chosen) - 2 * f]))
+        nearest = np.argsort(np.abs(column - np.median(column)), kind="stable")
+        columns.append(np.mean(column[nearest[: len(chosen) - 2 * f]]))
     return np.array(columns)
 
 
-RULES: dict[str, tuple[Robust, Callable[[Rows], Rows]]] = {
+def equal_weights(clients: int) -> Tensor:
+    return torch.full((clients,), 1 / clients, dtype=torch.float64)
+
+
+RULES: dict[str, tuple[RobustAggregation, Callable[[Rows], Rows]]] = {
     "CoordinateMedian": (CoordinateMedian(), lambda rows: np.median(rows, axis=0)),
     "TrimmedMean": (TrimmedMean(beta=0.3), lambda rows: trimmed(rows, len(rows) * 3 // 10)),
     "Krum": (Krum(attackers=2), lambda rows: krum(rows, 2)),
@@ -95,40 +104,41 @@ RULES: dict[str, tuple[Robust, Callable[[Rows], Rows]]] = {
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("clients", [11, 20])
-@pytest.mark.parametrize("liars", [0, 2])
-def test_rules_are_the_papers(name: str, clients: int, liars: int) -> None:
+@pytest.mark.parametrize("malicious", [0, 2])
+def test_rules_equal_the_papers_words(name: str, clients: int, malicious: int) -> None:
     rows = np.random.default_rng(clients).standard_normal((clients, 7)).astype(np.float32)
-    rows[:liars] += 50
+    rows[:malicious] += 50
     rule, reference = RULES[name]
-    chosen = rule.choose(torch.from_numpy(rows)).double().numpy()
+    chosen = rule.aggregate(torch.from_numpy(rows), equal_weights(clients)).double().numpy()
     np.testing.assert_allclose(chosen, reference(rows.astype(np.float64)), atol=1e-6)
-    if liars and name != "Bulyan of 1":
+    if malicious and name != "Bulyan of 1":
         assert np.abs(chosen).max() < 5
 
 
-def test_krum_by_hand() -> None:
+def test_krum_chooses_the_update_that_scores_by_hand_give() -> None:
     rows = torch.tensor([[0.0], [1.0], [3.0], [3.5], [100.0]])
-    # One attacker: two neighbours. Scores 10, 5, 4.25, 6.5, much.
-    assert Krum(attackers=1).choose(rows).tolist() == [3.0]
-    assert MultiKrum(attackers=1, keep=2).choose(rows).tolist() == [2.0]
+    # One malicious client: two neighbours. Scores 10, 5, 4.25, 6.5 and a large one.
+    assert Krum(attackers=1).aggregate(rows, equal_weights(5)).tolist() == [3.0]
+    assert MultiKrum(attackers=1, keep=2).aggregate(rows, equal_weights(5)).tolist() == [2.0]
 
 
-def test_geometric_median_has_balanced_pulls() -> None:
+def test_unit_vectors_from_the_geometric_median_to_the_updates_sum_to_zero() -> None:
     rows = torch.from_numpy(np.random.default_rng(0).standard_normal((9, 5)).astype(np.float32))
     rows[:4] += 1000
-    point = GeometricMedian().choose(rows)
-    pulls = torch.nn.functional.normalize(rows.double() - point, dim=1).sum(0)
-    assert pulls.norm() < 1e-3
+    point = GeometricMedian().aggregate(rows, equal_weights(9))
+    summed = torch.nn.functional.normalize(rows.double() - point, dim=1).sum(0)
+    assert summed.norm() < 1e-3
     on_a_line = torch.tensor([[0.0, 0.0], [1.0, 1.0], [9.0, 9.0]])
-    torch.testing.assert_close(GeometricMedian().choose(on_a_line).float(), torch.ones(2), atol=1e-4, rtol=0)
+    middle = GeometricMedian().aggregate(on_a_line, equal_weights(3)).float()
+    torch.testing.assert_close(middle, torch.ones(2), atol=1e-4, rtol=0)
 
 
 # ---- in rounds: any number of groups, stopped and resumed ----
 
-FIVE = Cohort(size=5)
-RUNS = {
-    name: rig.run_of(method, local, "norm" in name, aggregation=rule, attacks=attack, cohort=FIVE)
-    for name, method, local, rule, attack in (
+FIVE = CohortConfig(size=5)
+CONFIGS = {
+    name: rig.config_of(algorithm, local, "norm" in name, aggregation=rule, attacks=attack, cohort=FIVE)
+    for name, algorithm, local, rule, attack in (
         ("Mean", FedAvg(), rig.LOCAL, Mean(clip_norm=0.5), ModelReplacement(fraction=0.2)),
         ("CoordinateMedian and norm", FedAvg(), rig.NORM, CoordinateMedian(), GaussianNoise(fraction=0.4)),
         ("TrimmedMean", FedAvg(momentum=0.5), rig.LOCAL, TrimmedMean(), SignFlip(fraction=0.2)),
@@ -140,76 +150,111 @@ RUNS = {
 }
 
 
-def test_bits_do_not_depend_on_groups_nor_on_a_stop(tmp_path: Path) -> None:
-    def results(size: int, ranks: int, stop: bool = False) -> dict[str, Any]:
-        folder = str(tmp_path / f"{size}-{ranks}-{stop}")
-        return run_world(rig.train, RUNS, ranks, folder, stop, size=size, timeout_s=rig.PATIENCE_S)[0]
+def test_bits_do_not_depend_on_the_number_of_groups_nor_on_a_resume(tmp_path: Path) -> None:
+    def results(groups: int, ranks: int, stop: bool = False) -> dict[str, rig.Trained]:
+        folder = str(tmp_path / f"{groups}x{ranks}-{stop}")
+        return rig.train_in_world(CONFIGS, groups, ranks, folder, stop)
 
     alone = results(1, 1)
     for other in (results(2, 1), results(1, 1, stop=True)):
-        for name in RUNS:
-            rig.same(alone[name], other[name])
-    shared, twice = results(2, 2), results(4, 2)
-    for name in RUNS:
-        rig.same(shared[name], twice[name])
-        torch.testing.assert_close(shared[name][0], alone[name][0], rtol=0, atol=1e-5)
+        for name in CONFIGS:
+            rig.assert_same_bits(alone[name], other[name])
+    one_group, two_groups = results(1, 2), results(2, 2)
+    for name in CONFIGS:
+        rig.assert_same_bits(one_group[name], two_groups[name])
+        torch.testing.assert_close(one_group[name][0], alone[name][0], rtol=0, atol=1e-5)
 
 
-def test_buffers_are_medians() -> None:
-    like, counters = torch.zeros(2), torch.zeros(1, dtype=torch.int64)
-    sums = Krum(attackers=0).accumulator({"update": 2, "buffers": 1}, 3, like, counters)
+def test_float_buffers_are_aggregated_by_median_and_integer_buffers_by_maximum() -> None:
+    like, integer_buffers = torch.zeros(2), torch.zeros(1, dtype=torch.int64)
+    updates = Krum(attackers=0).accumulator({"update": 2, "buffers": 1}, 3, like, integer_buffers)
     for client, value in ((7, 1.0), (2, 5.0), (4, 1e9)):
         update = {"update": torch.full((2,), value)}
-        sums.add(client, Contribution(update, 0.1), torch.tensor([value]), 0.1, counters + client)
-    total = sums.total()
-    assert total["buffers"].tolist() == [5.0]
-    assert total["update"].tolist() in ([1.0] * 2, [5.0] * 2)
-    assert sums.counters.tolist() == [7]
-    assert total.clients == 3
+        updates.add(client, ClientUpdate(update, 0.1), torch.tensor([value]), 0.1, integer_buffers + client)
+    aggregated = updates.result()
+    assert aggregated["buffers"].tolist() == [5.0]
+    assert aggregated["update"].tolist() in ([1.0] * 2, [5.0] * 2)
+    assert updates.integer_buffers.tolist() == [7]
+    assert aggregated.clients == 3
+
+
+# ---- a rule of one's own ----
+
+
+SEEN: list[list[float]] = []
+"""The weights that `Middle` was given, by round; on the coordinator."""
+
+
+class Middle(RobustAggregation):
+    """The update of the client in the middle of the cohort; without the dataclass decorator."""
+
+    def aggregate(self, updates: Tensor, weights: Tensor) -> Tensor:
+        SEEN.append(weights.tolist())
+        return updates[len(updates) // 2]
+
+
+def train_with_middle(folder: str) -> tuple[rig.Trained, list[list[float]]]:
+    SEEN.clear()
+    config = rig.config_of(FedAvg(), rig.LOCAL, aggregation=Middle())
+    return rig.train({"Middle": config}, 1, folder)["Middle"], SEEN
+
+
+def test_an_own_rule_is_given_updates_and_weights_ordered_by_client(tmp_path: Path) -> None:
+    one, two = (run_world(train_with_middle, str(tmp_path / f"{n}"), size=n)[0] for n in (1, 2))
+    rig.assert_same_bits(one[0], two[0])
+    reference = ref.Reference(rig.config_of(FedAvg(), rig.LOCAL))
+    x, weights = reference.w0, []
+    for cohort in reference.cohorts():
+        weights.append(reference.p(cohort))
+        x, _ = reference.train(x, cohort[len(cohort) // 2])
+    assert one[1] == two[1] == weights
+    assert all(len({*row}) > 1 for row in weights)
+    torch.testing.assert_close(one[0][0].double(), x, rtol=0, atol=1e-5)
+    assert (x - reference.w0).norm() > 0.05  # training moved the model
 
 
 # ---- attacks ----
 
 
-def end(**changes: Any) -> float:
+def final_accuracy(**changes: Any) -> float:
     """Return the accuracy at the end of a run of ten clients on digits, with a small convolutional net."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         head = [nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10)]
         net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), *head)
-    run = Run(
-        data=Data(dataset="digits", clients=10, partition=IID()),
-        local=Local(epochs=1, batch_size=16, lr=0.2, schedule="cosine"),
-        cohort=Cohort(size=10),
-        evaluation=Evaluation(every=20),
+    config = Config(
+        data=DataConfig(dataset="digits", clients=10, partition=IID()),
+        local=LocalConfig(epochs=1, batch_size=16, lr=0.2, schedule="cosine"),
+        cohort=CohortConfig(size=10),
+        evaluation=EvaluationConfig(every=20),
         rounds=20,
-        track=Track(with_=[], progress=False),
+        tracking=TrackingConfig(trackers=[], progress=False),
         **changes,
     )
-    outcome = Federation(run, model=net).run()
-    assert outcome.finished, "something asked the run to stop, such as `timeout` around the tests"
-    return float(outcome.history[-1]["eval/accuracy"])
+    result = Federation(config, module=net).run()
+    assert result.finished, "something asked the run to stop, such as `timeout` around the tests"
+    return float(result.history[-1]["eval/accuracy"])
 
 
 def test_sign_flips_break_the_mean_but_not_trimmed_mean_nor_multi_krum() -> None:
     attacks = SignFlip(fraction=0.3)
-    honest = end()
+    honest = final_accuracy()
     assert honest > 0.95
-    assert end(attacks=attacks) < 0.3
+    assert final_accuracy(attacks=attacks) < 0.3
     for rule in (TrimmedMean(beta=0.3), MultiKrum(attackers=3)):
-        assert end(attacks=attacks, aggregation=rule) > honest - 0.03
+        assert final_accuracy(attacks=attacks, aggregation=rule) > honest - 0.03
 
 
 @pytest.mark.parametrize("name", ["SignFlip", "GaussianNoise", "ModelReplacement", "LabelFlip"])
-def test_attacks_change_what_liars_do_and_nobody_else(name: str) -> None:
-    run = load("digits", f"--attacks {name} --attacks.fraction 0.25 --data.holdout 0.2".split())
-    attack = run.attacks
-    liars = attack.malicious(20, run.seed)
-    assert liars.tolist() == attack.malicious(20, run.seed).tolist()
-    assert len(liars) == 5
-    assert liars.tolist() != attack.malicious(20, run.seed + 1).tolist()
+def test_malicious_clients_are_a_function_of_the_seed_and_change_their_updates_or_labels(name: str) -> None:
+    config = load_config("digits", f"--attacks {name} --attacks.fraction 0.25 --data.holdout 0.2".split())
+    attack = config.attacks
+    malicious = attack.malicious(20, config.seed)
+    assert malicious.tolist() == attack.malicious(20, config.seed).tolist()
+    assert len(malicious) == 5
+    assert malicious.tolist() != attack.malicious(20, config.seed + 1).tolist()
     update = torch.arange(1.0, 1001.0)
-    honest = Contribution({"update": update, "control": update}, 0.25)
+    honest = ClientUpdate({"update": update, "control": update}, 0.25)
     sent = attack.corrupt(honest, np.random.default_rng(0))
     assert torch.equal(sent.vectors["control"], update)
     got = sent.vectors["update"]
@@ -227,29 +272,28 @@ def test_attacks_change_what_liars_do_and_nobody_else(name: str) -> None:
     assert flipped == ([9, 6, 0] if name in ("ModelReplacement", "LabelFlip") else [0, 3, 9])
 
 
-def liars_labels(folder: str) -> tuple[list[int], list[int]]:
+def clients_with_flipped_labels(folder: str) -> tuple[list[int], list[int]]:
     """Return the clients whose training labels, and those whose held-out labels, are not the true ones."""
-    from fedddp.distributed.launch import connect
-    from fedddp.distributed.topology import Topology
-
-    run = load("digits", ["--attacks", "LabelFlip", "--attacks.fraction", "0.25", "--data.holdout", "0.2"])
-    world = connect(Topology(device="cpu"))
-    clean = dataclasses.replace(run, attacks=NoAttack())
-    flipped, true = (Federation(r)._session(world, Path(folder), r) for r in (run, clean))
-    world.close()
+    flags = ["--attacks", "LabelFlip", "--attacks.fraction", "0.25", "--data.holdout", "0.2"]
+    config = load_config("digits", flags)
+    honest = dataclasses.replace(config, attacks=NoAttack())
+    with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
+        flipped, true = (rig.session_of(c, world, Path(folder), Objects()) for c in (config, honest))
 
     def differing(part: int) -> list[int]:
-        shares = {k: true._shares(k)[part] for k in range(20)}
-        old, new = true.train._labels, flipped.train._labels
+        shares = {
+            k: holdout(true.split.indices(k), config.data.holdout, k, config.seed)[part] for k in range(20)
+        }
+        old, new = true.train.images.labels, flipped.train.images.labels
         assert all((new[i] == 9 - old[i]).all() or (new[i] == old[i]).all() for i in shares.values())
         return [k for k, i in shares.items() if len(i) and not (new[i] == old[i]).all()]
 
-    assert sorted(flipped.liars) == differing(0)
+    assert sorted(flipped.malicious) == differing(0)
     return differing(0), differing(1)
 
 
-def test_label_flips_reach_the_liars_training_data_only(tmp_path: Path) -> None:
-    ((training, held_out),) = run_world(liars_labels, str(tmp_path), size=1)
+def test_label_flips_change_the_training_labels_of_malicious_clients_only(tmp_path: Path) -> None:
+    ((training, held_out),) = run_world(clients_with_flipped_labels, str(tmp_path), size=1)
     assert len(training) == 5
     assert not held_out
 
@@ -261,8 +305,8 @@ def test_label_flips_reach_the_liars_training_data_only(tmp_path: Path) -> None:
     ("flags", "words"),
     [
         *[
-            (f"--algorithm {method} --aggregation {rule}", f"aggregation={rule} .* {method}, .*; use Mean")
-            for method, rule in itertools.product(
+            (f"--algorithm {name} --aggregation {rule}", f"aggregation={rule} .* {name}, .*; use Mean")
+            for name, rule in itertools.product(
                 ("SCAFFOLD", "FedDyn", "FedNova", "QFedAvg"), ("Krum", "TrimmedMean")
             )
         ],
@@ -270,7 +314,10 @@ def test_label_flips_reach_the_liars_training_data_only(tmp_path: Path) -> None:
         ("--aggregation Bulyan --aggregation.attackers 2", "Bulyan needs at least 11 .*cohort.size=10"),
         ("--aggregation MultiKrum --cohort.sampling poisson", "MultiKrum needs .* use sampling=fixed"),
         ("--aggregation TrimmedMean --aggregation.beta 0.5", r"beta must be in \[0, 0.5\), got 0.5"),
-        ("--aggregation Krum --aggregation.sums float32", "sums=float32 is for Mean"),
+        (
+            "--aggregation Krum --aggregation.sums float32",
+            "aggregation.sums.*sums is a setting of Mean, not of Krum; choose another",
+        ),
         ("--aggregation Krum --aggregation.attackers -1", "attackers must be >= 0"),
         ("--aggregation MultiKrum --aggregation.keep 0", "keep must be >= 1"),
         ("--attacks SignFlip --attacks.fraction 1", r"fraction must be in \[0, 1\), got 1"),
@@ -278,12 +325,12 @@ def test_label_flips_reach_the_liars_training_data_only(tmp_path: Path) -> None:
         ("--attacks.fraction 0.2", "fraction=0.2 needs an attack; choose"),
     ],
 )
-def test_combinations_that_cannot_work_are_refused(flags: str, words: str) -> None:
+def test_rules_and_attacks_that_cannot_work_are_refused_in_one_line(flags: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as refused:
-        load("digits", flags.split())
+        load_config("digits", flags.split())
     assert "\n" not in str(refused.value)
 
 
-def test_the_mean_is_the_default_and_counts_by_examples() -> None:
-    assert Run().aggregation == Mean()
-    assert Run().attacks == NoAttack()
+def test_the_default_is_the_mean_without_attacks() -> None:
+    assert Config().aggregation == Mean()
+    assert Config().attacks == NoAttack()

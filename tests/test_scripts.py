@@ -1,7 +1,7 @@
-"""The shell scripts on machines that lack something: each says what, in one line.
+"""The shell scripts on machines that lack something: each names it in one line.
 
-The stand-ins on the PATH are such machines: a Python that is too old, a full disk. What the
-scripts do where nothing is missing is shown by running them, as continuous integration does.
+Fake programs on the PATH make such machines: a Python that is too old, a full disk. Continuous integration
+runs the scripts themselves where nothing is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PYTHONS = ("python3.13", "python3.12", "python3.11", "python3")
 
-# Makes a venv whose python and pip answer what venv.sh asks, and notes what was installed.
+# Makes a venv whose python and pip answer what venv.sh asks, and writes down what was installed.
 GOOD_PYTHON = r"""#!/bin/sh
 case "$*" in
   "-c "*) ;;
@@ -39,7 +39,7 @@ PYTHON_WITHOUT_VENV = '#!/bin/sh\ncase "$*" in *ensurepip*) exit 1;; esac\n'
 
 
 class Machine:
-    """A checkout in a folder of its own, and a PATH that begins with stand-ins."""
+    """A checkout in a folder of its own, and a PATH that begins with fake programs."""
 
     def __init__(self, folder: Path) -> None:
         self.root, self.bin, self.calls = folder / "a checkout", folder / "bin", folder / "calls"
@@ -84,11 +84,11 @@ def only_line(result: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.parametrize("script", ["scripts/quickstart", "scripts/test", "scripts/venv.sh", ".ci/run"])
-def test_script_parses(script: str) -> None:
+def test_scripts_are_valid_bash(script: str) -> None:
     subprocess.run(["bash", "-n", ROOT / script], check=True)
 
 
-def test_second_call_installs_nothing(machine: Machine) -> None:
+def test_a_second_call_installs_nothing(machine: Machine) -> None:
     first, second = machine.test("-k", "two words"), machine.test()
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert machine.installs() == [".[dev]"]
@@ -104,7 +104,7 @@ def test_changed_requirements_are_installed(machine: Machine) -> None:
     assert machine.installs() == [".[dev]"] * 2
 
 
-def test_half_made_venv_is_made_again(machine: Machine) -> None:
+def test_an_incomplete_environment_is_made_again(machine: Machine) -> None:
     machine.test(PIP_SAYS="ERROR: interrupted")
     leftover = machine.root / ".venv" / "leftover"
     leftover.touch()
@@ -135,19 +135,19 @@ def test_old_python_is_named(machine: Machine) -> None:
     assert "Python 3.11 or newer is needed, but python3 is Python 3.9.2" in line
 
 
-def test_missing_venv_module_is_named(machine: Machine) -> None:
+def test_a_missing_venv_module_is_reported(machine: Machine) -> None:
     for name in PYTHONS:
         machine.put(name, OLD_PYTHON)
     machine.put("python3.11", PYTHON_WITHOUT_VENV)
     assert "apt install python3.11-venv" in only_line(machine.test())
 
 
-def test_second_best_python_is_taken(machine: Machine) -> None:
+def test_another_python_is_used_where_the_newest_has_no_venv_module(machine: Machine) -> None:
     machine.put("python3.13", PYTHON_WITHOUT_VENV)
     assert machine.test().returncode == 0
 
 
-def test_small_disk_is_told_before_the_download(machine: Machine) -> None:
+def test_a_small_disk_is_reported_before_the_download(machine: Machine) -> None:
     machine.put("df", "#!/bin/sh\nprintf 'head\\ndisk 1 1 3145728 1%% /\\n'")
     assert "3 GB free, but the installation needs" in only_line(machine.test())
     assert not (machine.root / ".venv").exists()

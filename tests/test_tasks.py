@@ -1,4 +1,4 @@
-"""Loss and metrics as sums and counts: whatever the batches, the same totals."""
+"""Loss and metrics as sums and counts, which are the same for any batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedddp.tasks.classification import Classification
+from fedddp.tasks import Classification
 
 
 def logits(examples: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -17,7 +17,7 @@ def logits(examples: int, classes: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_loss_is_cross_entropy_summed(smoothing: float) -> None:
+def test_the_loss_is_the_summed_cross_entropy(smoothing: float) -> None:
     outputs, targets = logits(7, 4)
     log_p = outputs.log_softmax(1)
     hard = -log_p[torch.arange(7), targets].sum()
@@ -26,16 +26,18 @@ def test_loss_is_cross_entropy_summed(smoothing: float) -> None:
     torch.testing.assert_close(task.loss(outputs, targets), expected)
 
 
-def test_metrics_of_parts_add_up_to_those_of_the_whole() -> None:
+def test_metrics_of_parts_add_up_to_those_of_all_examples() -> None:
     task = Classification(label_smoothing=0.1)
     outputs, targets = logits(50, 8)
-    whole = task.measure(outputs, targets)
-    parts = [task.measure(outputs[part], targets[part]) for part in torch.arange(50).split([1, 30, 19])]
-    assert whole.keys() == {"loss", "accuracy", "accuracy_top5", "recall"}
-    for name, total in whole.items():
+    totals = task.measure(outputs, targets)
+    parts = [
+        task.measure(outputs[part], targets[part]) for part in torch.split(torch.arange(50), [1, 30, 19])
+    ]
+    assert totals.keys() == {"loss", "accuracy", "accuracy_top5", "recall"}
+    for name, total in totals.items():
         torch.testing.assert_close(torch.stack([part[name] for part in parts]).sum(0), total)
 
-    summary = task.summarise(whole)
+    summary = task.summarize(totals)
     predicted = outputs.argmax(1)
     assert summary["accuracy"] == pytest.approx(float((predicted == targets).double().mean()))
     assert summary["loss"] == pytest.approx(float(F.cross_entropy(outputs, targets)), rel=1e-5)
@@ -48,18 +50,18 @@ def test_metrics_of_parts_add_up_to_those_of_the_whole() -> None:
 def test_a_class_without_examples_has_no_recall() -> None:
     outputs = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
     task = Classification()
-    summary = task.summarise(task.measure(outputs, torch.tensor([0, 1])))
+    summary = task.summarize(task.measure(outputs, torch.tensor([0, 1])))
     assert summary["recall"] == [1.0, 0.0, None]
     assert "accuracy_top5" not in summary
 
 
-def test_nothing_measured_is_none() -> None:
+def test_metrics_without_examples_are_none() -> None:
     task = Classification()
-    summary = task.summarise(task.measure(torch.empty(0, 3), torch.empty(0, dtype=torch.int64)))
+    summary = task.summarize(task.measure(torch.empty(0, 3), torch.empty(0, dtype=torch.int64)))
     assert summary["loss"] is None
     assert summary["accuracy"] is None
 
 
-def test_smoothing_is_checked() -> None:
+def test_label_smoothing_of_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\), got 1"):
         Classification(label_smoothing=1)

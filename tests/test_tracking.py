@@ -1,3 +1,5 @@
+"""History on disk, progress on the screen, and trackers that may fail without ending the run."""
+
 from __future__ import annotations
 
 import io
@@ -11,7 +13,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,19 +21,19 @@ import torch.distributed as dist
 from rich.console import Console
 
 from fedddp.distributed.launch import connect
-from fedddp.distributed.topology import Topology
+from fedddp.distributed.topology import TopologyConfig
 from fedddp.storage.history import History, read_rows
 from fedddp.testing import run_world
-from fedddp.tracking import tracker as tracking
+from fedddp.tracking import tracker as module
 from fedddp.tracking.progress import RoundProgress
-from fedddp.tracking.tracker import NullTracker, Track, Tracker
+from fedddp.tracking.tracker import NullTracker, Tracker, TrackingConfig
 
 CONFIG = {"seed": 3, "data": {"clients": 20, "partition": {"alpha": 0.3}}, "tags": ["a", "b"]}
 
 
 @pytest.fixture(autouse=True)
 def patch(tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    """Keep wandb's caches, and a login of the person who runs the tests, out of the tests."""
+    """Keep wandb's caches and the user's login out of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("DATA", "CACHE", "CONFIG"):
             patch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "wandb-home"))
@@ -43,12 +45,12 @@ def patch(tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
             sys.modules["wandb"].teardown()  # forgets login and settings, ends its service
 
 
-def track_run(folder: Path, track: Track, rounds: int = 3, **options: Any) -> str:
-    """Track a small run to its end; return what it wrote on the screen."""
+def track_run(folder: Path, tracking: TrackingConfig, rounds: int = 3, **options: Any) -> str:
+    """Track a small run to its end; return what it printed."""
     console = Console(file=io.StringIO(), width=80)
-    tracker = Tracker(track, folder, CONFIG, name="demo", total_rounds=rounds, console=console, **options)
+    tracker = Tracker(tracking, folder, CONFIG, name="demo", total_rounds=rounds, console=console, **options)
     for index in range(options.get("resume_round", 0) + 1, rounds + 1):
-        tracker.visit_done(4)
+        tracker.client_done(4)
         tracker.log({"round": index, "train/loss": 1 / index, "eval/recall": [0.5, index / 4]})
         tracker.log_clients(
             [{"round": index, "client": c, "eval/accuracy": c / 4 + index / 100} for c in range(2)]
@@ -73,7 +75,7 @@ def inspect(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_rows_are_on_disk_as_plain_json_before_the_run_ends(tmp_path: Path) -> None:
+def test_rows_are_on_disk_as_json_before_the_run_ends(tmp_path: Path) -> None:
     history = History(tmp_path)
     history.log({"round": 1, "loss": np.float32(0.5), "recall": np.arange(2), "bad": float("nan")})
     assert read_rows(tmp_path / "history.jsonl") == [{"round": 1, "loss": 0.5, "recall": [0, 1], "bad": None}]
@@ -81,11 +83,11 @@ def test_rows_are_on_disk_as_plain_json_before_the_run_ends(tmp_path: Path) -> N
     history.close()
 
 
-@pytest.mark.parametrize("torn", ["", '{"round": 4, "lo', '{"round": 4}'])
-def test_a_resume_keeps_what_the_checkpoint_has(tmp_path: Path, torn: str) -> None:
+@pytest.mark.parametrize("partial", ["", '{"round": 4, "lo', '{"round": 4}'])
+def test_a_resume_keeps_the_rows_up_to_the_checkpoint(tmp_path: Path, partial: str) -> None:
     for name in ("history.jsonl", "clients.jsonl"):
         lines = [json.dumps({"round": r, "é": i}) + "\n" for r in (1, 2, 3) for i in range(2)]
-        (tmp_path / name).write_text("".join(lines) + torn, encoding="utf-8")
+        (tmp_path / name).write_text("".join(lines) + partial, encoding="utf-8")
     assert len(read_rows(tmp_path / "history.jsonl")) == 6
     history = History(tmp_path, keep_rounds=2)
     history.log({"round": 3})
@@ -97,16 +99,16 @@ def test_a_resume_keeps_what_the_checkpoint_has(tmp_path: Path, torn: str) -> No
     assert read_rows(tmp_path / "history.jsonl") == []
 
 
-def test_a_resume_from_a_checkpoint_of_the_last_line_keeps_all(tmp_path: Path) -> None:
+def test_a_resume_from_the_last_round_keeps_all_rows(tmp_path: Path) -> None:
     (tmp_path / "history.jsonl").write_text('{"round": 1}\n{"round": 2}\n{"rou')
     History(tmp_path, keep_rounds=2).close()
     assert (tmp_path / "history.jsonl").read_text() == '{"round": 1}\n{"round": 2}\n'
 
 
-def test_a_damaged_line_inside_is_named_and_nothing_is_cut(tmp_path: Path) -> None:
+def test_a_corrupt_line_inside_is_reported_and_no_row_is_cut(tmp_path: Path) -> None:
     text = '{"round": 1}\n{"rou\n{"round": 3}\n'
     (tmp_path / "history.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=r"history\.jsonl line 2 is damaged.*another folder"):
+    with pytest.raises(ValueError, match=r"history\.jsonl line 2 is corrupt.*another folder"):
         History(tmp_path, keep_rounds=3)
     assert (tmp_path / "history.jsonl").read_text() == text
 
@@ -125,18 +127,20 @@ def test_a_killed_run_leaves_every_logged_round(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """Let no file of this process grow beyond 4,000 bytes, as on a full disk."""
+    """Limit files of this process to 4,000 bytes, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_gives_one_clear_line_and_tears_no_row(tmp_path: Path, small_files: None) -> None:
+def test_a_full_disk_is_reported_in_one_line_and_leaves_no_partial_row(
+    tmp_path: Path, small_files: None
+) -> None:
     history, row = History(tmp_path), {"x": "y" * 300}
     for written in range(12):
         history.log({"round": written + 1, **row})
-    with pytest.raises(OSError, match=r"make room, then start again with --resume auto .*history.jsonl"):
+    with pytest.raises(OSError, match=r"make room, then resume with --resume auto .*history.jsonl"):
         history.log({"round": 13, **row})
     assert [r["round"] for r in read_rows(tmp_path / "history.jsonl")] == list(range(1, 13))
     assert (tmp_path / "history.jsonl").read_bytes().endswith(b"\n")
@@ -149,11 +153,11 @@ def test_a_full_disk_gives_one_clear_line_and_tears_no_row(tmp_path: Path, small
     history.close()
 
 
-def test_plain_progress_is_one_unwrapped_line_a_round(tmp_path: Path) -> None:
+def test_plain_progress_is_one_unwrapped_line_per_round(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=20)
-    progress = RoundProgress(12, 2, show=True, console=console)
+    progress = RoundProgress(12, 2, visible=True, console=console)
     progress._start -= 10
-    progress.visits(30)
+    progress.clients_done(30)
     progress.round({"round": 4, "train/loss": 0.25, "eval/accuracy": 0.5})
     progress.round({"round": 12, "train/loss": float("nan")})
     progress.close()
@@ -164,10 +168,10 @@ def test_plain_progress_is_one_unwrapped_line_a_round(tmp_path: Path) -> None:
     ]
 
 
-def test_a_terminal_shows_one_live_line_and_gets_its_cursor_back() -> None:
+def test_a_terminal_shows_one_live_line_and_its_cursor_is_restored() -> None:
     file = io.StringIO()
     console = Console(file=file, width=90, force_terminal=True, force_interactive=True)
-    progress = RoundProgress(8, show=True, console=console)
+    progress = RoundProgress(8, visible=True, console=console)
     progress.round({"round": 2, "train/loss": 0.25, "eval/accuracy": 0.5})
     progress.round({"round": 3, "train/loss": 0.125})
     progress.close()
@@ -181,14 +185,14 @@ def test_a_terminal_shows_one_live_line_and_gets_its_cursor_back() -> None:
     assert text.count("\n") == 1
 
 
-def test_without_progress_nothing_is_shown(tmp_path: Path) -> None:
-    assert track_run(tmp_path, Track(with_=[], progress=False)) == ""
+def test_without_progress_nothing_is_printed(tmp_path: Path) -> None:
+    assert track_run(tmp_path, TrackingConfig(trackers=[], progress=False)) == ""
     assert len(read_rows(tmp_path / "clients.jsonl")) == 6
 
 
-def test_wandb_offline_run_has_all_and_a_resume_continues_it(tmp_path: Path) -> None:
-    track = Track(project="lab", group="sweep", tags=["x"])
-    shown = track_run(tmp_path, track)
+def test_an_offline_wandb_run_is_complete_and_a_resume_continues_it(tmp_path: Path) -> None:
+    tracking = TrackingConfig(project="lab", group="sweep", tags=["x"])
+    shown = track_run(tmp_path, tracking)
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert shown.splitlines()[-1] == f"To upload the run: wandb sync {folder}"
     assert "wandb:" not in shown
@@ -209,7 +213,7 @@ def test_wandb_offline_run_has_all_and_a_resume_continues_it(tmp_path: Path) -> 
     assert summary["eval/accuracy"] == 0.75
     assert records[-1]["exit"]["exit_code"] == 0
 
-    shown = track_run(tmp_path, track, rounds=5, resume_round=3, run_id=run["run_id"])
+    shown = track_run(tmp_path, tracking, rounds=5, resume_round=3, run_id=run["run_id"])
     (again,) = set(tmp_path.glob("wandb/offline-run-*")) - {folder}
     records = inspect(again)
     assert next(r["run"]["run_id"] for r in records if r["type"] == "run") == run["run_id"]
@@ -224,11 +228,13 @@ def test_wandb_offline_run_has_all_and_a_resume_continues_it(tmp_path: Path) -> 
     assert [row["round"] for row in read_rows(tmp_path / "history.jsonl")] == [1, 2, 3, 4, 5]
 
 
-def test_wandb_unreachable_at_the_start_means_offline(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tracking, "WANDB_INIT_TIMEOUT_S", 1.0)
+def test_a_wandb_server_unreachable_at_the_start_makes_the_run_offline(
+    tmp_path: Path, patch: pytest.MonkeyPatch
+) -> None:
+    patch.setattr(module, "WANDB_INIT_TIMEOUT_S", 1.0)
     patch.setenv("WANDB_API_KEY", "k" * 40)
     patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    first, *_, last = track_run(tmp_path, Track()).splitlines()
+    first, *_, last = track_run(tmp_path, TrackingConfig()).splitlines()
     assert first.startswith("wandb: Timed out")
     assert first.endswith("; the run is logged offline")
     (folder,) = tmp_path.glob("wandb/offline-run-*")
@@ -237,10 +243,10 @@ def test_wandb_unreachable_at_the_start_means_offline(tmp_path: Path, patch: pyt
 
 
 class WandbServer(BaseHTTPRequestHandler):
-    """As much of a wandb server as a run needs; `awake` unset, it drops every connection."""
+    """The parts of a wandb server that a run needs; while `awake` is unset, it drops every connection."""
 
-    awake: threading.Event
-    streamed: list[str]
+    awake: ClassVar[threading.Event]
+    streamed: ClassVar[list[str]]
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
@@ -260,7 +266,7 @@ class WandbServer(BaseHTTPRequestHandler):
                 answer = {"createRunFiles": {"uploadHeaders": [], "files": files}}
         elif self.path.endswith("/file_stream"):
             history = json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
-            self.streamed += history.get("content", [])
+            self.streamed.extend(history.get("content", []))
         text = json.dumps({"data": answer}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(text)))
@@ -275,28 +281,31 @@ class WandbServer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def wandb_server(patch: pytest.MonkeyPatch) -> Iterator[type[WandbServer]]:
-    handler = type("Handler", (WandbServer,), {"awake": threading.Event(), "streamed": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    class Handler(WandbServer):
+        awake = threading.Event()
+        streamed: ClassVar[list[str]] = []
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
-        handler.awake.set()
+        Handler.awake.set()
         patch.setenv("WANDB_API_KEY", "k" * 40)
         patch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-        yield handler
+        yield Handler
         server.shutdown()
         thread.join()
 
 
 @pytest.mark.parametrize("back_after_s", [0.5, None])
-def test_wandb_unreachable_for_a_while_delays_only_the_upload(
+def test_a_wandb_server_unreachable_for_a_while_delays_only_the_upload(
     tmp_path: Path,
     patch: pytest.MonkeyPatch,
     wandb_server: type[WandbServer],
     back_after_s: float | None,
 ) -> None:
-    patch.setattr(tracking, "WANDB_FINISH_TIMEOUT_S", 20.0 if back_after_s else 1.0)
+    patch.setattr(module, "WANDB_FINISH_TIMEOUT_S", 20.0 if back_after_s else 1.0)
     console = Console(file=io.StringIO())
-    tracker = Tracker(Track(), tmp_path, CONFIG, name="demo", total_rounds=3, console=console)
+    tracker = Tracker(TrackingConfig(), tmp_path, CONFIG, name="demo", total_rounds=3, console=console)
     wandb_server.awake.clear()
     start = time.monotonic()
     for index in (1, 2, 3):
@@ -320,19 +329,19 @@ def test_wandb_unreachable_for_a_while_delays_only_the_upload(
         assert sum("history" in record for record in inspect(folder)) == 3
 
 
-def test_wandb_disabled_by_the_user_stays_so(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+def test_wandb_disabled_by_the_user_stays_disabled(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("WANDB_MODE", "disabled")
-    shown = track_run(tmp_path, Track())
+    shown = track_run(tmp_path, TrackingConfig())
     assert len(shown.splitlines()) == 3
     assert not list(tmp_path.glob("wandb/*run*"))
 
 
-def test_tensorboard_events_read_back_and_a_resume_repeats_none(tmp_path: Path) -> None:
+def test_tensorboard_events_can_be_read_and_a_resume_repeats_none(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    track = Track(with_=["tensorboard"])
-    track_run(tmp_path, track)
-    track_run(tmp_path, track, rounds=4, resume_round=2)
+    tracking = TrackingConfig(trackers=["tensorboard"])
+    track_run(tmp_path, tracking)
+    track_run(tmp_path, tracking, rounds=4, resume_round=2)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["train/loss"]
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
@@ -341,25 +350,29 @@ def test_tensorboard_events_read_back_and_a_resume_repeats_none(tmp_path: Path) 
     assert "data.partition.alpha: 0.3" in settings.read_text()
 
 
-def test_a_tracker_that_fails_is_left_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_failing_tracker_is_dropped_and_the_run_continues(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file where a folder should be")
-    shown = track_run(tmp_path, Track(with_=["tensorboard"])).splitlines()
+    shown = track_run(tmp_path, TrackingConfig(trackers=["tensorboard"])).splitlines()
     assert len(shown) == 1 + 3
     assert shown[0].startswith("tensorboard: ")
-    assert shown[0].endswith("; the run goes on without this tracker")
+    assert shown[0].endswith("; the run continues without this tracker")
     assert len(read_rows(tmp_path / "history.jsonl")) == 3
 
 
-def test_unknown_and_missing_trackers_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^with names the unknown tracker 'wandbb'; .*wandb"):
-        Track(with_=["wandb", "wandbb"])
-    with pytest.raises(ValueError, match=r"^with needs the package of 'aim'; pip install aim"):
-        Track(with_=["aim"])
+def test_unknown_and_missing_trackers_are_rejected() -> None:
+    with pytest.raises(
+        ValueError, match=r"^tracking\.trackers: unknown tracker 'wandbb'; accelerate has .*wandb"
+    ):
+        TrackingConfig(trackers=["wandb", "wandbb"])
+    with pytest.raises(
+        ValueError, match=r"^tracking\.trackers: this needs the package of 'aim'; pip install aim"
+    ):
+        TrackingConfig(trackers=["aim"])
 
 
-def test_settings_and_imports_stay_light() -> None:
+def test_tracking_config_imports_no_heavy_package() -> None:
     code = (
-        "import sys; from fedddp.tracking.tracker import Track; Track()\n"
+        "import sys; from fedddp.tracking.tracker import TrackingConfig; TrackingConfig()\n"
         "print({'wandb', 'accelerate', 'torch', 'rich'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -367,18 +380,18 @@ def test_settings_and_imports_stay_light() -> None:
 
 
 def track_on_the_coordinator(folder: str) -> tuple[int, bool]:
-    world = connect(Topology())
+    world = connect(TopologyConfig())
     tracker = NullTracker()
     if world.is_coordinator:
         tracker = Tracker(
-            Track(with_=["wandb", "tensorboard"], mode="offline", progress=False),
+            TrackingConfig(trackers=["wandb", "tensorboard"], mode="offline", progress=False),
             Path(folder),
             CONFIG,
             name="demo",
             total_rounds=2,
         )
     for index in (1, 2):
-        tracker.visit_done()
+        tracker.client_done()
         tracker.log({"round": index, "train/loss": 1.0})
     tracker.finish()
     from accelerate.state import PartialState
@@ -386,16 +399,16 @@ def track_on_the_coordinator(folder: str) -> tuple[int, bool]:
     return dist.get_world_size(), PartialState._shared_state == {}
 
 
-def test_trackers_on_one_rank_of_two_make_no_world_of_their_own(tmp_path: Path) -> None:
+def test_trackers_on_one_rank_of_two_start_no_process_group_of_their_own(tmp_path: Path) -> None:
     assert run_world(track_on_the_coordinator, str(tmp_path), size=2) == [(2, True)] * 2
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
     assert len(list(tmp_path.glob("tensorboard/events*"))) == 1
 
 
-def test_trackers_make_no_process_group_where_there_is_none(
+def test_trackers_start_no_process_group_where_there_is_none(
     tmp_path: Path, patch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         patch.setenv(name, value)
-    track_run(tmp_path, Track(with_=["tensorboard"]))
+    track_run(tmp_path, TrackingConfig(trackers=["tensorboard"]))
     assert not dist.is_initialized()

@@ -1,150 +1,154 @@
-"""Rules that hold when some clients lie: they see the updates apart, and count them equally."""
+"""Robust aggregation: rules for cohorts with malicious (Byzantine) clients, which see the updates apart."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
-from fedddp.aggregation.mean import Accumulator, Mean
-from fedddp.algorithms.algorithm import Total
+from fedddp.aggregation.aggregation import Accumulator, Aggregation
+from fedddp.algorithms.algorithm import AggregatedUpdate
 from fedddp.distributed.world import World
+from fedddp.section import NonNegativeInt, PositiveInt
 
 WEISZFELD_STEPS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Robust(Mean, ABC):
-    """A rule over the updates apart, which are gathered at the coordinator: m vectors (P + B,) a round.
+class RobustAggregation(Aggregation):
+    """A rule over the updates of a round, which are gathered at the coordinator; subclass it for your own.
 
-    Float buffers are combined by their coordinate median, whatever the rule: an example-weighted mean
-    would leave liars a way in. Integer buffers by maximum, as ever.
+    Per round the coordinator holds m vectors (P + B,). Float buffers are aggregated by their coordinate
+    median, whatever the rule: an example-weighted mean would be open to malicious clients. Integer buffers
+    are aggregated by maximum.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sums != "exact":
-            raise ValueError(
-                f"sums={self.sums} is for Mean, {type(self).__name__} sums nothing; leave it out"
-            )
+    robust: ClassVar[bool] = True
 
     @abstractmethod
-    def choose(self, updates: Tensor) -> Tensor:
-        """Return one update (P,) for the cohort's `updates` (m, P), ordered by client."""
+    def aggregate(self, updates: Tensor, weights: Tensor) -> Tensor:
+        """Return one update (P,); on the coordinator.
 
-    def accumulator(self, lengths: Mapping[str, int], clients: int, like: Tensor, counters: Tensor) -> Rows:
-        """Return an empty collection of rows; see `Mean.accumulator`."""
-        return Rows(self, lengths, clients, like, counters)
+        Args:
+            updates: the clients' updates Δ_k, ordered by client; (m, P), m >= `min_clients()`.
+            weights: the clients' weights, p_k or 1/m, in the same order; (m,) float64. The rules here
+                count clients equally and leave them aside.
+        """
+
+    def accumulator(
+        self, lengths: Mapping[str, int], clients: int, like: Tensor, integer_buffers: Tensor
+    ) -> UpdateStack:
+        """Return an empty stack; arguments as for `Aggregation.accumulator`."""
+        return UpdateStack(self, lengths, like, integer_buffers)
 
 
-class Rows(Accumulator):
-    """The contributions of this rank's clients, then, at the coordinator, of all ranks'."""
+class UpdateStack(Accumulator):
+    """The updates of this rank's clients, then, at the coordinator, of all ranks'."""
 
-    rule: Robust
+    rule: RobustAggregation
 
     def __init__(
-        self, rule: Robust, lengths: Mapping[str, int], clients: int, like: Tensor, counters: Tensor
+        self, rule: RobustAggregation, lengths: Mapping[str, int], like: Tensor, integer_buffers: Tensor
     ) -> None:
-        """Start with none; see `Mean.accumulator`."""
-        super().__init__(rule, {}, clients, like, counters)
-        self.limit = math.inf  # nothing is summed
+        """Start with none; arguments as for `Aggregation.accumulator`."""
+        super().__init__(rule, like, integer_buffers)
         self.size, self.length = lengths["update"], lengths["update"] + lengths.get("buffers", 0)
         self.rows: dict[int, Tensor] = {}
+        self.weights: dict[int, float] = {}
 
     def _take(self, client: int, vectors: Mapping[str, Tensor], weight: float, example_weight: float) -> None:
-        """Keep one client's update and buffers, whatever its weights."""
+        """Keep one client's update and buffers."""
         self.rows[client] = torch.cat([vectors["update"], vectors["buffers"]])
+        self.weights[client] = weight
 
-    def combine(self, world: World) -> None:
-        """Collective. Bring all rows to the coordinator."""
-        for rank, clients in enumerate(world.gather(sorted(self.rows))[1:], start=1):
-            for client in clients:
+    def reduce(self, world: World) -> None:
+        """Collective. Bring all updates to the coordinator."""
+        for rank, weights in enumerate(world.gather(self.weights)[1:], start=1):
+            for client in sorted(weights):
                 if world.rank == rank:
                     world.send(self.rows.pop(client), 0)
                 elif world.is_coordinator:
                     self.rows[client] = self.like.new_empty(self.length)
                     world.receive(self.rows[client], rank)
-        world.sum(self.counts)
-        world.max(self.counters)
+            if world.is_coordinator:
+                self.weights |= weights
+        super().reduce(world)
 
-    def total(self) -> Total:
-        """Return what the rule chooses, and the median of the buffers; of `Robust.least` rows or more."""
-        rows = self._stacked()
-        update = self.rule.choose(rows[:, : self.size]).to(self.like.dtype)
-        return Total({"update": update, "buffers": _median(rows[:, self.size :])}, len(rows))
+    def result(self) -> AggregatedUpdate:
+        """Return the rule's update, and the median of the buffers."""
+        rows, weights = self._stacked()
+        update = self.rule.aggregate(rows[:, : self.size], weights).to(self.like.dtype)
+        return AggregatedUpdate({"update": update, "buffers": _median(rows[:, self.size :])}, len(rows))
 
-    def _stacked(self) -> Tensor:
-        rows = [self.rows[client] for client in sorted(self.rows)]
-        return torch.stack(rows) if rows else self.like.new_empty(0, self.length)
+    def _stacked(self) -> tuple[Tensor, Tensor]:
+        """Return the updates with their buffers (m, P + B) and the weights (m,), ordered by client."""
+        clients = sorted(self.rows)
+        rows = [self.rows[client] for client in clients]
+        weights = torch.tensor([self.weights[client] for client in clients], dtype=torch.float64)
+        return torch.stack(rows) if rows else self.like.new_empty(0, self.length), weights.to(
+            self.like.device
+        )
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything that a round stopped in the middle needs to go on."""
+        """Return the updates, their clients and weights."""
+        rows, weights = self._stacked()
         clients = torch.tensor(sorted(self.rows), dtype=torch.int64)
-        whole = {"counts": self.counts, "counters": self.counters}
-        return {"clients": clients, "rows": self._stacked(), **whole}
+        return {**super().state(), "clients": clients, "rows": rows, "weights": weights}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` returned."""
-        rows = state["rows"].to(self.like.device)
-        self.rows = dict(zip(state["clients"].tolist(), rows, strict=True))
-        self.counts.copy_(state["counts"])
-        self.counters.copy_(state["counters"])
+        """Restore the `state` of a stopped round."""
+        super().load(state)
+        clients = state["clients"].tolist()
+        self.rows = dict(zip(clients, state["rows"].to(self.like.device), strict=True))
+        self.weights = dict(zip(clients, state["weights"].tolist(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoordinateMedian(Robust):
+class CoordinateMedian(RobustAggregation):
     """The median of every coordinate (Yin et al., 2018, arXiv:1803.01498)."""
 
-    def choose(self, updates: Tensor) -> Tensor:
+    def aggregate(self, updates: Tensor, weights: Tensor) -> Tensor:
         """Return the median along the cohort; of an even number, the mean of the middle two."""
         return _median(updates)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrimmedMean(Robust):
+class TrimmedMean(RobustAggregation):
     """The mean of every coordinate without its ⌊βm⌋ largest and ⌊βm⌋ smallest values (arXiv:1803.01498).
 
-    Yin et al., 2018. It holds while at most ⌊βm⌋ of a round's m clients lie.
+    Yin et al., 2018. It is robust while at most ⌊βm⌋ of a round's m clients are malicious.
     """
 
-    beta: float = 0.2
-    """Part β cut off at each side, in [0, 0.5)."""
+    beta: Annotated[float, Interval(ge=0, lt=0.5), "CoordinateMedian is its limit"] = 0.2
+    """Share β cut off at each side, in [0, 0.5)."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.beta < 0.5:
-            raise ValueError(f"beta must be in [0, 0.5), got {self.beta}; CoordinateMedian is its limit")
-
-    def choose(self, updates: Tensor) -> Tensor:
-        """Return the mean of what is left of every sorted column."""
+    def aggregate(self, updates: Tensor, weights: Tensor) -> Tensor:
+        """Return the mean of the remaining values of every coordinate."""
         cut = math.floor(self.beta * len(updates) + 1e-9)  # 0.3 * 10 is 3, in floats too
         return _mean(updates.sort(0).values[cut : len(updates) - cut])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Krum(Robust):
+class Krum(RobustAggregation):
     """The update nearest to its neighbours (Blanchard et al., 2017, arXiv:1703.02757).
 
     Scores are the sums of the n − f − 2 smallest squared distances to the others; the least wins.
     """
 
-    attackers: int = 1
-    """Clients f of a round that may lie, >= 0; a round needs 2f + 3 clients."""
+    attackers: NonNegativeInt = 1
+    """Clients f of a round that may be malicious, >= 0; a round needs 2f + 3 clients."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.attackers < 0:
-            raise ValueError(f"attackers must be >= 0, got {self.attackers}")
-
-    def least(self) -> int:
+    def min_clients(self) -> int:
         """Return 2f + 3."""
         return 2 * self.attackers + 3
 
-    def choose(self, updates: Tensor) -> Tensor:
+    def aggregate(self, updates: Tensor, weights: Tensor) -> Tensor:
         """Return the update with the least score."""
         return updates[_scores(_distances(updates), self.attackers).argmin()]
 
@@ -153,16 +157,11 @@ class Krum(Robust):
 class MultiKrum(Krum):
     """The mean of the updates with the least Krum scores (Blanchard et al., 2017, arXiv:1703.02757)."""
 
-    keep: int | None = None
+    keep: PositiveInt | None = None
     """Updates that are averaged, >= 1; by default n − f."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.keep is not None and self.keep < 1:
-            raise ValueError(f"keep must be >= 1, got {self.keep}; leave it out for all but the attackers")
-
-    def choose(self, updates: Tensor) -> Tensor:
-        """Return the mean of the best."""
+    def aggregate(self, updates: Tensor, weights: Tensor) -> Tensor:
+        """Return the mean of the updates with the least scores."""
         keep = self.keep or len(updates) - self.attackers
         best = _scores(_distances(updates), self.attackers).argsort(stable=True)[:keep]
         return _mean(updates[best.sort().values])
@@ -176,14 +175,14 @@ class Bulyan(Krum):
     θ − 2f values nearest to the median are averaged.
     """
 
-    attackers: int = 1
-    """Clients f of a round that may lie, >= 0; a round needs 4f + 3 clients."""
+    attackers: NonNegativeInt = 1
+    """Clients f of a round that may be malicious, >= 0; a round needs 4f + 3 clients."""
 
-    def least(self) -> int:
+    def min_clients(self) -> int:
         """Return 4f + 3."""
         return 4 * self.attackers + 3
 
-    def choose(self, updates: Tensor) -> Tensor:
+    def aggregate(self, updates: Tensor, weights: Tensor) -> Tensor:
         """Return the mean of the θ − 2f values of every coordinate nearest to the median of θ."""
         f, distances, left = self.attackers, _distances(updates), list(range(len(updates)))
         chosen = []
@@ -197,20 +196,21 @@ class Bulyan(Krum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeometricMedian(Robust):
+class GeometricMedian(RobustAggregation):
     """The point with the least sum of distances to the updates (Pillutla et al., 2022, arXiv:1912.13445).
 
-    By Weiszfeld's iteration from the coordinate median, unweighted; it holds while fewer than half lie.
+    By Weiszfeld's iteration from the coordinate median, unweighted; it is robust while fewer than half of
+    the clients are malicious.
     """
 
-    def choose(self, updates: Tensor) -> Tensor:
+    def aggregate(self, updates: Tensor, weights: Tensor) -> Tensor:
         """Return the geometric median, to float32 precision where it converges."""
         rows = updates.double()
         point = _median(rows)
         for _ in range(WEISZFELD_STEPS):
             distances = torch.linalg.vector_norm(rows - point, dim=1)
-            weights = 1 / distances.clamp_min(1e-12 + 1e-9 * float(distances.max()))
-            point = (weights / weights.sum()) @ rows
+            closeness = 1 / distances.clamp_min(1e-12 + 1e-9 * float(distances.max()))
+            point = (closeness / closeness.sum()) @ rows
         return point
 
 

@@ -1,34 +1,36 @@
-"""The words between a method and the loops that run it: visit, contribution, server, total."""
+"""The interface between an algorithm and the loops that run it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from fedddp.algorithms.local import Local
+from fedddp.algorithms.local import LocalConfig
 from fedddp.models.flat import FlatModel
+from fedddp.section import Section
 
 if TYPE_CHECKING:
     from fedddp.data.loader import Batch
 
 
 @dataclass(kw_only=True)
-class Visit:
-    """One client's local training in one round, as a method's hooks see it.
+class ClientContext:
+    """One client's local training in one round, as an algorithm's hooks see it.
 
-    The same on all ranks of the group. Vectors have shape (P,) and are views of live state:
-    change `params`, `grad` and `buffers` in place.
+    The same on all ranks of the client group. Vectors have shape (P,) and are views of live state: change
+    `params`, `grad` and the buffers of `flat` in place.
     """
 
     client: int
     """The client, in range(population)."""
     round: int
-    """Index of the round, from 0; in asynchronous training the number of the dispatch, from 0."""
+    """Index of the round, from 0; in asynchronous training the dispatch id, from 0."""
     examples: int
     """n_k, the client's training examples (unique, not padded)."""
     weight: float
@@ -41,26 +43,28 @@ class Visit:
     """x, the dispatched parameters; (P,); read only."""
     start_buffers: Tensor
     """The dispatched float buffers; (B,); read only."""
-    start_counters: Tensor
+    start_integer_buffers: Tensor
     """The dispatched integer buffers; (I,) int64; read only."""
-    sent: Mapping[str, Tensor]
-    """The server's vectors that the method sends along (`Method.sends`); read only."""
+    server_vectors: Mapping[str, Tensor]
+    """The server's vectors that are sent with the model (`Algorithm.sends`); read only."""
     state: dict[str, Tensor]
-    """What this client keeps between its visits, by name, on the CPU; empty at its first visit."""
-    local: Local
+    """The client's own state, kept between rounds on the CPU, by name; empty at first."""
+    local: LocalConfig
     """The run's local training."""
     lr: float
     """η, the local learning rate of this round."""
-    train: Callable[[Callable[[Visit], None]], None]
-    """Run the local training from the current params with this correction (`Method.correct`)."""
-    mean_loss: Callable[[], float]
-    """Collective over the group. Mean loss of the current params over the client's training data."""
+    on_exit: ExitStack
+    """Context managers entered here are left when the client is trained, such as a hook on a layer."""
+    initial_loss: float = float("nan")
+    """F_k(x), the mean loss of the dispatched model; known if `Algorithm.needs_initial_loss`."""
+    pass_index: int = 0
+    """Which of the `Algorithm.passes` of local training this is, from 0."""
     steps: int = 0
-    """K_k, the optimizer steps of the group so far in this `train`."""
+    """K_k, the optimizer steps of the group so far in this pass."""
     lr_sum: float = 0.0
     """Sum of η over those steps."""
     scratch: dict[str, Tensor] = field(default_factory=dict)
-    """The method's own tensors during this visit, by name."""
+    """The algorithm's own tensors during this local training, by name."""
 
     @property
     def params(self) -> Tensor:
@@ -78,133 +82,166 @@ class Visit:
         return self.flat.params - self.start
 
     def restart(self) -> None:
-        """Put parameters and buffers back to what was dispatched, for methods that train twice."""
+        """Reset parameters and buffers to the dispatched model."""
         self.flat.params.copy_(self.start)
         self.flat.buffers.copy_(self.start_buffers)
-        self.flat.counters.copy_(self.start_counters)
+        self.flat.integer_buffers.copy_(self.start_integer_buffers)
 
-    def remembered(self, name: str) -> Tensor:
-        """Return the client's vector `name` on the model's device; zeros (P,) before its first visit."""
+    def load(self, name: str) -> Tensor:
+        """Return the client's vector `name` on the model's device; zeros (P,) before it was stored."""
         kept = self.state.get(name)
         return torch.zeros_like(self.params) if kept is None else kept.to(self.params.device)
 
-    def remember(self, name: str, vector: Tensor) -> None:
-        """Keep a copy of `vector` under `name` until the client's next visit."""
+    def store(self, name: str, vector: Tensor) -> None:
+        """Keep a copy of `vector` under `name` until the client is trained again."""
         self.state[name] = vector.detach().to("cpu", copy=True)
 
 
 @dataclass
-class Contribution:
-    """What a client sends: vectors that are added over the cohort after multiplication by `weight`."""
+class ClientUpdate:
+    """What a client sends: vectors that are summed over the cohort after multiplication by `weight`."""
 
     vectors: dict[str, Tensor]
     weight: float
 
 
 @dataclass
-class Total:
-    """The contributions of a cohort, combined: weighted means over the clients that sent one."""
+class AggregatedUpdate:
+    """The aggregated updates of a cohort: weighted means over the clients that sent one."""
 
     vectors: dict[str, Tensor]
     clients: int
-    """m, how many contributions were combined."""
+    """m, how many updates were aggregated."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.vectors[name]
 
 
 @dataclass
-class Server:
-    """The coordinator's state; the other ranks hold what was last sent to them."""
+class ServerState:
+    """The coordinator's state; the other ranks hold the last broadcast."""
 
     params: Tensor
     """x, the global parameters; (P,)."""
     buffers: Tensor
     """Global float buffers; (B,)."""
-    counters: Tensor
+    integer_buffers: Tensor
     """Global integer buffers; (I,) int64."""
     population: int
     """N, the number of clients."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
-    """The method's own vectors, by name."""
+    """The algorithm's own vectors, by name."""
     version: int = 0
     """Server steps so far."""
 
+    @classmethod
+    def of(cls, flat: FlatModel, population: int) -> ServerState:
+        """Return the state of a server that starts from the model in `flat`."""
+        return cls(flat.params.clone(), flat.buffers.clone(), flat.integer_buffers.clone(), population)
 
-@dataclass(frozen=True, kw_only=True)
-class Method(ABC):
-    """What a client does and what the coordinator does; a method is one small subclass.
 
-    The fields of the subclass are its configuration. Hooks run on all ranks of a client's group
-    with the same values, except `step`, which runs on the coordinator.
+class Algorithm(Section, ABC):
+    """What a client does in an algorithm; the coordinator's part is in the two subclasses.
+
+    The fields of a subclass are its settings. Client hooks run on all ranks of a client's group with the same
+    values.
     """
 
+    key = "algorithm"
+    chosen_by_name = True
+
     sends: ClassVar[tuple[str, ...]] = ()
-    """Names of the server's vectors that go to the clients with the model."""
+    """Names of the server's vectors that are sent to the clients with the model."""
     uniform: ClassVar[bool] = False
     """Whether clients count equally (weight 1/m) instead of by examples (weight p_k)."""
     stateful: ClassVar[bool] = False
-    """Whether clients keep state between visits."""
-    asynchronous: ClassVar[bool] = False
-    """Whether contributions are absorbed one by one as they arrive."""
+    """Whether clients keep state between rounds."""
+    passes: ClassVar[int] = 1
+    """How often a client trains in one round; `begin` is called before each pass."""
+    needs_initial_loss: ClassVar[bool] = False
+    """Whether F_k(x) is computed before a client trains (`ClientContext.initial_loss`)."""
     mean_only: ClassVar[bool] = False
-    """Whether contributions mean something only as a plain mean: no robust rule, no clipped updates."""
+    """Whether updates mean something only as a plain mean: no robust rule, no clipped updates."""
     because: ClassVar[str] = ""
-    """Why the method needs what it `needs`: words that follow its name."""
+    """Why the algorithm requires what it does of `local`: words that follow its name."""
 
-    def needs(self, local: Local) -> dict[str, object]:
+    def requires(self, local: LocalConfig) -> dict[str, object]:
         """Return the fields of `local` that must have a certain value (None: be left out), with that value.
 
-        A run whose local training is another is refused in one line, which says why (`because`).
+        Another local training is rejected at startup in one line, which gives the reason (`because`).
         """
         return {}
 
     def check_model(self, flat: FlatModel) -> None:
-        """Raise ValueError when the method cannot train this model."""
+        """Raise ValueError when the algorithm cannot train this model."""
 
     def lengths(self, size: int) -> dict[str, int]:
-        """Return the length of each vector of a contribution, for a model of P = `size`."""
+        """Return the length of each vector of a client update, for a model of P = `size`."""
         return {"update": size}
 
-    def dispatch(self, server: Server) -> list[Tensor]:
-        """Return what a client is sent, in the order in which it travels."""
+    def dispatch(self, server: ServerState) -> list[Tensor]:
+        """Return what is sent to a client, in the order in which it travels."""
         along = [server.vectors[name] for name in self.sends]
-        return [server.params, server.buffers, server.counters, *along]
+        return [server.params, server.buffers, server.integer_buffers, *along]
 
-    def traffic(self, server: Server) -> tuple[int, int]:
-        """Return the bytes of what one client sends, and of what it is sent."""
+    def traffic(self, server: ServerState) -> tuple[int, int]:
+        """Return the bytes that one client sends, and the bytes that it receives."""
         vectors = sum(self.lengths(server.params.numel()).values()) * server.params.itemsize
         down = sum(tensor.nbytes for tensor in self.dispatch(server))
-        return vectors + server.buffers.nbytes + server.counters.nbytes, down
+        return vectors + server.buffers.nbytes + server.integer_buffers.nbytes, down
 
-    def start(self, server: Server) -> None:
-        """Put the method's vectors into `server.vectors` before the first round."""
+    def start(self, server: ServerState) -> None:
+        """Put the algorithm's vectors into `server.vectors` before the first round."""
 
-    def begin(self, visit: Visit) -> None:
-        """Before the first local step."""
+    def begin(self, context: ClientContext) -> None:
+        """Prepare a pass of local training, before its first step."""
 
-    def penalty(self, visit: Visit, batch: Batch, outputs: Tensor) -> Tensor | None:
+    def penalty(self, context: ClientContext, batch: Batch, outputs: Tensor) -> Tensor | None:
         """Return a scalar to add to the summed loss of this rank's part of a batch, or None."""
         return None
 
-    def correct(self, visit: Visit) -> None:
-        """After the group's gradient all-reduce, before the optimizer step; change `grad` in place."""
+    def correct(self, context: ClientContext) -> None:
+        """Change `grad` in place: after the group's gradient all-reduce, before the optimizer step."""
 
-    def run(self, visit: Visit) -> None:
-        """Train the client; methods that train twice override this."""
-        visit.train(self.correct)
+    def finish(self, context: ClientContext) -> ClientUpdate:
+        """Return the client's update, after the last step of the last pass."""
+        return ClientUpdate({"update": context.update}, self.weight(context))
 
-    def finish(self, visit: Visit) -> Contribution:
-        """Return what the client sends after its last step."""
-        return Contribution({"update": visit.update}, self.weight(visit))
-
-    def weight(self, visit: Visit) -> float:
+    def weight(self, context: ClientContext) -> float:
         """Return the client's weight in the sums over the cohort."""
-        return visit.share if self.uniform else visit.weight
+        return context.share if self.uniform else context.weight
+
+    def personalize(self, flat: FlatModel, state: Mapping[str, Tensor]) -> None:
+        """Turn the global model in `flat` into the client's own for its local evaluation, in place."""
+
+
+class SynchronousAlgorithm(Algorithm):
+    """An algorithm of rounds: the coordinator steps when the cohort's updates are aggregated."""
 
     @abstractmethod
-    def step(self, server: Server, total: Total) -> None:
-        """Change `server` by the combined contributions of a round, in place."""
+    def step(self, server: ServerState, aggregated: AggregatedUpdate) -> None:
+        """Change `server` by the aggregated updates of a round, in place; on the coordinator."""
 
-    def personal(self, flat: FlatModel, state: Mapping[str, Tensor]) -> None:
-        """Turn the global model in `flat` into the client's own for its local evaluation, in place."""
+
+class AsynchronousAlgorithm(Algorithm):
+    """An algorithm whose server takes one update at a time, as it arrives."""
+
+    because: ClassVar[str] = "keeps no client state between local trainings"
+
+    def requires(self, local: LocalConfig) -> dict[str, object]:
+        """Require optimizers that start from scratch: clients send updates only."""
+        return {"optimizer_state": "reset"}
+
+    @abstractmethod
+    def absorb(self, server: ServerState, update: ClientUpdate, staleness: int) -> bool:
+        """Apply one client's update; on the coordinator, which counts versions.
+
+        Args:
+            server: changed in place; the loop sets its integer buffers.
+            update: the algorithm's vectors, and "buffers": the client's float buffers, (B,).
+            staleness: τ, server versions since the model was sent to the client; 0 for a fresh one.
+
+        Returns:
+            Whether the global model changed, which makes a new version. Until then neither the
+            parameters nor the buffers may change.
+        """

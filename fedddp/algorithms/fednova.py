@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fedddp.algorithms.algorithm import Contribution, Server, Total, Visit
-from fedddp.algorithms.local import Local
+from fedddp.algorithms.algorithm import AggregatedUpdate, ClientContext, ClientUpdate, ServerState
+from fedddp.algorithms.local import LocalConfig
 from fedddp.algorithms.proximal import FedProx
+from fedddp.section import NonNegativeFloat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,35 +20,36 @@ class FedNova(FedProx):
     the pull μ. Weight decay counts as part of the loss and its gradient.
     """
 
-    mu: float = 0.0
+    mu: NonNegativeFloat = 0.0
     """Strength μ of FedProx's pull to the dispatched model, >= 0; 0 is none."""
 
     mean_only = True
-    because = "must know the coefficients of a visit's own gradients"
+    because = "must know the coefficients of the gradients of one local training"
 
-    def needs(self, local: Local) -> dict[str, object]:
-        """Fixed coefficients, of a visit's own gradients: no kept momentum, no clipping of g + μ(w − x)."""
+    def requires(self, local: LocalConfig) -> dict[str, object]:
+        """Require fixed coefficients: no momentum from earlier rounds, no clipping of g + μ(w − x)."""
         own = {"optimizer_state": "reset"} if local.momentum else {}
         return {"optimizer": "sgd", **own, **({"clip_norm": None} if self.mu else {})}
 
-    def coefficients(self, visit: Visit) -> float:
-        """Return a_k: run the local optimizer with gradients 1, and −(w − x)/η is their coefficients' sum."""
+    def coefficients(self, context: ClientContext) -> float:
+        """Return a_k: gradients of 1 make −(w − x)/η of the local optimizer the sum of their coefficients."""
         a = v = 0.0
-        for _ in range(visit.steps):
-            v = visit.local.momentum * v + 1 - visit.lr * self.mu * a
+        for _ in range(context.steps):
+            v = context.local.momentum * v + 1 - context.lr * self.mu * a
             a += v
         return a
 
     def lengths(self, size: int) -> dict[str, int]:
-        """Normalised update, and a_k."""
+        """Return the lengths of the normalised update and of a_k."""
         return {"update": size, "a": 1}
 
-    def finish(self, visit: Visit) -> Contribution:
+    def finish(self, context: ClientContext) -> ClientUpdate:
         """Send Δ_k/a_k and a_k; a client that took no step sends zeros."""
-        a = self.coefficients(visit)
-        vectors = {"update": visit.update / (a or 1.0), "a": torch.full_like(visit.params[:1], a)}
-        return Contribution(vectors, self.weight(visit))
+        a = self.coefficients(context)
+        vectors = {"update": context.update / (a or 1.0), "a": torch.full_like(context.params[:1], a)}
+        return ClientUpdate(vectors, self.weight(context))
 
-    def step(self, server: Server, total: Total) -> None:
-        """X ← x + η_g τ_eff Σ p_k Δ_k/a_k, through the server's momentum if any."""
-        super().step(server, Total({"update": total["a"] * total["update"]}, total.clients))
+    def step(self, server: ServerState, aggregated: AggregatedUpdate) -> None:
+        """x ← x + η_g τ_eff Σ p_k Δ_k/a_k, through the server's momentum if any."""
+        update = aggregated["a"] * aggregated["update"]
+        super().step(server, AggregatedUpdate({"update": update}, aggregated.clients))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedddp.algorithms.algorithm import Server, Total, Visit
+from fedddp.algorithms.algorithm import AggregatedUpdate, ClientContext, ServerState
 from fedddp.algorithms.fedavg import FedAvg
-from fedddp.algorithms.local import Local
+from fedddp.algorithms.local import LocalConfig
+from fedddp.section import Fraction, PositiveFloat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,16 +19,16 @@ class SyncSGD(FedAvg):
     FedAvg) DDP takes the same steps without a coordinator in between.
     """
 
-    because = "takes one plain step a visit, and has its momentum on the server (algorithm.momentum)"
+    because = "takes one plain step per client, and has its momentum on the server (algorithm.momentum)"
 
-    def needs(self, local: Local) -> dict[str, object]:
-        """One plain step: only that is a gradient."""
+    def requires(self, local: LocalConfig) -> dict[str, object]:
+        """Require one plain step: only that is a gradient."""
         return {"steps": 1, "optimizer": "sgd", "momentum": 0.0}
 
-    def weight(self, visit: Visit) -> float:
-        """The examples of the batch, in units that keep the cohort's sum below 1."""
-        batch = min(visit.examples, visit.local.batch_size)
-        return batch / visit.local.batch_size * visit.share
+    def weight(self, context: ClientContext) -> float:
+        """Return the examples of the batch, in units that keep the cohort's sum below 1."""
+        batch = min(context.examples, context.local.batch_size)
+        return batch / context.local.batch_size * context.share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +39,17 @@ class LocalSGD(FedAvg):
     g = −mean_S Δ_k;  v ← βv + g;  x ← x − η_g (g + βv), as torch's SGD with nesterov.
     """
 
-    lr: float = 1.0
+    lr: PositiveFloat = 1.0
     """Outer learning rate η_g, > 0; 1 is the paper's average."""
 
-    momentum: float = 0.0
+    momentum: Fraction = 0.0
     """Outer Nesterov momentum β, in [0, 1); 0 is the paper's average."""
 
     uniform = True
 
-    def step(self, server: Server, total: Total) -> None:
-        """X ← Nesterov(x, −mean Δ_k)."""
-        gradient = -total["update"]
+    def step(self, server: ServerState, aggregated: AggregatedUpdate) -> None:
+        """x ← Nesterov(x, −mean Δ_k)."""
+        gradient = -aggregated["update"]
         if self.momentum:
             v = server.vectors["v"].mul_(self.momentum).add_(gradient)
             gradient.add_(v, alpha=self.momentum)
@@ -59,18 +60,18 @@ class LocalSGD(FedAvg):
 class DiLoCo(LocalSGD):
     """Local AdamW inside, Nesterov outside (Douillard et al., 2023, arXiv:2311.08105).
 
-    Needs `local.optimizer=adamw` and `local.optimizer_state=keep`: the inner optimizer goes on from round
-    to round. The defaults of the outer one are the paper's.
+    Requires `local.optimizer=adamw` and `local.optimizer_state=keep`: the inner optimizer keeps its state
+    between rounds. The defaults of the outer one are the paper's.
     """
 
-    lr: float = 0.7
+    lr: PositiveFloat = 0.7
     """Outer learning rate η_g, > 0."""
 
-    momentum: float = 0.9
+    momentum: Fraction = 0.9
     """Outer Nesterov momentum β, in [0, 1)."""
 
-    because = "has an inner AdamW that goes on from round to round, unlike LocalSGD"
+    because = "has an inner AdamW that keeps its state between rounds, unlike LocalSGD"
 
-    def needs(self, local: Local) -> dict[str, object]:
-        """AdamW that does not start anew."""
+    def requires(self, local: LocalConfig) -> dict[str, object]:
+        """Require AdamW with kept state."""
         return {"optimizer": "adamw", "optimizer_state": "keep"}

@@ -1,4 +1,4 @@
-"""Personalisation: what stays with the client."""
+"""Personalisation: parameters or models that stay with the client."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from fedddp.algorithms.algorithm import Contribution, Visit
+from fedddp.algorithms.algorithm import ClientContext, ClientUpdate
 from fedddp.algorithms.fedavg import FedAvg
-from fedddp.algorithms.local import Local
+from fedddp.algorithms.local import LocalConfig
 from fedddp.models.flat import FlatModel
 from fedddp.models.norms import norm_parameters
 from fedddp.models.weights import head_of
+from fedddp.section import NonNegativeFloat
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalLayers(FedAvg):
     """FedAvg over all parameters but some, which never leave their client.
 
-    The server's values of the local layers stay as they were at the start; a client begins with them.
+    The server's values of the local layers keep their initial values; a client begins with them.
     """
 
     stateful = True
@@ -33,7 +34,7 @@ class LocalLayers(FedAvg):
         """Return the names of the parameters that stay local."""
 
     def check_model(self, flat: FlatModel) -> None:
-        """Some trainable parameters must be local, and some not."""
+        """Raise ValueError unless some trainable parameters are local, and some are not."""
         names = self.local_names(flat.module) & flat.slices.keys()
         if not names or names == flat.slices.keys():
             which = "none" if not names else "all"
@@ -46,28 +47,28 @@ class LocalLayers(FedAvg):
         """Return which elements of `params` are local; (P,) bool."""
         return flat.mask(self.local_names(flat.module) & flat.slices.keys())
 
-    def begin(self, visit: Visit) -> None:
+    def begin(self, context: ClientContext) -> None:
         """Put the client's own layers into the dispatched model."""
-        self.personal(visit.flat, visit.state)
+        self.personalize(context.flat, context.state)
 
-    def finish(self, visit: Visit) -> Contribution:
+    def finish(self, context: ClientContext) -> ClientUpdate:
         """Keep the local layers; send the update of the others."""
-        local = self.mask(visit.flat)
-        visit.remember("layers", visit.params[local])
+        local, flat = self.mask(context.flat), context.flat
+        context.store("layers", context.params[local])
         if self.local_buffers:
-            visit.remember("buffers", visit.flat.buffers)
-            visit.remember("counters", visit.flat.counters)
-            visit.flat.buffers.copy_(visit.start_buffers)
-            visit.flat.counters.copy_(visit.start_counters)
-        return Contribution({"update": visit.update.masked_fill(local, 0.0)}, self.weight(visit))
+            context.store("buffers", flat.buffers)
+            context.store("integer_buffers", flat.integer_buffers)
+            flat.buffers.copy_(context.start_buffers)
+            flat.integer_buffers.copy_(context.start_integer_buffers)
+        return ClientUpdate({"update": context.update.masked_fill(local, 0.0)}, self.weight(context))
 
-    def personal(self, flat: FlatModel, state: Mapping[str, Tensor]) -> None:
-        """Put the client's own layers, if it was ever visited, into the global model."""
+    def personalize(self, flat: FlatModel, state: Mapping[str, Tensor]) -> None:
+        """Put the client's own layers, if it was ever trained, into the global model."""
         if "layers" in state:
             flat.params[self.mask(flat)] = state["layers"].to(flat.params.device)
         if self.local_buffers and "buffers" in state:
             flat.buffers.copy_(state["buffers"])
-            flat.counters.copy_(state["counters"])
+            flat.integer_buffers.copy_(state["integer_buffers"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,42 +96,39 @@ class FedPer(LocalLayers):
 class Ditto(FedAvg):
     """FedAvg, and a model v_k of each client's own (Li et al., 2021, arXiv:2012.04221).
 
-    At each visit v_k trains too, as long as the global model does, with steps g(v_k) + λ(v_k − x). It
-    starts as x at the client's first visit. It never leaves the client, which is evaluated on it.
+    In each round v_k trains first, as long as the global model does, with steps g(v_k) + λ(v_k − x). It
+    starts as x in the client's first round. It never leaves the client, which is evaluated on it.
     """
 
-    lam: float = 0.1
+    lam: NonNegativeFloat = 0.1
     """Strength λ of the pull of v_k to the global model, >= 0; 0 is local training alone."""
 
     stateful = True
-    because = "trains two models a visit, which cannot share an optimizer's state"
+    passes = 2
+    because = "trains two models per client, which cannot share an optimizer's state"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.lam >= 0:
-            raise ValueError(f"lam must be >= 0, got {self.lam}; the paper's are 0.05 to 2")
-
-    def needs(self, local: Local) -> dict[str, object]:
-        """An optimizer that starts anew for each of the two."""
+    def requires(self, local: LocalConfig) -> dict[str, object]:
+        """Require an optimizer that starts from scratch for each of the two."""
         return {"optimizer_state": "reset"}
 
-    def run(self, visit: Visit) -> None:
-        """Train v_k first, then the global model as FedAvg does."""
-        self.personal(visit.flat, visit.state)
-        visit.train(self._pull)
-        visit.remember("params", visit.params)
-        visit.remember("buffers", visit.flat.buffers)
-        visit.remember("counters", visit.flat.counters)
-        visit.restart()
-        visit.train(self.correct)
+    def begin(self, context: ClientContext) -> None:
+        """Train v_k in the first pass, then the global model as FedAvg does."""
+        if context.pass_index == 0:
+            self.personalize(context.flat, context.state)
+            return
+        context.store("params", context.params)
+        context.store("buffers", context.flat.buffers)
+        context.store("integer_buffers", context.flat.integer_buffers)
+        context.restart()
 
-    def _pull(self, visit: Visit) -> None:
-        """G ← g + λ(v_k − x)."""
-        visit.grad.add_(visit.params - visit.start, alpha=self.lam)
+    def correct(self, context: ClientContext) -> None:
+        """g ← g + λ(v_k − x), of the client's own model only."""
+        if context.pass_index == 0:
+            context.grad.add_(context.params - context.start, alpha=self.lam)
 
-    def personal(self, flat: FlatModel, state: Mapping[str, Tensor]) -> None:
-        """Put v_k, if the client was ever visited, in place of the global model."""
+    def personalize(self, flat: FlatModel, state: Mapping[str, Tensor]) -> None:
+        """Replace the global model by v_k, if the client was ever trained."""
         if "params" in state:
             flat.params.copy_(state["params"])
             flat.buffers.copy_(state["buffers"])
-            flat.counters.copy_(state["counters"])
+            flat.integer_buffers.copy_(state["integer_buffers"])

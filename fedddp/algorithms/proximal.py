@@ -1,11 +1,12 @@
-"""Methods that hold clients near the dispatched model."""
+"""Algorithms that hold clients near the dispatched model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedddp.algorithms.algorithm import Visit
+from fedddp.algorithms.algorithm import ClientContext
 from fedddp.algorithms.fedavg import FedAvg
+from fedddp.section import NonNegativeFloat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,14 +16,9 @@ class FedProx(FedAvg):
     The gradient of (μ/2)‖w − x‖² over trainable parameters. The default μ is among the paper's.
     """
 
-    mu: float = 0.01
+    mu: NonNegativeFloat = 0.01
     """Strength of the pull μ, >= 0; 0 is FedAvg."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.mu >= 0:
-            raise ValueError(f"mu must be >= 0, got {self.mu}; 0 is FedAvg")
-
-    def correct(self, visit: Visit) -> None:
-        """G ← g + μ(w − x)."""
-        visit.grad.add_(visit.params - visit.start, alpha=self.mu)
+    def correct(self, context: ClientContext) -> None:
+        """g ← g + μ(w − x)."""
+        context.grad.add_(context.params - context.start, alpha=self.mu)

@@ -1,201 +1,245 @@
-"""A run's configuration: the components' own dataclasses put together, and what of them goes together."""
+"""The configuration of a run: its sections, and the rules that hold between them."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypedDict, get_args
 
-from fedddp import algorithms
-from fedddp.aggregation import Mean
-from fedddp.aggregation.robust import Robust
-from fedddp.algorithms.algorithm import Method
-from fedddp.algorithms.local import Local
-from fedddp.data.datasets import Data
-from fedddp.distributed.topology import Topology
-from fedddp.evaluation import Evaluation
-from fedddp.models.registry import Model
-from fedddp.simulation.attacks import Attack, LabelFlip, ModelReplacement, NoAttack
-from fedddp.simulation.clock import Clock, Virtual, Wall
-from fedddp.simulation.cohort import Cohort
-from fedddp.storage.checkpoint import Checkpoint
-from fedddp.tasks.classification import Classification
-from fedddp.tasks.task import Task
-from fedddp.tracking.tracker import Track
+from fedddp.aggregation import Aggregation, Mean
+from fedddp.algorithms import Algorithm, AsynchronousAlgorithm, FedAvg
+from fedddp.algorithms.local import LocalConfig
+from fedddp.data.datasets import DataConfig
+from fedddp.distributed.topology import TopologyConfig
+from fedddp.evaluation import EvaluationConfig
+from fedddp.models.registry import ModelConfig
+from fedddp.section import ConfigError, NonNegativeInt, PositiveInt, Section
+from fedddp.simulation.attacks import Attack, NoAttack
+from fedddp.simulation.clock import Clock, Virtual
+from fedddp.simulation.cohort import CohortConfig
+from fedddp.storage.checkpoint import CheckpointConfig
+from fedddp.tasks import Classification, Task
+from fedddp.tracking.tracker import TrackingConfig
+
+Role = Literal["experiment", "common", "seed", "replay", "budget", "execution", "bookkeeping"]
+"""What a field of `Config` is for.
+
+`experiment`: which algorithm is trained on what; `common`: likewise, and the same in all runs of a
+comparison; `seed`: as common, but runs that differ in it alone are repetitions; `replay`: another run's
+arrivals; `budget`: how long; `execution`: on which ranks; `bookkeeping`: what is evaluated, saved, shown.
+"""
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot run: one line with the key, the value, the rule and the way out."""
+EXPERIMENT, COMMON, SEED, REPLAY, BUDGET, EXECUTION, BOOKKEEPING = ({"role": role} for role in get_args(Role))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Config(Section):
     """The configuration of a run."""
 
-    data: Data = field(default_factory=Data)
-    """Images and their split over clients."""
+    data: DataConfig = field(default_factory=DataConfig, metadata=COMMON)
+    """Images and their partition over clients."""
 
-    model: Model = field(default_factory=Model)
+    model: ModelConfig = field(default_factory=ModelConfig, metadata=EXPERIMENT)
     """The network."""
 
-    task: Task = field(default_factory=Classification)
+    task: Task = field(default_factory=Classification, metadata=EXPERIMENT)
     """Loss and metrics."""
 
-    local: Local = field(default_factory=Local)
+    local: LocalConfig = field(default_factory=LocalConfig, metadata=EXPERIMENT)
     """Local training of a client."""
 
-    cohort: Cohort = field(default_factory=Cohort)
+    cohort: CohortConfig = field(default_factory=CohortConfig, metadata=EXPERIMENT)
     """Clients of a round."""
 
-    algorithm: Method = field(default_factory=algorithms.FedAvg)
-    """The federated method."""
+    algorithm: Algorithm = field(default_factory=FedAvg, metadata=EXPERIMENT)
+    """The federated algorithm."""
 
-    aggregation: Mean = field(default_factory=Mean)
-    """How contributions become one."""
+    aggregation: Aggregation = field(default_factory=Mean, metadata=EXPERIMENT)
+    """How client updates become one."""
 
-    attacks: Attack = field(default_factory=NoAttack)
+    attacks: Attack = field(default_factory=NoAttack, metadata=EXPERIMENT)
     """What malicious clients do."""
 
-    clock: Clock = field(default_factory=Virtual)
-    """How long clients take: stragglers, and who arrives when in asynchronous training."""
+    clock: Clock = field(default_factory=Virtual, metadata=COMMON)
+    """How long clients take: stragglers in rounds, the order of arrivals in asynchronous training."""
 
-    topology: Topology = field(default_factory=Topology)
-    """Ranks, groups, coordinator."""
+    topology: TopologyConfig = field(default_factory=TopologyConfig, metadata=EXECUTION)
+    """Ranks, client groups, coordinator."""
 
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    """When and on what the model is measured."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata=BOOKKEEPING)
+    """When and on what the model is evaluated."""
 
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=BOOKKEEPING)
     """When the run is saved."""
 
-    track: Track = field(default_factory=Track)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=BOOKKEEPING)
     """Where progress is shown."""
 
-    rounds: int = 10
+    rounds: PositiveInt = field(default=10, metadata=BUDGET)
     """Rounds to train, >= 1."""
 
-    seed: int = 0
+    seed: NonNegativeInt = field(default=0, metadata=SEED)
     """Seed of everything random, >= 0."""
 
-    output: str = "runs"
+    output: str = field(default="runs", metadata=BOOKKEEPING)
     """Folder that holds run directories."""
 
-    name: str | None = None
+    name: str | None = field(default=None, metadata=BOOKKEEPING)
     """Name of the run directory in `output`; by default the recipe's, numbered when it is taken."""
 
-    replay: str | None = None
+    replay: str | None = field(default=None, metadata=REPLAY)
     """Directory of an asynchronous run whose order of arrivals is repeated, bit for bit."""
 
-    resume: Literal["never", "auto"] = "never"
-    """`auto`: go on from the newest checkpoint of the run directory, if there is one."""
+    resume: Literal["never", "auto"] = field(default="never", metadata=BOOKKEEPING)
+    """`auto`: resume from the newest checkpoint of the run directory, if there is one."""
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ConfigError(f"rounds must be >= 1, got {self.rounds}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must be >= 0, got {self.seed}")
-        if self.name is not None and not re.fullmatch(r"[\w.+=-]+", self.name):
+        if self.name is not None and not re.fullmatch(r"(?=.*[^.])[\w.+=-]+", self.name):
             raise ConfigError(
                 f"name must be letters, digits and . _ + = -, got {self.name!r}; "
                 "choose the folder around it with output"
             )
-        if self.cohort.size + self.cohort.extra > self.data.clients and self.cohort.size <= self.data.clients:
-            raise ConfigError(
-                f"cohort.extra={self.cohort.extra} and cohort.size={self.cohort.size} are more clients than "
-                f"the population data.clients={self.data.clients}; lower one of them or raise data.clients"
-            )
-        if self.cohort.size > self.data.clients:
-            raise ConfigError(
-                f"cohort.size={self.cohort.size} is larger than the population "
-                f"data.clients={self.data.clients}; lower cohort.size or raise data.clients"
-            )
-        if self.evaluation.clients and not self.data.holdout:
-            raise ConfigError(
-                f"evaluation.clients={self.evaluation.clients} needs held-out local data, but "
-                "data.holdout=0; set data.holdout, e.g. 0.1"
-            )
-        self._check_aggregation()
-        self._check_local()
-        self._check_clock()
-        if self.algorithm.asynchronous:
-            self._check_asynchronous()
+        for check in (_check_population, _check_aggregation, _check_local, _check_clock):
+            check(self)
+        if isinstance(self.algorithm, AsynchronousAlgorithm):
+            _check_asynchronous(self)
 
-    def _check_local(self) -> None:
-        method = self.algorithm
-        for name, wanted in method.needs(self.local).items():
-            value = getattr(self.local, name)
-            if value != wanted:
-                way_out = "leave it out" if wanted is None else f"set local.{name}={wanted}"
-                raise ConfigError(
-                    f"algorithm={type(method).__name__} {method.because}, but local.{name}={value}; {way_out}"
-                )
 
-    def _check_aggregation(self) -> None:
-        rule, least, cohort = type(self.aggregation).__name__, self.aggregation.least(), self.cohort
-        if self.algorithm.mean_only and isinstance(self.aggregation, Robust):
-            raise ConfigError(
-                f"aggregation={rule} cannot be combined with {type(self.algorithm).__name__}, whose updates "
-                "mean something only as a plain mean; use Mean, or FedAvg"
-            )
-        if least > cohort.size or (least > 1 and cohort.sampling == "poisson"):
-            raise ConfigError(
-                f"aggregation={rule} needs at least {least} clients in every round, but "
-                f"cohort.size={cohort.size} with sampling={cohort.sampling}; raise cohort.size, use "
-                "sampling=fixed, or lower aggregation.attackers"
-            )
-        for name, unlike in (("clip_norm", None), ("on_invalid_update", "clip")):
-            value = getattr(self.aggregation, name)
-            if self.algorithm.mean_only and (value == unlike if unlike else value is not None):
-                raise ConfigError(
-                    f"aggregation.{name}={value} cannot be combined with {type(self.algorithm).__name__}, "
-                    "whose updates add up only uncut; leave it out"
-                )
+class ConfigFields(TypedDict, total=False):
+    """The fields of `Config`, as keywords of `Federation`."""
 
-    def _check_clock(self) -> None:
-        """Who is waited for needs a clock that says when they come."""
-        if self.replay is not None and not self.algorithm.asynchronous:
+    data: DataConfig
+    model: ModelConfig
+    task: Task
+    local: LocalConfig
+    cohort: CohortConfig
+    algorithm: Algorithm
+    aggregation: Aggregation
+    attacks: Attack
+    clock: Clock
+    topology: TopologyConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
+    rounds: int
+    seed: int
+    output: str
+    name: str | None
+    replay: str | None
+    resume: Literal["never", "auto"]
+
+
+def fields_with(*roles: Role) -> tuple[str, ...]:
+    """Return the fields of `Config` that have one of these roles."""
+    return tuple(item.name for item in dataclasses.fields(Config) if item.metadata["role"] in roles)
+
+
+def _check_population(c: Config) -> None:
+    sampled, clients = c.cohort.size + c.cohort.extra, c.data.clients
+    if c.cohort.size > clients:
+        raise ConfigError(
+            f"cohort.size={c.cohort.size} is larger than the population data.clients={clients}; "
+            "lower cohort.size or raise data.clients"
+        )
+    if sampled > clients:
+        raise ConfigError(
+            f"cohort.extra={c.cohort.extra} and cohort.size={c.cohort.size} are more clients than "
+            f"the population data.clients={clients}; lower one of them or raise data.clients"
+        )
+    if c.evaluation.clients and not c.data.holdout:
+        raise ConfigError(
+            f"evaluation.clients={c.evaluation.clients} needs held-out local data, but "
+            "data.holdout=0; set data.holdout, e.g. 0.1"
+        )
+
+
+def _check_local(c: Config) -> None:
+    for name, wanted in c.algorithm.requires(c.local).items():
+        value = getattr(c.local, name)
+        if value != wanted:
+            fix = "leave it out" if wanted is None else f"set local.{name}={wanted}"
             raise ConfigError(
-                f"replay={self.replay} is for asynchronous methods, but algorithm="
-                f"{type(self.algorithm).__name__} is the same in every run; leave it out"
-            )
-        if self.cohort.extra and (self.algorithm.asynchronous or not isinstance(self.clock, Virtual)):
-            raise ConfigError(
-                f"cohort.extra={self.cohort.extra} is for rounds that end with the first arrivals "
-                "of the virtual clock; leave it out, or use a synchronous method"
+                f"algorithm={_name(c.algorithm)} {c.algorithm.because}, but local.{name}={value}; {fix}"
             )
 
-    def _check_asynchronous(self) -> None:
-        """Refuse what has no meaning when contributions come one by one."""
-        name, rule = type(self.algorithm).__name__, self.aggregation
-        if self.replay is None and isinstance(self.clock, Wall) and self.topology.coordinator != "dedicated":
+
+def _check_aggregation(c: Config) -> None:
+    rule, needed = _name(c.aggregation), c.aggregation.min_clients()
+    if c.algorithm.mean_only and c.aggregation.robust:
+        raise ConfigError(
+            f"aggregation={rule} cannot be combined with {_name(c.algorithm)}, whose updates "
+            "mean something only as a plain mean; use Mean, or FedAvg"
+        )
+    if needed > c.cohort.size or (needed > 1 and c.cohort.sampling == "poisson"):
+        raise ConfigError(
+            f"aggregation={rule} needs at least {needed} clients in every round, but "
+            f"cohort.size={c.cohort.size} with sampling={c.cohort.sampling}; raise cohort.size, use "
+            "sampling=fixed, or lower aggregation.attackers"
+        )
+    clips = {
+        "clip_norm": c.aggregation.clip_norm is not None,
+        "on_invalid_update": c.aggregation.on_invalid_update == "clip",
+    }
+    for name, clipped in clips.items():
+        if c.algorithm.mean_only and clipped:
             raise ConfigError(
-                f"topology.coordinator={self.topology.coordinator}, but algorithm={name} needs one "
-                "that takes arrivals while others train (clock=Wall); use --topology.coordinator "
-                "dedicated and one rank more, or --clock Virtual"
+                f"aggregation.{name}={getattr(c.aggregation, name)} cannot be combined with "
+                f"{_name(c.algorithm)}, whose updates add up only unclipped; leave it out"
             )
-        if type(rule) is not Mean or (rule.clip_norm and "update" not in self.algorithm.lengths(1)):
-            raise ConfigError(
-                f"aggregation={type(rule).__name__} with clip_norm={getattr(rule, 'clip_norm', None)} needs "
-                f"updates, but algorithm={name} absorbs one by one what arrives; leave it out"
-            )
-        if "update" not in self.algorithm.lengths(1) and type(self.attacks) not in (NoAttack, LabelFlip):
-            raise ConfigError(
-                f"attacks={type(self.attacks).__name__} changes updates, but algorithm={name} sends models; "
-                "use attacks=LabelFlip or algorithm=FedBuff"
-            )
-        if isinstance(self.attacks, ModelReplacement) and self.attacks.scale is None:
-            raise ConfigError(
-                "attacks.scale=None is one over a client's weight in the mean of a round, but algorithm="
-                f"{name} absorbs one by one what arrives; set attacks.scale"
-            )
-        if self.cohort.sampling != "fixed":
-            raise ConfigError(
-                f"cohort.sampling={self.cohort.sampling} is for rounds, but algorithm={name} samples "
-                "clients one by one; use cohort.sampling=fixed"
-            )
-        wanted = self.clock.in_flight if isinstance(self.clock, Virtual) else None
-        if wanted is not None and wanted > self.data.clients:
-            raise ConfigError(
-                f"clock.in_flight={wanted} is larger than the population data.clients={self.data.clients}; "
-                "lower clock.in_flight or raise data.clients"
-            )
+
+
+def _check_clock(c: Config) -> None:
+    asynchronous = isinstance(c.algorithm, AsynchronousAlgorithm)
+    if c.replay is not None and not asynchronous:
+        raise ConfigError(
+            f"replay={c.replay} is for asynchronous algorithms, but algorithm="
+            f"{_name(c.algorithm)} is the same in every run; leave it out"
+        )
+    if c.cohort.extra and (asynchronous or not c.clock.virtual):
+        raise ConfigError(
+            f"cohort.extra={c.cohort.extra} is for rounds that end with the first arrivals "
+            "of the virtual clock; leave it out, or use a synchronous algorithm"
+        )
+
+
+def _check_asynchronous(c: Config) -> None:
+    """Reject settings that have no meaning when updates arrive one by one."""
+    name, sends_updates = _name(c.algorithm), "update" in c.algorithm.lengths(1)
+    if c.replay is None and not c.clock.virtual and c.topology.coordinator != "dedicated":
+        raise ConfigError(
+            f"topology.coordinator={c.topology.coordinator}, but algorithm={name} needs one "
+            f"that takes arrivals while others train (clock={_name(c.clock)}); use --topology.coordinator "
+            "dedicated and one rank more, or --clock Virtual"
+        )
+    if c.aggregation.robust or (c.aggregation.clip_norm and not sends_updates):
+        raise ConfigError(
+            f"aggregation={_name(c.aggregation)} with clip_norm={c.aggregation.clip_norm} needs "
+            f"the updates of a round, but algorithm={name} absorbs them one by one; leave it out"
+        )
+    if c.attacks.changes_updates and not sends_updates:
+        raise ConfigError(
+            f"attacks={_name(c.attacks)} changes updates, but algorithm={name} sends models; "
+            "use attacks=LabelFlip or algorithm=FedBuff"
+        )
+    if c.attacks.needs_cohort:
+        raise ConfigError(
+            "attacks.scale=None is one over a client's weight in the mean of a round, but algorithm="
+            f"{name} absorbs updates one by one; set attacks.scale"
+        )
+    if c.cohort.sampling != "fixed":
+        raise ConfigError(
+            f"cohort.sampling={c.cohort.sampling} is for rounds, but algorithm={name} samples "
+            "clients one by one; use cohort.sampling=fixed"
+        )
+    in_flight = getattr(c.clock, "in_flight", None)
+    if in_flight is not None and in_flight > c.data.clients:
+        raise ConfigError(
+            f"clock.in_flight={in_flight} is larger than the population data.clients={c.data.clients}; "
+            "lower clock.in_flight or raise data.clients"
+        )
+
+
+def _name(choice: Section) -> str:
+    return type(choice).__name__

@@ -59,7 +59,7 @@ TORCHVISION: dict[str, tuple[str, tuple[dict[str, Any], dict[str, Any]]]] = {
 }
 
 NAMES = ("digits", "shapes", "image_folder", *TORCHVISION)
-"""Datasets that `Data.dataset` knows by name."""
+"""Datasets that `data.dataset` knows by name."""
 
 
 def find(name: str) -> str:

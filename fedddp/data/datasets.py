@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Interval
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -14,8 +15,9 @@ from torch.utils.data import Dataset, Subset
 from fedddp.data import decode
 from fedddp.data.catalog import find, open_dataset
 from fedddp.data.partition import IID, Indices, Partition, Split, holdout_sizes
-from fedddp.data.transforms import Augment, FeatureSkew
+from fedddp.data.transforms import Augment, FeatureShift
 from fedddp.rng import stream
+from fedddp.section import NonNegativeInt, PositiveInt, Section
 
 Memory = Literal["auto", "device", "stream"]
 
@@ -50,14 +52,19 @@ class Images:
     std: tuple[float, ...]
     """Per channel, of pixel / 255; > 0."""
 
+    class_names: tuple[str, ...] = ()
+    """Name of every class, by label; empty where it is not known."""
+
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.labels)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """Images and their split over clients."""
+class DataConfig(Section):
+    """Images and their partition over clients."""
+
+    key = "data"
 
     dataset: str = "digits"
     """Name of a dataset, or dotted path of a callable f(root=, train=) that returns one."""
@@ -68,67 +75,53 @@ class Data:
     download: bool = False
     """Download a missing dataset into `root` (those of torchvision)."""
 
-    clients: int = 20
+    clients: PositiveInt = 20
     """The population: clients that the training examples are split over, >= 1."""
 
     partition: Partition = field(default_factory=IID)
     """How the training examples are split."""
 
-    holdout: float = 0.0
-    """Part of each client's examples that it does not train on but is evaluated on, 0 <= x < 1."""
+    holdout: Annotated[float, Interval(ge=0, lt=1), "0.2 keeps a fifth"] = 0.0
+    """Share of each client's examples that it is evaluated on and does not train on, in [0, 1)."""
 
-    skew: FeatureSkew | None = None
-    """What makes one client's images look unlike another's."""
+    feature_shift: FeatureShift | None = None
+    """Rotation, tint and noise that differ from client to client; none: no feature shift."""
 
     augment: Augment = "none"
     """Random changes of training images: mirrored, or moved by up to an eighth of their size."""
 
-    image_size: int | None = None
+    image_size: PositiveInt | None = None
     """Height and width that images are resized and cropped to; needed where they differ in size."""
 
     memory: Memory = "auto"
     """Hold all pixels on each rank's device, or stream them; `auto` holds up to 2 GiB."""
 
-    workers: int = 2
+    workers: NonNegativeInt = 2
     """Processes per rank that read and decode streamed images, >= 0."""
 
-    examples: int | None = None
+    examples: PositiveInt | None = None
     """Use only so many training and so many test examples, drawn at random, >= 1; for trials."""
 
     def __post_init__(self) -> None:
         find(self.dataset)
-        if self.clients < 1:
-            raise ValueError(f"clients must be >= 1, got {self.clients}")
-        if not 0 <= self.holdout < 1:
-            raise ValueError(f"holdout must be >= 0 and < 1, got {self.holdout}; 0.2 keeps a fifth")
-        for name in ("image_size", "examples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}; leave it out for no limit")
-        if self.workers < 0:
-            raise ValueError(f"workers must be >= 0, got {self.workers}")
-        if self.augment not in ("none", "flip", "crop", "crop-flip"):
-            raise ValueError(f"augment must be none, flip, crop or crop-flip, got {self.augment!r}")
-        if self.memory not in ("auto", "device", "stream"):
-            raise ValueError(f"memory must be auto, device or stream, got {self.memory!r}")
 
     def split(self, images: Images, seed: int) -> tuple[Split, Indices]:
-        """Return who holds which of `images`, and n_k, how many of them each client trains on.
+        """Return the split of `images` over the clients, and n_k, the examples that each trains on.
 
-        Those held out are in the split, and not among the n_k, (clients,).
+        Held-out examples are in the split, but do not count in n_k, (clients,).
 
         Raises:
-            ValueError: the images cannot be split so.
+            ValueError: the images cannot be split as configured.
         """
         split = self.partition.split(images.labels, self.clients, seed, images.ids)
         return split, split.sizes - holdout_sizes(split.sizes, self.holdout)
 
 
-def load(data: Data) -> tuple[Images, Images]:
+def load(data: DataConfig) -> tuple[Images, Images]:
     """Return the training and the test set.
 
     Raises:
-        ValueError: files are missing or damaged, or labels out of range.
+        ValueError: files are missing or corrupt, or labels out of range.
     """
     name = find(data.dataset)
     train, test = open_dataset(
@@ -136,16 +129,16 @@ def load(data: Data) -> tuple[Images, Images]:
     )
     # A user's callable may decode the same files in its own way.
     cache = None if "." in name else Path(data.root).expanduser() / ".fedddp"
-    how = (data.image_size, data.memory, cache)
-    images = _images(_some(train, data.examples), f"{name} (train)", None, *how)
-    return images, _images(_some(test, data.examples), f"{name} (test)", images, *how)
+    options = (data.image_size, data.memory, cache)
+    images = _images(_some(train, data.examples), f"{name} (train)", None, *options)
+    return images, _images(_some(test, data.examples), f"{name} (test)", images, *options)
 
 
 def from_dataset(
     dataset: Dataset[Any],
     *,
     like: Images | None = None,
-    image_size: int | None = None,
+    image_size: PositiveInt | None = None,
     memory: Memory = "auto",
     examples: int | None = None,
 ) -> Images:
@@ -189,7 +182,8 @@ def _images(
     if not len(dataset):  # type: ignore[arg-type]
         raise ValueError(f"{name} has no examples; check data.dataset and data.root")
     labels = decode.labels(dataset, name)
-    classes = like.classes if like else decode.classes(dataset, labels)
+    names = like.class_names if like is not None else decode.class_names(dataset, labels)
+    classes = like.classes if like is not None else len(names)
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         raise ValueError(
@@ -197,7 +191,7 @@ def _images(
             f"{classes - 1}; correct the labels, or the dataset's list `classes`"
         )
     source = decode.Decoded(dataset, labels, name, size)
-    if like and source.shape != like.shape:
+    if like is not None and source.shape != like.shape:
         raise ValueError(
             f"{name} has images of shape {source.shape}, the training set of {like.shape}; set "
             "data.image_size, or give all images the same number of channels"
@@ -205,7 +199,7 @@ def _images(
     fits = len(labels) * int(np.prod(source.shape)) <= FITS_BYTES
     in_memory = memory == "device" or (memory == "auto" and fits)
     pixels = source.read_all(cache) if in_memory else None
-    mean, std = (like.mean, like.std) if like else source.statistics(pixels)
+    mean, std = (like.mean, like.std) if like is not None else source.statistics(pixels)
     return Images(
         labels=labels,
         classes=classes,
@@ -215,4 +209,5 @@ def _images(
         ids=decode.ids(dataset, name),
         mean=mean,
         std=std,
+        class_names=names,
     )

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from fedddp.data.transforms import resize
 v2: Any = functional  # its functions are not typed as exported
 
 _CHUNK = 1024
+ZEROS = bytes(1 << 20)
 _SAMPLED = 4096
 """Examples, evenly spaced, that the normalisation is computed from; 256 if they are streamed."""
 
@@ -74,16 +75,14 @@ class Decoded(Dataset[tuple[Tensor, int]]):
     def _read(self, index: int) -> Tensor:
         try:
             image, label = self.dataset[index]
-            image = _to_uint8(image, self._where(index))
+            image = to_uint8(image, self._where(index))
         except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
             problem, gone = " ".join(str(error).split()), getattr(error, "errno", None)
-            way_out = "bring its disk back and go on with --resume auto" if gone else "replace or delete it"
-            raise ValueError(
-                f"{self._where(index)} cannot be read as an image ({problem}); {way_out}"
-            ) from error
+            fix = "bring its disk back and resume with --resume auto" if gone else "replace or delete it"
+            raise ValueError(f"{self._where(index)} cannot be read as an image ({problem}); {fix}") from error
         if int(label) != self.labels[index]:
             raise ValueError(
-                f"{self._where(index)} has label {int(label)}, but its list of labels says "
+                f"{self._where(index)} has label {int(label)}, but its list of labels has "
                 f"{self.labels[index]}; correct the list or remove it"
             )
         return resize(image, self.size)
@@ -138,7 +137,7 @@ class Decoded(Dataset[tuple[Tensor, int]]):
         return tuple(values.mean(dim=1).tolist()), tuple(std.tolist())
 
 
-def _to_uint8(image: Any, where: str) -> Tensor:
+def to_uint8(image: Any, where: str) -> Tensor:
     """Return one image as uint8 (C, H, W)."""
     if isinstance(image, Image.Image):
         image = v2.pil_to_tensor(image if image.mode in ("L", "RGB") else image.convert("RGB"))
@@ -173,12 +172,12 @@ def _channels_first(images: Tensor) -> Tensor:
 def _array(dataset: Any) -> Tensor | None:
     """Return the images (n, C, H, W) of a dataset that has them all in one array, else None."""
     if isinstance(dataset, Subset):
-        whole = _array(dataset.dataset)
-        return None if whole is None else whole[torch.as_tensor(dataset.indices)]
+        parent = _array(dataset.dataset)
+        return None if parent is None else parent[torch.as_tensor(dataset.indices)]
     if isinstance(dataset, TensorDataset):
         images: Any = dataset.tensors[0]
     elif isinstance(dataset, Arrays) or (
-        # A user's own class may do more in its `__getitem__` than look the image up.
+        # A user's own class may do more in its `__getitem__` than return the image.
         type(dataset).__module__.startswith("torchvision.datasets")
         and getattr(dataset, "transforms", None) is None
     ):
@@ -196,8 +195,8 @@ def _array(dataset: Any) -> Tensor | None:
 def _files(dataset: Any) -> list[str]:
     """Return the image files of a dataset that reads one per example, else []."""
     if isinstance(dataset, Subset):
-        whole = _files(dataset.dataset)
-        return [whole[index] for index in dataset.indices] if whole else []
+        parent = _files(dataset.dataset)
+        return [parent[index] for index in dataset.indices] if parent else []
     for name in ("samples", "_samples", "_image_files", "_images"):
         entries = getattr(dataset, name, None)
         if isinstance(entries, list) and entries and len(entries) == len(dataset):
@@ -217,10 +216,10 @@ def labels(dataset: Any, name: str) -> NDArray[np.int64]:
         return listed
     values = [dataset[index][1] for index in range(len(dataset))]
     for index, value in enumerate(values):
-        whole = isinstance(value, int | np.integer) or (
+        integer = isinstance(value, int | np.integer) or (
             isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point()
         )
-        if not whole:
+        if not integer:
             raise ValueError(
                 f"{name}: label of example {index} is {value!r}; give integers 0, 1, ... per class"
             )
@@ -229,22 +228,22 @@ def labels(dataset: Any, name: str) -> NDArray[np.int64]:
 
 def _listed_labels(dataset: Any) -> NDArray[np.int64] | None:
     if isinstance(dataset, Subset):
-        whole = _listed_labels(dataset.dataset)
-        return None if whole is None else whole[np.asarray(dataset.indices)]
+        parent = _listed_labels(dataset.dataset)
+        return None if parent is None else parent[np.asarray(dataset.indices)]
     if isinstance(dataset, TensorDataset):
-        return _whole_numbers(dataset.tensors[1], len(dataset))
+        return _integers(dataset.tensors[1], len(dataset))
     for name in ("targets", "labels", "_labels"):
-        found = _whole_numbers(getattr(dataset, name, None), len(dataset))
+        found = _integers(getattr(dataset, name, None), len(dataset))
         if found is not None:
             return found
     for name in ("samples", "_samples"):
         pairs = getattr(dataset, name, None)
         if isinstance(pairs, list) and all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
-            return _whole_numbers([label for _, label in pairs], len(dataset))
+            return _integers([label for _, label in pairs], len(dataset))
     return None
 
 
-def _whole_numbers(values: Any, count: int) -> NDArray[np.int64] | None:
+def _integers(values: Any, count: int) -> NDArray[np.int64] | None:
     """Return `values` as integers (count,) if that is what they are, else None."""
     if values is None or callable(values):
         return None
@@ -254,19 +253,21 @@ def _whole_numbers(values: Any, count: int) -> NDArray[np.int64] | None:
     return array.astype(np.int64)
 
 
-def classes(dataset: Any, labels: NDArray[np.int64]) -> int:
-    """Return the number of classes: of the dataset's list `classes`, or as far as labels go."""
+def class_names(dataset: Any, labels: NDArray[np.int64]) -> tuple[str, ...]:
+    """Return the names of the classes: of the dataset's list `classes`, or the labels themselves."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     named = getattr(dataset, "classes", None)
-    return len(named) if isinstance(named, list | tuple) and named else int(labels.max()) + 1
+    if isinstance(named, list | tuple) and named:
+        return tuple(map(str, named))
+    return tuple(map(str, range(int(labels.max()) + 1)))
 
 
 def ids(dataset: Any, name: str) -> NDArray[np.int64] | None:
     """Return the natural owner of every example, numbered from 0, if the dataset has `ids`."""
     if isinstance(dataset, Subset):
-        whole = ids(dataset.dataset, name)
-        return None if whole is None else whole[np.asarray(dataset.indices)]
+        parent = ids(dataset.dataset, name)
+        return None if parent is None else parent[np.asarray(dataset.indices)]
     found = getattr(dataset, "ids", None)
     if found is None:
         return None
@@ -286,12 +287,21 @@ def _mapped(file: Path, fill: Callable[[NDArray[np.uint8]], None], shape: tuple[
         try:
             pixels = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
             with part.open("r+b") as allocated:
-                # Reserves the space: a page that finds the disk full would kill the process.
-                os.posix_fallocate(allocated.fileno(), 0, part.stat().st_size)
+                _reserve(allocated, pixels.offset, part.stat().st_size)
             fill(pixels)
             pixels.flush()
             part.replace(file)
         finally:
             part.unlink(missing_ok=True)
-    # Copy-on-write, because torch wants writable memory; nobody writes, so the pages stay shared.
+    # Copy-on-write, because torch wants writable memory; without a write the pages stay shared.
     return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
+
+
+def _reserve(file: BinaryIO, start: int, end: int) -> None:
+    """Allocate the bytes from `start` to `end`: a mapped page that finds the disk full kills the process."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        os.posix_fallocate(file.fileno(), 0, end)
+        return
+    file.seek(start)
+    for offset in range(start, end, len(ZEROS)):
+        file.write(ZEROS[: end - offset])

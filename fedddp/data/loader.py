@@ -1,12 +1,12 @@
 """A client to this rank's batches: normalised, and augmented when training.
 
 The batches of a pass do not depend on the number of ranks that share them, nor on whether pixels
-are held on the device or streamed: everything random is drawn for the whole pass before it starts.
+are held on the device or streamed: everything random is drawn for a pass before it starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
-from fedddp.data.datasets import Data, Images
-from fedddp.data.transforms import apply_shift, augmented
+from fedddp.data.datasets import DataConfig, Images
+from fedddp.data.transforms import augment
 from fedddp.rng import stream_seed
 
 v2: Any = functional  # its functions are not typed as exported
@@ -40,32 +40,32 @@ class Batch:
     targets: Tensor
     """(b,) int64 on the device."""
     count: int
-    """Real examples: b, or 0 when this rank has none and the one stand-in must weigh nothing."""
+    """Real examples: b, or 0 when this rank has none and holds one padding example of weight 0."""
     total: int
     """Examples of the batch over all ranks of the group, >= 1."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Which examples of a pass this rank takes in one batch."""
+    """The examples of a pass that this rank takes in one batch."""
 
     rows: Indices
-    """(b,) places in the pass."""
+    """(b,) positions in the pass."""
     count: int
     total: int
 
 
-class Feed:
-    """The images of one set, as batches on this rank's device."""
+class ClientLoader:
+    """The images of one dataset, as batches on this rank's device."""
 
-    def __init__(self, images: Images, data: Data, device: torch.device, *, seed: int) -> None:
+    def __init__(self, images: Images, data: DataConfig, device: torch.device, *, seed: int) -> None:
         """Put `images` on `device`, or get ready to stream them.
 
         Args:
-            images: the set.
-            data: how to augment, skew and stream.
-            device: where batches are wanted.
-            seed: the seed of the run; the clients' looks and noise follow from it.
+            images: the dataset.
+            data: how to augment, shift and stream it.
+            device: the device of the batches.
+            seed: the seed of the run; the clients' feature shifts and noise follow from it.
         """
         self.images, self.data, self.device, self.seed = images, data, device, seed
         self._pixels = None if images.pixels is None else images.pixels.to(device)
@@ -78,8 +78,8 @@ class Feed:
         batch_size: int,
         *,
         client: int | None = None,
-        order: Generator | None = None,
-        share: tuple[int, int] = (0, 1),
+        rng: Generator | None = None,
+        shard: tuple[int, int] = (0, 1),
         train: bool = False,
     ) -> Iterator[Batch]:
         """Yield one pass over `indices`, batch by batch; no batches if there are none.
@@ -88,36 +88,37 @@ class Feed:
         the next one ends this one.
 
         Args:
-            indices: (examples,) of the set.
-            batch_size: examples of a batch over all ranks of the group, >= 1.
-            client: whose they are, for `data.skew`.
-            order: shuffles and augments the pass; None keeps the order of `indices`.
-            share: (rank, ranks) of the group; rank r takes every ranks-th example of a batch from
+            indices: examples of the dataset; (n,).
+            batch_size: examples per batch over all ranks of the group, >= 1.
+            client: the client that holds them, for `data.feature_shift`.
+            rng: draws the permutation of the pass, then the augmentation; None keeps the order of
+                `indices`.
+            shard: (rank, ranks) of the group; rank r takes every ranks-th example of a batch from
                 its r-th on.
-            train: augment, which needs `order`.
+            train: augment, which needs `rng`.
         """
         if not len(indices):
             return
-        examples = indices if order is None else order.permutation(indices)
+        examples = indices if rng is None else rng.permutation(indices)
         draws = None
-        if train and order is not None and self.data.augment != "none":
-            draws = torch.from_numpy(order.random((len(examples), 3), np.float32))
-        skew = self.data.skew
-        look = skew.look(client, self.seed) if skew is not None and client is not None else None
-        parts = list(_parts(len(examples), batch_size, share))
+        if train and rng is not None and self.data.augment != "none":
+            draws = torch.from_numpy(rng.random((len(examples), 3), np.float32))
+        shifts = self.data.feature_shift
+        shift = None if shifts is None or client is None else shifts.of_client(client, self.seed)
+        parts = list(_parts(len(examples), batch_size, shard))
         if self._pixels is not None:
             read = self._held(examples, parts)
         else:
-            read = self._streamed(examples, parts, batch_size, share)
+            read = self._streamed(examples, parts, batch_size, shard)
         for some, pixels in read:
             rows = np.concatenate([part.rows for part in some])
             chosen = examples[rows]
             images = v2.to_dtype(pixels, torch.float32, scale=True)
-            if look is not None:
-                images = apply_shift(images, look, chosen, stream_seed("noise", self.seed, client or 0))
+            if shift is not None:
+                images = shift.apply(images, chosen, stream_seed("noise", self.seed, client or 0))
             if draws is not None:
                 own_draws = draws[torch.from_numpy(rows)].to(self.device)
-                images = augmented(images, own_draws, self.data.augment)
+                images = augment(images, own_draws, self.data.augment)
             images = v2.normalize(images, list(self.images.mean), list(self.images.std), True)
             targets = self._labels[torch.from_numpy(chosen).to(self.device)]
             lengths = [len(part.rows) for part in some]
@@ -136,21 +137,27 @@ class Feed:
             yield some, self._pixels[torch.from_numpy(chosen).to(self.device)]
 
     def _streamed(
-        self, examples: Indices, parts: list[_Part], batch_size: int, share: tuple[int, int]
+        self, examples: Indices, parts: list[_Part], batch_size: int, shard: tuple[int, int]
     ) -> Iterator[tuple[list[_Part], Tensor]]:
         """Yield batch by batch with its pixels, read by the workers."""
         assert self.images.source is not None
-        if share not in self._streams:
+        if shard not in self._streams:
             pin = self.device.type == "cuda"
-            self._streams[share] = _Stream(self.images.source, self.data.workers, pin, share)
-        stream = self._streams[share].read(examples, batch_size)
+            self._streams[shard] = _Stream(self.images.source, self.data.workers, pin, shard)
+        stream = self._streams[shard].read(examples, batch_size)
         for part, pixels in zip(parts, stream, strict=True):
             yield [part], pixels.to(self.device, non_blocking=True)
 
 
-def _parts(examples: int, batch_size: int, share: tuple[int, int]) -> Iterator[_Part]:
+def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return uint8 `pixels` (n, C, H, W) as a model takes them: float32, normalised per channel."""
+    images: Tensor = v2.to_dtype(pixels, torch.float32, scale=True)
+    return v2.normalize(images, list(mean), list(std), True)  # type: ignore[no-any-return]
+
+
+def _parts(examples: int, batch_size: int, shard: tuple[int, int]) -> Iterator[_Part]:
     """Yield this rank's part of every batch of a pass."""
-    rank, ranks = share
+    rank, ranks = shard
     for start in range(0, examples, batch_size):
         batch = np.arange(start, min(start + batch_size, examples))
         own = batch[rank::ranks]
@@ -158,13 +165,13 @@ def _parts(examples: int, batch_size: int, share: tuple[int, int]) -> Iterator[_
 
 
 class _Stream:
-    """A data loader whose workers live on from pass to pass."""
+    """A data loader whose workers are kept from pass to pass."""
 
-    def __init__(self, source: Dataset[Any], workers: int, pin_memory: bool, share: tuple[int, int]) -> None:
-        self._plan = _Plan(share[1])
+    def __init__(self, source: Dataset[Any], workers: int, pin_memory: bool, shard: tuple[int, int]) -> None:
+        self._sampler = _PartSampler(shard[1])
         loader: DataLoader[Tensor | str] = DataLoader(
-            _Careful(source),
-            batch_sampler=self._plan,
+            _Readable(source),
+            batch_sampler=self._sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
@@ -172,28 +179,28 @@ class _Stream:
             # So that starting the loader draws nothing from torch's global generator.
             generator=torch.Generator(),
         )
-        if share[1] > 1:
+        if shard[1] > 1:
             loader = prepare_data_loader(
-                loader, num_processes=share[1], process_index=share[0], even_batches=False
+                loader, num_processes=shard[1], process_index=shard[0], even_batches=False
             )
         self._loader = loader
 
     def read(self, examples: Indices, batch_size: int) -> Iterator[Tensor]:
         """Yield the pixels of this rank's part of every batch."""
-        self._plan.examples, self._plan.size = examples, batch_size
+        self._sampler.examples, self._sampler.size = examples, batch_size
         for pixels in self._loader:
             if isinstance(pixels, str):
                 raise ValueError(pixels)
             yield pixels
 
 
-class _Plan:
+class _PartSampler:
     """The batches of a pass: of each batch the first rank's part, the second's, and so on.
 
-    Accelerate's sharding deals whole batches, rank after rank, and where batches do not come out
-    even, as parts of a last batch, it repeats or leaves out examples. What it deals here are the
-    parts, one for every rank, so nothing is added and nothing is missing. (No attribute is named
-    `batch_size`: accelerate holds back the batches that are not of that size.)
+    Accelerate's sharding assigns whole batches, rank after rank, and where batches are uneven, as the
+    parts of a last batch, it repeats or drops examples. Here it assigns the parts, one per rank, so
+    that no example is repeated or dropped. (No attribute is named `batch_size`: accelerate drops
+    batches of another size.)
     """
 
     def __init__(self, ranks: int) -> None:
@@ -208,8 +215,8 @@ class _Plan:
                 yield self.examples[part.rows].tolist()
 
 
-class _Careful(Dataset[Any]):
-    """Pixels of `source`, or why they cannot be read: from a worker, errors come as tracebacks."""
+class _Readable(Dataset[Any]):
+    """Pixels of `source`, or why they cannot be read: a worker would turn the error into a traceback."""
 
     def __init__(self, source: Dataset[Any]) -> None:
         self.source = source

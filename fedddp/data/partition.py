@@ -1,34 +1,49 @@
 """Labels to clients: every partition is a pure function of labels, its own fields and a seed.
 
-A split is two arrays, whatever the population: a permutation of the examples and where each client
-begins in it. All work is on arrays too, so that a million clients are split in about a second.
+A split is two arrays, whatever the population: a permutation of the examples and the offset of each client
+in it. All work is on arrays too, so that a million clients are split in about a second.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import numpy as np
+from annotated_types import Gt
 from numpy.random import Generator
 from numpy.typing import NDArray
 
 from fedddp.rng import stream
+from fedddp.section import NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 
 Indices = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Ids = NDArray[np.generic] | None
+
+__all__ = [
+    "IID",
+    "Dirichlet",
+    "LabelQuantity",
+    "LogNormal",
+    "Natural",
+    "Partition",
+    "PowerLaw",
+    "Shards",
+    "Split",
+]
 
 
 @dataclass(frozen=True)
 class Split:
     """Which examples each client holds."""
 
-    order: Indices
+    permutation: Indices
     """(examples,) a permutation of range(examples), client after client."""
 
     offsets: Indices
-    """(clients + 1,) where each client begins in `order`; the last is the number of examples."""
+    """(clients + 1,) where each client begins in `permutation`; the last is the number of examples."""
 
     def __len__(self) -> int:
         """Return the number of clients."""
@@ -40,24 +55,27 @@ class Split:
         return np.diff(self.offsets)
 
     def indices(self, client: int) -> Indices:
-        """Return the examples of `client`, (its size,), as a view into `order`."""
-        return self.order[self.offsets[client] : self.offsets[client + 1]]
+        """Return the examples of `client`, (its size,), as a view into `permutation`."""
+        return self.permutation[self.offsets[client] : self.offsets[client + 1]]
 
     @classmethod
-    def from_sizes(cls, order: Indices, sizes: Indices) -> Split:
-        """Cut `order` (examples,) into pieces of `sizes` (clients,)."""
-        return cls(order, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+    def from_sizes(cls, permutation: Indices, sizes: Indices) -> Split:
+        """Cut `permutation` (examples,) into pieces of `sizes` (clients,)."""
+        return cls(permutation, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
 
     @classmethod
     def from_owners(cls, owners: Indices, clients: int) -> Split:
         """Give every example to its owner, `owners` (examples,) in range(clients)."""
-        order = np.argsort(owners, kind="stable").astype(np.int64)
-        return cls.from_sizes(order, np.bincount(owners, minlength=clients))
+        by_owner = np.argsort(owners, kind="stable").astype(np.int64)
+        return cls.from_sizes(by_owner, np.bincount(owners, minlength=clients))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Partition(ABC):
+class Partition(Section, ABC):
     """How the examples of the training set are split over the clients."""
+
+    key: ClassVar[str] = "data.partition"
+    chosen_by_name: ClassVar[bool] = True
 
     def split(self, labels: Indices, clients: int, seed: int, ids: Ids = None) -> Split:
         """Split all examples over `clients`; equal arguments give equal splits.
@@ -73,53 +91,48 @@ class Partition(ABC):
         """
         if not len(labels):
             raise ValueError("data.dataset has no training examples; there is nothing to split")
-        if min(clients, self.least(clients)) > len(labels):
+        if min(clients, self.min_examples_for(clients)) > len(labels):
             raise ValueError(
                 f"data.clients={clients} is larger than the {len(labels)} training examples, and "
                 f"{type(self).__name__} needs one for every client; lower data.clients"
             )
         return self.assign(labels, clients, stream("partition", seed), ids)
 
-    def least(self, clients: int) -> int:
-        """Return the fewest examples that serve `clients`."""
+    def min_examples_for(self, clients: int) -> int:
+        """Return the fewest examples that `clients` clients can share."""
         return clients
 
     @abstractmethod
-    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
-        """Split the examples, drawing from `random` only; see `split`."""
+    def assign(self, labels: Indices, clients: int, rng: Generator, ids: Ids) -> Split:
+        """Split the examples, drawing from `rng` only; arguments as for `split`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IID(Partition):
     """Every client gets a random sample of the same size (to within one example)."""
 
-    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
+    def assign(self, labels: Indices, clients: int, rng: Generator, ids: Ids) -> Split:
         """Cut a random permutation into equal pieces."""
         sizes = np.full(clients, len(labels) // clients)
         sizes[: len(labels) % clients] += 1
-        return Split.from_sizes(random.permutation(len(labels)), sizes)
+        return Split.from_sizes(rng.permutation(len(labels)), sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dirichlet(Partition):
     """Label skew: each class spreads over the clients by Dirichlet(alpha) (Hsu et al., 2019)."""
 
-    alpha: float = 0.3
+    alpha: Annotated[float, Gt(0), "0.1 is strong skew, 100 nearly iid"] = 0.3
     """Concentration, > 0; 0.1 is strong skew, 100 nearly iid."""
 
-    min_examples: int = 1
-    """Fewest examples of a client, >= 0; the largest clients give up what is missing."""
+    min_examples: NonNegativeInt = 1
+    """Fewest examples of a client, >= 0; examples move from the largest clients to those with fewer."""
 
-    def __post_init__(self) -> None:
-        _positive("alpha", self.alpha, "0.1 is strong skew, 100 nearly iid")
-        if self.min_examples < 0:
-            raise ValueError(f"min_examples must be >= 0, got {self.min_examples}")
-
-    def least(self, clients: int) -> int:
-        """Return the fewest examples that serve `clients`."""
+    def min_examples_for(self, clients: int) -> int:
+        """Return the fewest examples that `clients` clients can share."""
         return clients * self.min_examples
 
-    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
+    def assign(self, labels: Indices, clients: int, rng: Generator, ids: Ids) -> Split:
         """Cut every class by its own proportions, then fill up clients that are too small."""
         if clients * self.min_examples > len(labels):
             raise ValueError(
@@ -128,10 +141,10 @@ class Dirichlet(Partition):
                 f"are {len(labels)}; lower min_examples or data.clients"
             )
         owners = np.empty(len(labels), dtype=np.int64)
-        for members in _by_class(labels, random):
-            sizes = _share_out(random.dirichlet(np.full(clients, self.alpha)), len(members))
+        for members in _by_class(labels, rng):
+            sizes = _share_out(rng.dirichlet(np.full(clients, self.alpha)), len(members))
             owners[members] = np.repeat(np.arange(clients), sizes)
-        return Split.from_owners(_fill_up(owners, clients, self.min_examples, random), clients)
+        return Split.from_owners(_fill_up(owners, clients, self.min_examples, rng), clients)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,14 +154,10 @@ class Shards(Partition):
     McMahan et al., 2017 (arXiv:1602.05629). Shards are equal to within one example.
     """
 
-    per_client: int = 2
-    """Shards of a client, >= 1; about the number of classes it sees."""
+    per_client: PositiveInt = 2
+    """Shards of a client, >= 1; about the number of classes it holds."""
 
-    def __post_init__(self) -> None:
-        if self.per_client < 1:
-            raise ValueError(f"per_client must be >= 1 shard, got {self.per_client}")
-
-    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
+    def assign(self, labels: Indices, clients: int, rng: Generator, ids: Ids) -> Split:
         """Deal the shards at random."""
         shards = clients * self.per_client
         if shards > len(labels):
@@ -157,10 +166,10 @@ class Shards(Partition):
                 f"clients, but there are {len(labels)} training examples; lower per_client or "
                 "data.clients"
             )
-        by_label = np.concatenate(_by_class(labels, random))
+        by_label = np.concatenate(_by_class(labels, rng))
         shard = np.arange(len(labels)) * shards // len(labels)
         owners = np.empty(len(labels), dtype=np.int64)
-        owners[by_label] = random.permutation(np.arange(shards) // self.per_client)[shard]
+        owners[by_label] = rng.permutation(np.arange(shards) // self.per_client)[shard]
         return Split.from_owners(owners, clients)
 
 
@@ -168,34 +177,26 @@ class Shards(Partition):
 class LogNormal(Partition):
     """Quantity skew: random samples whose sizes are log-normal; every client has an example."""
 
-    sigma: float = 1.0
+    sigma: NonNegativeFloat = 1.0
     """Standard deviation of the logarithm of the sizes, >= 0; 0 is equal sizes."""
 
-    def __post_init__(self) -> None:
-        if not self.sigma >= 0:
-            raise ValueError(f"sigma must be >= 0, got {self.sigma}; 0 is equal sizes")
-
-    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
+    def assign(self, labels: Indices, clients: int, rng: Generator, ids: Ids) -> Split:
         """Cut a random permutation into log-normal pieces."""
-        weights = random.lognormal(0.0, self.sigma, clients)
-        return _random_samples(weights, len(labels), random)
+        weights = rng.lognormal(0.0, self.sigma, clients)
+        return _random_samples(weights, len(labels), rng)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PowerLaw(Partition):
     """Quantity skew: the i-th largest client has a share ~ i^-exponent, at least one."""
 
-    exponent: float = 1.0
+    exponent: NonNegativeFloat = 1.0
     """Steepness, >= 0; 0 is equal sizes, 1 is Zipf's law."""
 
-    def __post_init__(self) -> None:
-        if not self.exponent >= 0:
-            raise ValueError(f"exponent must be >= 0, got {self.exponent}; 0 is equal sizes")
-
-    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
+    def assign(self, labels: Indices, clients: int, rng: Generator, ids: Ids) -> Split:
         """Cut a random permutation into pieces of a power law, in random order."""
         weights = np.arange(1, clients + 1, dtype=np.float64) ** -self.exponent
-        return _random_samples(random.permutation(weights), len(labels), random)
+        return _random_samples(rng.permutation(weights), len(labels), rng)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,34 +204,30 @@ class LabelQuantity(Partition):
     """Label skew: every client holds `classes` classes, each shared equally by its holders.
 
     Li et al., 2022 (arXiv:2102.02079). With more clients than examples of a class, some of its
-    holders go without.
+    holders get none.
     """
 
-    classes: int = 2
+    classes: PositiveInt = 2
     """Classes of a client, >= 1 and at most those of the dataset."""
 
-    def __post_init__(self) -> None:
-        if self.classes < 1:
-            raise ValueError(f"classes must be >= 1 per client, got {self.classes}")
-
-    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
+    def assign(self, labels: Indices, clients: int, rng: Generator, ids: Ids) -> Split:
         """Deal the classes to the clients, then every class's examples to its holders."""
-        by_class = _by_class(labels, random)
+        by_class = _by_class(labels, rng)
         present = len(by_class)
         if not self.classes <= present <= clients * self.classes:
-            way_out = "lower it" if self.classes > present else "raise it or data.clients"
+            fix = "lower it" if self.classes > present else "raise it or data.clients"
             raise ValueError(
                 f"data.partition.classes={self.classes} with {clients} clients does not fit the "
                 f"{present} classes of the data (each client needs that many, and each class a "
-                f"holder); {way_out}"
+                f"holder); {fix}"
             )
-        holders = self._holders(clients, present, random)
+        holders = self._holders(clients, present, rng)
         owners = np.empty(len(labels), dtype=np.int64)
         for members, held_by in zip(by_class, holders, strict=True):
             owners[members] = held_by[np.arange(len(members)) * len(held_by) // len(members)]
         return Split.from_owners(owners, clients)
 
-    def _holders(self, clients: int, present: int, random: Generator) -> list[Indices]:
+    def _holders(self, clients: int, present: int, rng: Generator) -> list[Indices]:
         """Return for every class the clients that hold it, in random order.
 
         Classes are dealt from shuffled decks; a deck that runs out within a client is dealt again
@@ -238,10 +235,10 @@ class LabelQuantity(Partition):
         """
         per_deck = -(-present // self.classes)
         decks = np.tile(np.arange(present), (-(-clients // per_deck), 1))
-        decks = random.permuted(decks, axis=1)
+        decks = rng.permuted(decks, axis=1)
         dealt = decks[:, np.arange(per_deck * self.classes) % present]
         slots = dealt.ravel()[: clients * self.classes]
-        shuffled = random.permutation(clients * self.classes)
+        shuffled = rng.permutation(clients * self.classes)
         order = shuffled[np.argsort(slots[shuffled], kind="stable")]
         bounds = np.cumsum(np.bincount(slots, minlength=present))[:-1]
         return [slot // self.classes for slot in np.split(order, bounds)]
@@ -251,11 +248,11 @@ class LabelQuantity(Partition):
 class Natural(Partition):
     """One client per natural owner of the data: the writer, the camera, the hospital."""
 
-    def least(self, clients: int) -> int:
+    def min_examples_for(self, clients: int) -> int:
         """Return 0: clients and owners are compared instead."""
         return 0
 
-    def assign(self, labels: Indices, clients: int, random: Generator, ids: Ids) -> Split:
+    def assign(self, labels: Indices, clients: int, rng: Generator, ids: Ids) -> Split:
         """Give every example to its owner; clients are numbered by the order of the ids."""
         if ids is None:
             raise ValueError(
@@ -287,7 +284,7 @@ def holdout(indices: Indices, fraction: float, client: int, seed: int) -> tuple[
     Args:
         indices: (size,) the client's examples; both parts keep their order.
         fraction: the part kept for evaluation, 0 <= fraction < 1; see `holdout_sizes`.
-        client: whose they are.
+        client: the client that holds them.
         seed: the seed of the run.
     """
     kept = int(holdout_sizes(np.array([len(indices)]), fraction)[0])
@@ -296,20 +293,15 @@ def holdout(indices: Indices, fraction: float, client: int, seed: int) -> tuple[
     return indices[~held], indices[held]
 
 
-def _positive(name: str, value: float, hint: str) -> None:
-    if not 0 < value < np.inf:
-        raise ValueError(f"{name} must be > 0, got {value}; {hint}")
-
-
-def _by_class(labels: Indices, random: Generator) -> list[Indices]:
+def _by_class(labels: Indices, rng: Generator) -> list[Indices]:
     """Return the examples of every class that occurs, each in random order."""
-    shuffled = random.permutation(len(labels))
+    shuffled = rng.permutation(len(labels))
     order = shuffled[np.argsort(labels[shuffled], kind="stable")]
     return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def _share_out(weights: Floats, total: int) -> Indices:
-    """Return whole sizes (clients,) that sum to `total` and follow `weights` to within one."""
+    """Return integer sizes (clients,) that sum to `total` and follow `weights` to within one."""
     ends = np.cumsum(weights)
     cuts = np.floor(ends * (total / ends[-1]) + 0.5).astype(np.int64)
     cuts[-1] = total
@@ -317,27 +309,27 @@ def _share_out(weights: Floats, total: int) -> Indices:
     return sizes
 
 
-def _random_samples(weights: Floats, examples: int, random: Generator) -> Split:
+def _random_samples(weights: Floats, examples: int, rng: Generator) -> Split:
     """Return random samples of one example each plus a share of the rest by `weights`."""
     sizes = 1 + _share_out(weights, examples - len(weights))
-    return Split.from_sizes(random.permutation(examples), sizes)
+    return Split.from_sizes(rng.permutation(examples), sizes)
 
 
-def _fill_up(owners: Indices, clients: int, least: int, random: Generator) -> Indices:
-    """Move random examples from the largest clients to those with fewer than `least`."""
+def _fill_up(owners: Indices, clients: int, fewest: int, rng: Generator) -> Indices:
+    """Move random examples from the largest clients to those with fewer than `fewest`."""
     sizes = np.bincount(owners, minlength=clients)
-    missing = np.maximum(least - sizes, 0)
+    missing = np.maximum(fewest - sizes, 0)
     need = int(missing.sum())
     if not need:
         return owners
     # The highest size to which clients must be cut so that enough examples come free.
-    low, high = least, int(sizes.max())
+    low, high = fewest, int(sizes.max())
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if np.maximum(sizes - middle, 0).sum() >= need else (low, middle)
-    place = np.arange(len(owners)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    by_owner = np.lexsort((random.random(len(owners)), owners))
-    free = random.permutation(by_owner[place >= low])[:need]
+    position = np.arange(len(owners)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    by_owner = np.lexsort((rng.random(len(owners)), owners))
+    free = rng.permutation(by_owner[position >= low])[:need]
     filled = owners.copy()
     filled[free] = np.repeat(np.arange(clients), missing)
     return filled

@@ -61,24 +61,24 @@ def render(part: str, examples: int, size: int) -> tuple[Tensor, Tensor, Tensor]
         uint8 images (examples, 3, size, size), int64 classes (examples,) as evenly spread as can
         be, and int64 cameras (examples,) in range(CAMERAS).
     """
-    random = stream("shapes", part)
-    labels = random.permutation(np.arange(examples) % len(SHAPES))
-    cameras = random.integers(CAMERAS, size=examples)
+    rng = stream("shapes", part)
+    labels = rng.permutation(np.arange(examples) % len(SHAPES))
+    cameras = rng.integers(CAMERAS, size=examples)
     tints = stream("shapes", "cameras").uniform(0.0, 0.45, (CAMERAS, 3))
     pixels = np.empty((examples, 3, size, size), dtype=np.uint8)
     for start in range(0, examples, _CHUNK):
         chunk = slice(start, start + _CHUNK)
-        pixels[chunk] = _draw(labels[chunk], tints[cameras[chunk]], size, random)
+        pixels[chunk] = _draw(labels[chunk], tints[cameras[chunk]], size, rng)
     return torch.from_numpy(pixels), torch.from_numpy(labels), torch.from_numpy(cameras)
 
 
 def _draw(
-    labels: NDArray[np.int64], tints: NDArray[np.float64], size: int, random: np.random.Generator
+    labels: NDArray[np.int64], tints: NDArray[np.float64], size: int, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
     count = len(labels)
-    angle = random.uniform(0, 2 * np.pi, (count, 1, 1)).astype(np.float32)
-    radius = random.uniform(0.4, 0.75, (count, 1, 1)).astype(np.float32)
-    x0, y0 = random.uniform(-0.25, 0.25, (2, count, 1, 1)).astype(np.float32)
+    angle = rng.uniform(0, 2 * np.pi, (count, 1, 1)).astype(np.float32)
+    radius = rng.uniform(0.4, 0.75, (count, 1, 1)).astype(np.float32)
+    x0, y0 = rng.uniform(-0.25, 0.25, (2, count, 1, 1)).astype(np.float32)
     line = np.linspace(-1, 1, size, dtype=np.float32)
     x, y = (line[None, None, :] - x0) / radius, (line[None, :, None] - y0) / radius
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -86,7 +86,7 @@ def _draw(
     for label, contains in enumerate(SHAPES.values()):
         own = labels == label
         inside[own] = contains(u[own], v[own])
-    colours = random.uniform(0.55, 1.0, (count, 3))[:, :, None, None]
+    colours = rng.uniform(0.55, 1.0, (count, 3))[:, :, None, None]
     images = np.where(inside[:, None], colours, tints[:, :, None, None]).astype(np.float32)
-    images += 0.08 * random.standard_normal(images.shape, dtype=np.float32)
+    images += 0.08 * rng.standard_normal(images.shape, dtype=np.float32)
     return np.asarray(np.clip(images, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Who is alive: every rank shows it by a heartbeat; one error ends them all, and names who did not answer."""
+"""Heartbeats: one error ends all ranks, and names the ranks that did not answer."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import os
 import threading
 import time
 
-from fedddp.distributed.world import World
+from fedddp.distributed.world import ERRORS, World
 
 HEARTBEAT_S = 1.0
 FOLLOW_S = 5.0
-"""Seconds a rank has to notice by itself that another one failed; naming who is silent takes three."""
+"""Seconds a rank has to notice by itself that another one failed; naming the silent ranks takes three."""
 
 
-class Pulse:
+class Heartbeat:
     """The heartbeat of this rank, in the store that all ranks share.
 
-    Its thread also ends this process when another rank reported an error and this one, deep in a
-    visit or waiting for a third, has not noticed by itself.
+    Its thread also ends this process when another rank reported an error and this one, in a long local
+    training or waiting for a third, has not noticed by itself.
     """
 
     def __init__(self, world: World) -> None:
-        """Start to beat."""
+        """Start the thread."""
         self.world, self.store = world, world.store
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="fedddp-heartbeat", daemon=True)
@@ -33,45 +33,37 @@ class Pulse:
         rank, failed_since = self.world.rank, None
         while not self._end.wait(HEARTBEAT_S):
             with contextlib.suppress(RuntimeError):  # a slow store: the next beat counts
-                # Before the beat, so that whoever has beaten has said this.
+                # Before the beat, so that it is known of every rank whose beat is seen.
                 self.store.set(f"fedddp/waits/{rank}", str(self.world.waiting))
                 self.store.add(f"fedddp/heart/{rank}", 1)
-                if not self.world.failed and self.store.add("fedddp/errors", 0):
+                if self.world.first_to_fail is None and self.store.add(ERRORS, 0):
                     failed_since = failed_since or time.monotonic()
             if failed_since and time.monotonic() - failed_since > FOLLOW_S:
                 os._exit(1)
 
-    def first_to_fail(self) -> bool:
-        """Return whether no other rank reported an error before this one."""
-        self.world.failed = True
-        try:
-            return int(self.store.add("fedddp/errors", 1)) == 1
-        except RuntimeError:  # the store's host is gone, and with it who was first
-            return False
-
     def name_absent(self, error: Exception) -> None:
-        """Add to an `error` of communication which ranks did not answer; takes three heartbeats."""
+        """Add a note to an `error` of communication that names the silent ranks; takes three heartbeats."""
         if not isinstance(error, RuntimeError) or self.world.size == 1:
             return
         with contextlib.suppress(RuntimeError):
             others = [rank for rank in range(self.world.size) if rank != self.world.rank]
             before = {rank: self.store.add(f"fedddp/heart/{rank}", 0) for rank in others}
             time.sleep(3 * HEARTBEAT_S)
-            # Who gave up waiting at the same moment as this rank has left by now.
+            # Ranks that stopped waiting at the same moment as this one have left by now.
             there = [rank for rank in others if not self.store.check([f"fedddp/left/{rank}"])]
             absent = [rank for rank in there if self.store.add(f"fedddp/heart/{rank}", 0) == before[rank]]
-            what = "no sign of life (killed, stopped or hung)"
+            state = "no heartbeat (killed, stopped or hung)"
             if not absent and self.world.waiting:
                 absent = [rank for rank in there if self.store.get(f"fedddp/waits/{rank}") == b"False"]
-                what = "still in its visit, its data or its files"
+                state = "still in local training, data loading or file access"
             if absent:
                 error.add_note(
-                    f"rank {', '.join(map(str, absent))}: {what}; others waited for up to "
+                    f"rank {', '.join(map(str, absent))}: {state}; others waited for up to "
                     f"topology.timeout_s={self.world.timeout_s:g} s"
                 )
 
     def stop(self) -> None:
-        """Beat no more."""
+        """Stop the thread."""
         self._end.set()
         if self._thread.is_alive():
             # A thread that is inside the store when the interpreter ends would abort the process.

@@ -1,37 +1,85 @@
-"""From what the launcher says of this process to its place in the world.
-
-The only module that reads torchrun's variables, with the commands and `testing.py`.
-"""
+"""Read the launcher's environment and initialise torch.distributed."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import socket
 import sys
-import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
-from fedddp.distributed.environment import Launch
-from fedddp.distributed.topology import Topology
-from fedddp.distributed.world import World
+from fedddp.distributed.environment import Launch, wait_for_first_error
+from fedddp.distributed.heartbeat import Heartbeat
+from fedddp.distributed.signals import stop_on_signals
+from fedddp.distributed.topology import TopologyConfig
+from fedddp.distributed.world import ERRORS, World
+from fedddp.section import ConfigError
 
+logger = logging.getLogger(__name__)
 _CONNECTIONS = itertools.count()
 
 
-def connect(topology: Topology) -> World:
-    """Collective. Join the launcher's world (or be one of one rank) and build the mesh; raises as `place`."""
+class AnotherRankFailedError(Exception):
+    """Another rank reported the error that ended the run; this one has nothing to add."""
+
+
+@contextlib.contextmanager
+def joined(topology: TopologyConfig) -> Iterator[World]:
+    """Collective. Join the world for the block: with a heartbeat, and signals as requests to stop.
+
+    The launcher sends SIGTERM as soon as a rank is gone; a rank that has yet to report its error must
+    not end by it.
+
+    Raises:
+        AnotherRankFailedError: the block failed on another rank first, which reports it.
+    """
+    with _own_exception_hook():
+        world = connect(topology)
+    heartbeat = Heartbeat(world)
+    try:
+        with torch.random.fork_rng(devices=[]), stop_on_signals(world):
+            try:
+                yield world
+            except Exception as error:
+                if not world.report_failure():
+                    raise AnotherRankFailedError from error
+                heartbeat.name_absent(error)
+                raise
+    finally:
+        world.close()
+        heartbeat.stop()
+
+
+@contextlib.contextmanager
+def _own_exception_hook() -> Iterator[None]:
+    """Keep Python's hook for uncaught exceptions: torch wraps it once more with every process group."""
+    hook = sys.excepthook
+    try:
+        yield
+    finally:
+        sys.excepthook = hook
+
+
+def connect(topology: TopologyConfig) -> World:
+    """Collective. Join the launcher's world (or a world of one rank) and build the mesh.
+
+    Raises:
+        ConfigError: as for `choose_device`.
+        ConnectionError: a rank did not start in time.
+    """
     launch = Launch.from_environment()
-    device, nccl = place(topology, launch)
+    device, nccl = choose_device(topology, launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if launch.world_size == launch.local_world_size and sys.platform == "linux":
-        # The default resolves the own hostname, which often fails where there is no network.
+        # The default resolves the host's name, which often fails without a network.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     timeout = timedelta(seconds=topology.timeout_s)
     if launch.world_size == 1:
@@ -39,10 +87,10 @@ def connect(topology: Topology) -> World:
     else:
         warning = loopback_warning(launch)
         if warning:
-            print(warning, file=sys.stderr, flush=True)
+            logger.warning(warning)
         store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
-        # torchrun's store lives on when ranks are restarted, with addresses and errors of those before.
-        # So it does when a script starts its second run; ranks do so in the same order.
+        # torchrun's store outlives a restart of the ranks, with the addresses and errors of the earlier
+        # ones. A script's second run uses it too; all ranks start their runs in the same order.
         store = PrefixStore(f"start-{launch.restarts}-{next(_CONNECTIONS)}", store)
         _wait_for_all(launch, store, timeout)
     if not dist.is_initialized():
@@ -57,10 +105,10 @@ def connect(topology: Topology) -> World:
 
 
 def _wait_for_all(launch: Launch, store: Store, timeout: timedelta) -> None:
-    """Collective. Wait until every rank has come this far.
+    """Collective. Wait until every rank has started.
 
     Raises:
-        ConnectionError: some have not; the first rank to say so names them.
+        ConnectionError: some have not; the first rank to report it names them.
     """
     store.set(f"fedddp/here/{launch.rank}", "1")
     ranks = {rank: f"fedddp/here/{rank}" for rank in range(launch.world_size)}
@@ -68,30 +116,30 @@ def _wait_for_all(launch: Launch, store: Store, timeout: timedelta) -> None:
         store.wait(list(ranks.values()), timeout)
     except RuntimeError as error:
         missing = [str(rank) for rank, key in ranks.items() if not store.check([key])]
-        if store.add("fedddp/errors", 1) > 1:
-            time.sleep(10)  # the launcher ends this rank once the first one has spoken
+        if store.add(ERRORS, 1) > 1:
+            wait_for_first_error()
         raise ConnectionError(
             f"rank {', '.join(missing)} of {launch.world_size} did not start within "
             f"topology.timeout_s={timeout.total_seconds():g} s (killed, stopped or hung); see its output"
         ) from error
 
 
-def place(topology: Topology, launch: Launch) -> tuple[torch.device, bool]:
-    """Return this rank's device and whether the groups speak NCCL.
+def choose_device(topology: TopologyConfig, launch: Launch) -> tuple[torch.device, bool]:
+    """Return this rank's device, and whether the client groups communicate by NCCL.
 
     Raises:
-        ValueError: the world does not divide into groups, or a device or backend is missing.
+        ConfigError: the world does not divide into groups, or a device or backend is missing.
     """
     topology.groups(launch.world_size)
     gpus = torch.cuda.device_count() if topology.device != "cpu" else 0
     if topology.device == "cuda" and not gpus:
-        raise ValueError("topology.device=cuda, but torch sees no GPU; use device=cpu or auto")
+        raise ConfigError("topology.device=cuda, but torch sees no GPU; use device=cpu or auto")
     # A dedicated coordinator needs no GPU: the training ranks of its node take them from the first.
     idle = int(topology.coordinator == "dedicated" and launch.rank == launch.local_rank)
     own_gpu = 0 < launch.local_world_size - idle <= gpus
     nccl = topology.backend == "nccl" or (topology.backend == "auto" and own_gpu)
     if topology.backend == "nccl" and not own_gpu:
-        raise ValueError(
+        raise ConfigError(
             f"topology.backend=nccl needs a GPU for each of the {launch.local_world_size - idle} training "
             f"ranks of this node, but it has {gpus}; use backend=gloo or fewer ranks"
         )
@@ -111,7 +159,7 @@ def loopback_warning(launch: Launch) -> str | None:
         head = socket.gethostbyname(os.environ.get("MASTER_ADDR", name))
         if own.startswith("127.") and not head.startswith("127."):
             return (
-                f"warning: this host's name {name} resolves to {own}, which other nodes cannot reach; "
+                f"this host's name {name} resolves to {own}, which other nodes cannot reach; "
                 "set GLOO_SOCKET_IFNAME=<network interface> (see docs/slurm.md)"
             )
     return None

@@ -1,4 +1,4 @@
-"""Signals to a request to stop, for as long as a run lasts."""
+"""Signals: a request to stop, for as long as a run lasts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from fedddp.distributed.world import World
 
 SECOND_SIGINT_S = 2.0
-"""A terminal and torchrun both hand on one Ctrl-C: what comes sooner is the same one."""
+"""A terminal and torchrun both forward one Ctrl-C: within these seconds it is the same one."""
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def stop_on_signals(world: World) -> Iterator[None]:
             first[0] = min(first[0], time.monotonic())
             if time.monotonic() - first[0] > SECOND_SIGINT_S:
                 raise KeyboardInterrupt
-        world.stopping = True
+        world.request_stop()
 
     watched = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, on_signal) for number in watched}

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fedddp.section import ConfigError, PositiveFloat, PositiveInt, Section
+
 
 @dataclass(frozen=True, kw_only=True)
-class Topology:
+class TopologyConfig(Section):
     """How the ranks of the world are shared out: G client groups of R ranks, and a coordinator."""
 
-    ranks_per_client: int = 1
+    key = "topology"
+
+    ranks_per_client: PositiveInt = 1
     """Ranks R that train one client together, data-parallel; >= 1, and it divides the ranks that train."""
 
     coordinator: Literal["colocated", "dedicated"] = "colocated"
@@ -22,37 +26,31 @@ class Topology:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models train; `auto` is the GPU when there is one."""
 
-    threads: int = 1
+    threads: PositiveInt = 1
     """CPU threads of each rank, >= 1; sums in another order, so a model's last bits, depend on it."""
 
-    timeout_s: float = 1800.0
-    """Seconds a rank waits for the others before it gives up, > 0; longer than the longest round."""
+    timeout_s: PositiveFloat = 1800.0
+    """Seconds a rank waits for the others before it fails, > 0; longer than the longest round."""
 
     def __post_init__(self) -> None:
-        if self.ranks_per_client < 1:
-            raise ValueError(f"ranks_per_client must be >= 1, got {self.ranks_per_client}")
-        if self.threads < 1:
-            raise ValueError(f"threads must be >= 1, got {self.threads}")
-        if self.timeout_s <= 0:
-            raise ValueError(f"timeout_s must be > 0 seconds, got {self.timeout_s}")
         if self.backend == "nccl" and self.device == "cpu":
-            raise ValueError("backend=nccl needs GPUs, but device=cpu; use backend=gloo")
+            raise ConfigError("topology.backend=nccl needs GPUs, but topology.device=cpu; use backend=gloo")
 
     def groups(self, world_size: int) -> int:
         """Return the number G of client groups in a world of `world_size` ranks.
 
         Raises:
-            ValueError: the ranks that train are none, or do not divide into groups of R.
+            ConfigError: the ranks that train are none, or do not divide into groups of R.
         """
         training = world_size - (self.coordinator == "dedicated")
         if training < 1:
-            raise ValueError(
+            raise ConfigError(
                 "topology.coordinator=dedicated needs at least 2 ranks, but the world has 1; "
                 "start more with torchrun --nproc-per-node"
             )
         if training % self.ranks_per_client:
             reserved = " (1 is the coordinator)" if training < world_size else ""
-            raise ValueError(
+            raise ConfigError(
                 f"topology.ranks_per_client={self.ranks_per_client} does not divide the {training} "
                 f"training ranks of a world of {world_size}{reserved}; change --nproc-per-node or "
                 "ranks_per_client"

@@ -1,7 +1,4 @@
-"""From a world of ranks to a mesh of client groups.
-
-With `launch.py` (and `testing.py`) the only module that names `torch.distributed`.
-"""
+"""A world of ranks as a mesh of client groups, and every way in which its ranks communicate."""
 
 from __future__ import annotations
 
@@ -19,22 +16,24 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from fedddp.distributed.environment import Launch
-from fedddp.distributed.topology import Topology
+from fedddp.distributed.topology import TopologyConfig
 
 STOP_POLL_S = 0.2
 NUMBERS = 1  # the tag of messages of numbers; tensors have 0
+ERRORS = "fedddp/errors"
+"""Key of the store that counts the ranks that reported an error."""
 
 
 class World:
-    """This rank's place in the world, and every way in which ranks talk.
+    """This rank in the world, and every way in which ranks communicate.
 
-    The mesh has the dimensions ("client", "data"): G groups of R ranks. A method that says
-    "collective" must be called by all ranks of the world (or of the group) in the same order.
-    Tensors may lie on any device; they are moved to where the backend can send them.
+    The mesh has the dimensions ("client", "data"): G groups of R ranks. A method that is
+    marked "collective" must be called by all ranks of the world (or of the group) in the same order.
+    Tensors may be on any device; they are moved to one from which the backend can send them.
     """
 
     def __init__(
-        self, topology: Topology, launch: Launch, store: Store, device: torch.device, nccl: bool
+        self, topology: TopologyConfig, launch: Launch, store: Store, device: torch.device, nccl: bool
     ) -> None:
         """Collective over the world; `fedddp.distributed.launch.connect` calls it.
 
@@ -43,7 +42,7 @@ class World:
             launch: which rank this is.
             store: shared by all ranks.
             device: where this rank trains.
-            nccl: whether the groups speak NCCL.
+            nccl: whether the client groups communicate by NCCL.
         """
         self.rank, self.size = launch.rank, launch.world_size
         self.local_rank = launch.local_rank
@@ -65,11 +64,12 @@ class World:
         self._peers = None if cell is None else self.mesh.get_group("data")
         self._threads = torch.get_num_threads()
         torch.set_num_threads(topology.threads)
-        self.stopping = self.failed = False
         self.waiting = False
-        """Whether this rank waits for others, all of the world or one."""
-        self._announced = False
-        self._asked = 0.0
+        """Whether this rank waits for other ranks; the heartbeat reports it."""
+        self.first_to_fail: bool | None = None
+        """Whether this rank's error was the first in the world; None while it has none."""
+        self._stopping = self._announced = False
+        self._asked_at = 0.0
 
     @property
     def is_coordinator(self) -> bool:
@@ -78,7 +78,7 @@ class World:
 
     @property
     def leads_group(self) -> bool:
-        """Whether this rank speaks for its client group (its first rank)."""
+        """Whether this rank is the first of its client group, which sends and receives for it."""
         return self.group is not None and self.data_rank == 0
 
     def leader(self, group: int) -> int:
@@ -88,7 +88,7 @@ class World:
     def replicate(self, module: nn.Module, *, some_unused: bool = False) -> nn.Module:
         """Collective over the group. Wrap `module` in DDP when R > 1; gradients stay in place.
 
-        `some_unused` says that some trainable parameters get no gradient.
+        `some_unused`: some trainable parameters get no gradient.
         """
         if self.ranks_per_client == 1 or self._peers is None:
             return module
@@ -130,7 +130,7 @@ class World:
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
         self.waiting = True
-        yield  # an error leaves it so: it was others that this rank waited for
+        yield  # after an error it stays set: this rank was waiting for others
         self.waiting = False
 
     def group_broadcast(self, *tensors: Tensor) -> None:
@@ -185,21 +185,33 @@ class World:
         """Collective. Wait until all ranks are here."""
         self.sum(torch.zeros(1))
 
-    # ---- stopping early: any rank may be told, all ranks must learn ----
+    # ---- stopping early, and failing: one rank knows first, all ranks must learn ----
+
+    def request_stop(self) -> None:
+        """Ask the run to stop at its next safe point; may be called from a signal handler."""
+        self._stopping = True
 
     def stop_requested(self) -> bool:
         """Return whether any rank was asked to stop; not a collective, ranks may differ for a moment."""
-        if self.stopping:
+        if self._stopping:
             if not self._announced:
                 self.store.set("fedddp/stop", "1")
                 self._announced = True
-        elif time.monotonic() - self._asked > STOP_POLL_S:
-            self._asked = time.monotonic()
-            self.stopping = self._announced = bool(self.store.check(["fedddp/stop"]))
-        return self.stopping
+        elif time.monotonic() - self._asked_at > STOP_POLL_S:
+            self._asked_at = time.monotonic()
+            self._stopping = self._announced = bool(self.store.check(["fedddp/stop"]))
+        return self._stopping
+
+    def report_failure(self) -> bool:
+        """Count this rank's error in the store, once; return whether no other rank counted one before."""
+        if self.first_to_fail is None:
+            self.first_to_fail = False
+            with contextlib.suppress(RuntimeError):  # the store's host is gone, and with it the count
+                self.first_to_fail = int(self.store.add(ERRORS, 1)) == 1
+        return self.first_to_fail
 
     def group_should_stop(self) -> bool:
-        """Collective over the group. Return whether the run shall stop; the same on its ranks."""
+        """Collective over the group. Return whether the run must stop; the same on its ranks."""
         asked = torch.tensor([float(self.stop_requested())], device=self.device)
         return bool(self.group_max(asked))
 

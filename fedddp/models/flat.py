@@ -1,4 +1,4 @@
-"""A model's state as flat vectors: what is sent, averaged, stepped and saved is one tensor each."""
+"""A model's state as flat vectors: parameters, gradients and buffers are one tensor each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FlatModel:
         params: trainable parameters, shape (P,), their common dtype.
         grad: their gradients, shape (P,); zero it instead of setting gradients to None.
         buffers: floating-point buffers such as running statistics, shape (B,), float32.
-        counters: int64 buffers such as `num_batches_tracked`, shape (I,).
+        integer_buffers: int64 buffers such as `num_batches_tracked`, shape (I,).
         slices: where each parameter lies in `params`, by name in `module.named_parameters()`.
     """
 
@@ -48,16 +48,8 @@ class FlatModel:
         buffers = {name: b for name, b in module.named_buffers() if name in saved}
         self._floats = {name: b for name, b in buffers.items() if b.dtype == torch.float32}
         self.buffers = _rehome(list(self._floats.values()), self.params.device)
-        counters = [b for b in buffers.values() if b.dtype == torch.int64]
-        self.counters = _rehome(counters, self.params.device, torch.int64)
-
-    def restore_gradient_views(self) -> None:
-        """Check that nobody replaced a gradient (an optimizer's `set_to_none` does)."""
-        start = self.grad.untyped_storage().data_ptr()
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad is not None, name
-                assert parameter.grad.untyped_storage().data_ptr() == start, name
+        integer_buffers = [b for b in buffers.values() if b.dtype == torch.int64]
+        self.integer_buffers = _rehome(integer_buffers, self.params.device, torch.int64)
 
     def named(self, params: Tensor, buffers: Tensor) -> dict[str, Tensor]:
         """Return `params` (P,) and `buffers` (B,) cut up under the module's names, for `functional_call`."""
@@ -109,6 +101,6 @@ def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def norm(vector: Tensor) -> Tensor:
-    """Return the Euclidean norm of `vector` as a scalar; the one place to teach about shards."""
+    """Return the Euclidean norm of `vector` as a scalar; the one place that will know about shards."""
     length: Tensor = torch.linalg.vector_norm(vector)
     return length

@@ -40,8 +40,8 @@ class SyncedBatchNorm(_BatchNorm):
     over the group in training mode, local in evaluation mode. Takes (b, C, ...) of any float dtype.
     """
 
-    idle: bool = False
-    """Set to True while this rank's batch is a stand-in: it then weighs nothing, but takes part."""
+    is_padding: bool = False
+    """Set to True while this rank's batch is a padding example: it then has weight 0, but takes part."""
 
     def __init__(self, *args: Any, group_sum: GroupSum | None = None, **kwargs: Any) -> None:
         """Make the layer with the arguments of `nn.BatchNorm2d`; no `group_sum`: one rank."""
@@ -56,7 +56,7 @@ class SyncedBatchNorm(_BatchNorm):
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         dims = [dim for dim in range(x.dim()) if dim != 1]
         channelwise = [-1 if dim == 1 else 1 for dim in range(x.dim())]
-        real = 0.0 if self.idle else 1.0
+        real = 0.0 if self.is_padding else 1.0
         own = x.new_full((1,), real * x.numel() / x.shape[1])
         total = self._group_sum(torch.cat([x.sum(dims) * real, own]))
         count = total[-1].detach()

@@ -7,7 +7,7 @@ import importlib
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,14 @@ from fedddp.models.weights import (
 )
 from fedddp.models.zoo import SMALL_MODELS, Maker, Shape
 from fedddp.rng import stream_seed
+from fedddp.section import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """The model that the federation trains."""
+class ModelConfig(Section):
+    """The model that is trained."""
+
+    key = "model"
 
     name: str = "lenet"
     """`lenet`, `2nn`, `cnn`, `resnet8-gn`, `resnet20-gn`, a classification model of torchvision
@@ -38,7 +41,7 @@ class Model:
 
     weights: str | None = None
     """Weights to start from: a local .safetensors file, or the name of torchvision's, such as
-    `IMAGENET1K_V1` or `DEFAULT` (downloaded). A head for another number of classes is left out."""
+    `IMAGENET1K_V1` or `DEFAULT` (downloaded). A head for another number of classes is not loaded."""
 
     norm: Norm = "keep"
     """Turns batch and group norms into batch norm per rank (`batch`), batch norm over all ranks of
@@ -46,11 +49,9 @@ class Model:
 
     freeze: list[str] = field(default_factory=list)
     """Layers or parameters that are not trained, by name: `layer1` covers `layer1.0.conv1.weight`.
-    Statistics of their batch norms still follow the data; `norm: group` has none."""
+    Running statistics of their batch norms are still updated; `norm: group` has none."""
 
     def __post_init__(self) -> None:
-        if self.norm not in get_args(Norm):
-            raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}")
         _maker(self.name)
         if self.weights is None:
             return
@@ -87,9 +88,9 @@ class Model:
     def adapt(
         self, module: nn.Module, *, classes: int, shape: Shape, sync: GroupSum | None = None
     ) -> nn.Module:
-        """Do to the user's own `module`, in place, what `build` does to a named one.
+        """Prepare the user's own `module`, in place, as `build` prepares a named one.
 
-        Loads `weights`, converts `norm`, applies `freeze`, and tries it on images of `shape`.
+        Load `weights`, convert `norm`, apply `freeze`, and try it on images of `shape`.
         Arguments, result and errors as for `build`.
         """
         with torch.random.fork_rng(devices=[]):

@@ -53,7 +53,7 @@ def read_weights(name: str, weights: str) -> dict[str, Tensor]:
         if weights.endswith(".safetensors"):
             return load_file(weights)
         member = torchvision_weights(name, weights)
-        # torchvision publishes pickles: only tensors are read from them, after a look at the hash.
+        # torchvision publishes pickles: only tensors are read from them, after a check of the hash.
         state: dict[str, Tensor] = member.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model.weights={weights} cannot be read: {error}") from error

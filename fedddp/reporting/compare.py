@@ -1,8 +1,9 @@
-"""Several runs on the same data, with the same seed and budget, side by side."""
+"""Comparisons: several runs on the same data, with the same seed and budget."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,43 +11,47 @@ from typing import Any
 
 from rich.console import Console
 
-from fedddp.config.loader import load_sections, read_sections
-from fedddp.config.schema import ConfigError, Run
+from fedddp.config.loader import build, read_sections
+from fedddp.config.schema import Config, fields_with
 from fedddp.data.datasets import load as load_images
+from fedddp.distributed.environment import Launch
 from fedddp.federation import Federation
 from fedddp.reporting.curves import over_seeds, read
 from fedddp.reporting.render import target_of, terminal, write
+from fedddp.section import ConfigError
 from fedddp.simulation.clock import examples_trained
 
-SHARED = ("data", "seed", "clock")
-"""What all configurations of a comparison take over from the first."""
+logger = logging.getLogger(__name__)
+
+SHARED = fields_with("common", "seed")
+"""Settings that all runs of a comparison take over from the first."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a command line asks for."""
+    """The runs to train and to compare."""
 
     folder: Path
-    """Where the runs that are trained, and the report, go."""
-    runs: Mapping[str, Run]
-    """What is to be trained, by name; those that are finished already cost nothing."""
+    """Folder of the runs that are trained, and of the report."""
+    configs: Mapping[str, Config]
+    """The runs to train, by name; finished ones are only read."""
     finished: Sequence[Path]
     """Run directories that are compared as they are."""
     accuracy: float | None
     """The accuracy to race for, in (0, 1]; by default 95 % of the best."""
 
 
-def plan(
+def prepare(
     targets: Sequence[str], flags: Sequence[str], output: str | None = None, accuracy: float | None = None
 ) -> Comparison:
-    """Return what is to be trained and compared.
+    """Return the comparison that a command line describes.
 
     Args:
         targets: recipes and YAML files (of a run, or with a section `compare`), run directories, and
             folders of such.
-        flags: settings for all that is trained, as on the command line of a run.
-        output: where it goes; by default the folder of runs that is the only target, or one in `runs`.
-        accuracy: see `Comparison`.
+        flags: settings for all runs that are trained, as on the command line of a run.
+        output: its folder; by default the folder of runs that is the only target, or one in `runs`.
+        accuracy: the accuracy to race for, in (0, 1].
 
     Raises:
         ConfigError: a target is none of these, or a configuration cannot run.
@@ -76,14 +81,14 @@ def plan(
         )
     one_folder = len(targets) == 1 and Path(targets[0]).is_dir()
     folder = Path(output or (targets[0] if one_folder else Path("runs") / stem))
-    runs: dict[str, Run] = {}
+    configs: dict[str, Config] = {}
     for name, sections in configured.items():
         try:
-            run = load_sections(sections, flags)
-            runs[name] = _alike(run, name, next(iter(runs.values()), run), folder)
+            config = build(sections, flags)
+            configs[name] = _alike(config, name, next(iter(configs.values()), config), folder)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
-    return Comparison(folder, runs, finished, accuracy)
+    return Comparison(folder, configs, finished, accuracy)
 
 
 def _run_folders(folder: Path) -> list[Path]:
@@ -118,7 +123,7 @@ def _variants(target: str, common: dict[str, Any], variants: Any) -> dict[str, d
 
 
 def _merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `common` with `own` on top, section by section; another choice replaces the whole section."""
+    """Return `common` with `own` on top, section by section; another choice replaces the section."""
     merged = dict(common)
     for key, value in own.items():
         before = merged.get(key)
@@ -127,71 +132,71 @@ def _merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _alike(run: Run, name: str, first: Run, folder: Path) -> Run:
-    """Return `run` with the data, seed and clock of the first, as one of the runs in `folder`."""
-    group = run.track.group or folder.name
+def _alike(config: Config, name: str, first: Config, folder: Path) -> Config:
+    """Return `config` with the data, seed and clock of the first, as one of the runs in `folder`."""
+    group = config.tracking.group or folder.name
     return dataclasses.replace(
-        run,
+        config,
         **{key: getattr(first, key) for key in SHARED},
         name=name,
         output=str(folder),
         resume="auto",
-        track=dataclasses.replace(run.track, group=group),
+        tracking=dataclasses.replace(config.tracking, group=group),
     )
 
 
-def train(comparison: Comparison, *, speak: bool) -> bool:
-    """Collective. Train what is not finished; return False if the run was asked to stop."""
-    for number, (name, run) in enumerate(_budgeted(comparison.runs), 1):
-        if speak:
-            print(f"{name} ({number} of {len(comparison.runs)}): {run.rounds} rounds", flush=True)
-        if not Federation(run).run().finished:
+def train(comparison: Comparison) -> bool:
+    """Collective. Train what is not finished; return False if a run was asked to stop."""
+    for number, (name, config) in enumerate(_budgeted(comparison.configs), 1):
+        if Launch.from_environment().is_coordinator:
+            logger.info("%s (%d of %d): %d rounds", name, number, len(comparison.configs), config.rounds)
+        if not Federation(config).run().finished:
             return False
     return True
 
 
-def _budgeted(runs: Mapping[str, Run]) -> Iterator[tuple[str, Run]]:
-    """Yield all runs with the rounds that make as many examples as those of the first, measured as often.
+def _budgeted(configs: Mapping[str, Config]) -> Iterator[tuple[str, Config]]:
+    """Yield all runs with the rounds that train on as many examples as the first, evaluated as often.
 
-    The data, which is that of all, is looked at when the first is trained: it may have to download it.
+    The data, which is the same for all, is read after the first is trained, which may download it.
     """
-    if not runs:
+    if not configs:
         return
-    (name, first), *others = runs.items()
+    (name, first), *others = configs.items()
     yield name, first
     if others:
         images, _ = load_images(first.data)
         _, sizes = first.data.split(images, first.seed)
-        for other, run in others:
-            # Clients are sampled uniformly, so a visit is to the mean client.
+        for other, config in others:
+            # Clients are sampled uniformly, so the cohort holds the mean client's examples.
             budget, examples = (
-                one.cohort.size * examples_trained(one.local, sizes).mean() for one in (first, run)
+                one.cohort.size * examples_trained(one.local, sizes).mean() for one in (first, config)
             )
-            yield other, _stretched(run, first, float(budget / examples) if examples else 1.0)
+            yield other, _stretched(config, first, float(budget / examples) if examples else 1.0)
 
 
-def _stretched(run: Run, first: Run, factor: float) -> Run:
-    """Return `run` with `factor` times the rounds of `first`, from beginning to end and between events."""
+def _stretched(config: Config, first: Config, factor: float) -> Config:
+    """Return `config` with `factor` times the rounds of `first`, and between evaluations and checkpoints."""
 
     def stretch(rounds: int) -> int:
         return max(1, round(rounds * factor))
 
     return dataclasses.replace(
-        run,
+        config,
         rounds=stretch(first.rounds),
-        evaluation=dataclasses.replace(run.evaluation, every=stretch(first.evaluation.every)),
-        checkpoint=dataclasses.replace(run.checkpoint, every=stretch(first.checkpoint.every)),
+        evaluation=dataclasses.replace(config.evaluation, every=stretch(first.evaluation.every)),
+        checkpoint=dataclasses.replace(config.checkpoint, every=stretch(first.checkpoint.every)),
     )
 
 
 def report(comparison: Comparison, console: Console) -> list[Path]:
-    """Show the table, and write it with the picture and the page; return the files.
+    """Print the table, and write it with the picture and the page; return the files.
 
     Raises:
         ValueError: a run cannot be compared.
         OSError: a file cannot be written.
     """
-    folders = [*comparison.finished, *(comparison.folder / name for name in comparison.runs)]
+    folders = [*comparison.finished, *(comparison.folder / name for name in comparison.configs)]
     curves = over_seeds([read(folder) for folder in folders])
     target = comparison.accuracy or target_of(curves)
     console.print(terminal(curves, target, console.width))

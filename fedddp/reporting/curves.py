@@ -1,4 +1,4 @@
-"""What finished runs left on disk, as curves that can be laid over each other."""
+"""Curves of finished runs, read from their directories."""
 
 from __future__ import annotations
 
@@ -10,25 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedddp.config.loader import OBJECTS
+from fedddp.config.schema import fields_with
+from fedddp.section import RENAMED
 from fedddp.storage.history import Row, flat, read_config, read_rows
 
 AXES = ("rounds", "examples", "bytes", "virtual s", "wall s")
 """What accuracy is drawn against. Examples are counted as often as they are trained on, bytes in both
 directions; wall seconds leave out evaluation and checkpoints."""
 
-HOUSEKEEPING = (
-    "seed",
-    "rounds",
-    "output",
-    "name",
-    "resume",
-    "replay",
-    "track",
-    "checkpoint",
-    "evaluation",
-    "topology",
-)
-"""Settings that do not make another method of a run."""
+COMPARED = (*fields_with("experiment", "common"), OBJECTS)
+"""Settings that distinguish algorithms; others belong to one run."""
 
 Floats = NDArray[np.float64]
 
@@ -39,7 +31,7 @@ class Curve:
 
     name: str
     x: Mapping[str, Floats]
-    """Each of `AXES` at the E evaluations, (E,); NaN where the run does not know it."""
+    """Each of `AXES` at the E evaluations, (E,); NaN where the run did not record it."""
     accuracy: Floats
     """In [0, 1], (E,)."""
     low: Floats
@@ -63,7 +55,7 @@ def read(folder: Path) -> Curve:
     """Return the curve of the run in `folder`.
 
     Raises:
-        ValueError: it is no run, is damaged, or was never evaluated.
+        ValueError: it is no run, is corrupt, or was never evaluated.
     """
     try:
         config, rows = _config(folder / "config.yaml"), read_rows(folder / "history.jsonl")
@@ -78,7 +70,7 @@ def read(folder: Path) -> Curve:
         )
     steps, accuracy = _steps(rows), np.array([rows[i]["eval/accuracy"] for i in measured])
     # A choice's name stands for it: `algorithm`, beside `algorithm.mu`.
-    settings = {key.removesuffix(".name"): value for key, value in flat(config).items()}
+    settings = {_key_now(key.removesuffix(".name")): value for key, value in flat(config).items()}
     idle = _added(row.get("time/idle", []) for row in rows) / max(float(steps["wall s"].sum()), 1e-9)
     return Curve(
         name=folder.name + ("" if (folder / "model.safetensors").exists() else " (unfinished)"),
@@ -93,15 +85,23 @@ def read(folder: Path) -> Curve:
     )
 
 
+def _key_now(key: str) -> str:
+    """Return what a setting of an earlier version is called now."""
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key.removeprefix(old)
+    return key
+
+
 def _config(path: Path) -> Row:
     try:
         return read_config(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise ValueError(f"{path} is corrupt: {error}") from None
 
 
 def _steps(rows: list[Row]) -> dict[str, Floats]:
-    """Return by how much every round moves on along each axis."""
+    """Return the step of every round along each axis."""
 
     def column(*keys: str) -> Floats:
         values = [[row.get(key) for key in keys] for row in rows]
@@ -127,8 +127,8 @@ def _added(lists: Iterable[list[float]]) -> Floats:
 
 
 def matters(setting: str) -> bool:
-    """Return whether a `setting`, with its dotted key, makes another method of a run."""
-    return setting.split(".", maxsplit=1)[0] not in HOUSEKEEPING
+    """Return whether a `setting`, with its dotted key, distinguishes algorithms."""
+    return setting.split(".", maxsplit=1)[0] in COMPARED
 
 
 def differing(curves: list[Curve]) -> list[str]:

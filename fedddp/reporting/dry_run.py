@@ -1,53 +1,58 @@
-"""What a run would do, before it does it: groups, visits, bytes, memory."""
+"""The dry run: what a run would do, before it does it: groups, clients, bytes, memory."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.filesize import decimal
 
-from fedddp.algorithms.algorithm import Server
-from fedddp.config.schema import Run
+from fedddp.algorithms import ServerState
+from fedddp.config.schema import Config
 from fedddp.data.datasets import Images, load
 from fedddp.models.flat import FlatModel
-from fedddp.reporting.render import size
+from fedddp.simulation.clock import examples_trained
 from fedddp.simulation.cohort import assign
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 OPTIMIZER_VECTORS = {"sgd": 0, "adam": 2, "adamw": 2}
+SHOWN = 8
+"""Groups that are listed one by one."""
 
 
-def plan(run: Run, world_size: int) -> Table:
-    """Return a table of what `run` would do on `world_size` ranks; builds the model, trains nothing.
+def dry_run(config: Config, world_size: int) -> Table:
+    """Return a table of what a run would do on `world_size` ranks; builds the model, trains nothing.
 
     Raises:
         ValueError: the run cannot work.
     """
     from rich.table import Table
 
-    groups = run.topology.groups(world_size)
-    train, test = load(run.data)
-    split, sizes = run.data.split(train, run.seed)
+    groups = config.topology.groups(world_size)
+    train, test = load(config.data)
+    split, sizes = config.data.split(train, config.seed)
+    config.clock.check(examples_trained(config.local, sizes), config.aggregation.min_clients(), config.seed)
     shape = train.shape
-    module = run.model.build(classes=train.classes, shape=shape, seed=run.seed, sync=lambda tensor: tensor)
+    module = config.model.build(
+        classes=train.classes, shape=shape, seed=config.seed, sync=lambda tensor: tensor
+    )
     flat = FlatModel(module)
-    server = Server(flat.params, flat.buffers, flat.counters, len(split))
-    run.algorithm.start(server)
-    cohort = run.cohort.sample(len(split), run.seed, 0)
-    visits = assign(cohort, sizes[cohort], groups)
-    examples = [int(sizes[clients].sum()) for clients in visits]
-
-    p, b, item = flat.params.numel(), flat.buffers.numel(), flat.params.element_size()
-    up, down = run.algorithm.traffic(server)
-    steps = run.local.steps or run.local.epochs * float(np.ceil(sizes / run.local.batch_size).mean())
+    config.algorithm.check_model(flat)
+    server = ServerState.of(flat, len(split))
+    config.algorithm.start(server)
+    cohort = config.cohort.sample(len(split), config.seed, 0)
+    assignment = assign(cohort, sizes[cohort], groups)
+    examples = [int(sizes[clients].sum()) for clients in assignment]
+    up, down = config.algorithm.traffic(server)
+    steps = config.local.steps or config.local.epochs * float(np.ceil(sizes / config.local.batch_size).mean())
 
     table = Table("", "", box=None, show_header=False)
-    table.add_row("world", _world(run, world_size, groups))
+    table.add_row("world", _world(config, world_size, groups))
     table.add_row(
         "data",
-        f"{run.data.dataset}: {len(train.labels):,} training images of "
+        f"{config.data.dataset}: {len(train.labels):,} training images of "
         f"{'x'.join(map(str, shape))}, {0 if test is None else len(test.labels):,} for testing",
     )
     table.add_row(
@@ -55,32 +60,46 @@ def plan(run: Run, world_size: int) -> Table:
         f"{len(split):,} clients of {sizes.min():,} to {sizes.max():,} "
         f"examples (median {np.median(sizes):,.0f})",
     )
-    table.add_row("model", f"{run.model.name}: {p:,} trainable parameters, {b:,} buffer elements")
-    table.add_row("rounds", f"{run.rounds}, {len(cohort)} clients each, about {steps:,.0f} steps a visit")
+    parameters, buffers = flat.params.numel(), flat.buffers.numel()
+    table.add_row(
+        "model", f"{config.model.name}: {parameters:,} trainable parameters, {buffers:,} buffer elements"
+    )
+    table.add_row(
+        "rounds", f"{config.rounds}, {len(cohort)} clients each, about {steps:,.0f} steps per client"
+    )
     table.add_row(
         "first round",
-        f"visits per group {_list([len(v) for v in visits])}, examples per group {_list(examples)}",
+        f"clients per group {_list([len(v) for v in assignment])}, examples per group {_list(examples)}",
     )
-    table.add_row("bytes a round", f"{size(down * len(cohort))} down, {size(up * len(cohort))} up")
-    table.add_row("memory a rank", _memory(run, train, test, p, b, item))
+    table.add_row("bytes per round", f"{_size(down * len(cohort))} down, {_size(up * len(cohort))} up")
+    table.add_row("memory per rank", _memory(config, train, test, flat))
     return table
 
 
-def _world(run: Run, world_size: int, groups: int) -> str:
-    ranks = run.topology.ranks_per_client
-    where = "rank 0 only" if run.topology.coordinator == "dedicated" else "rank 0, which also trains"
-    return f"{world_size} ranks: {groups} client groups of {ranks}; coordinator: {where}"
+def _world(config: Config, world_size: int, groups: int) -> str:
+    ranks = config.topology.ranks_per_client
+    where = "rank 0 only" if config.topology.coordinator == "dedicated" else "rank 0, which also trains"
+    return f"{_count(world_size, 'rank')}: {_count(groups, 'client group')} of {ranks}; coordinator: {where}"
 
 
-def _memory(run: Run, train: Images, test: Images | None, p: int, b: int, item: int) -> str:
-    """Images, and the vectors: model, gradient, server copy, update, optimizer, sums."""
-    vectors = 4 + OPTIMIZER_VECTORS[run.local.optimizer] + bool(run.local.momentum)
-    state = (p * vectors + 2 * b) * item + p * (8 if run.aggregation.sums == "exact" else 4)
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _memory(config: Config, train: Images, test: Images | None, flat: FlatModel) -> str:
+    """Return the bytes of the images and of the vectors: model, gradient, server, update, optimizer, sums."""
+    p, b, item = flat.params.numel(), flat.buffers.numel(), flat.params.element_size()
+    vectors = 4 + OPTIMIZER_VECTORS[config.local.optimizer] + bool(config.local.momentum)
+    state = (p * vectors + 2 * b) * item + p * config.aggregation.bytes_per_element
     pixels = [s.pixels for s in (train, test) if s is not None and s.pixels is not None]
     images = sum(tensor.numel() for tensor in pixels)
-    return f"{size(images)} of images, {size(state)} of model state, plus activations"
+    return f"{_size(images)} of images, {_size(state)} of model state, plus activations"
+
+
+def _size(count: int) -> str:
+    return decimal(count, precision=2)
 
 
 def _list(values: list[int]) -> str:
-    shown = ", ".join(f"{v:,}" for v in values[:8])
-    return f"{shown}, ..." if len(values) > 8 else shown
+    shown = ", ".join(f"{v:,}" for v in values[:SHOWN])
+    return f"{shown}, ..." if len(values) > SHOWN else shown

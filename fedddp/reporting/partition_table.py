@@ -56,7 +56,7 @@ def describe(split: Split, labels: NDArray[np.int64], classes: int, limit: int =
     shown = [*range(min(clients, limit) - last), *range(clients - last, clients)]
     held = [labels[split.indices(client)] for client in shown]
     owners = np.repeat(np.arange(clients), sizes)
-    pairs = np.sort(owners * classes + labels[split.order])
+    pairs = np.sort(owners * classes + labels[split.permutation])
     return Description(
         shares=[
             Share(client, len(own), tuple(np.bincount(own, minlength=classes).tolist()))
@@ -73,7 +73,7 @@ def describe(split: Split, labels: NDArray[np.int64], classes: int, limit: int =
 
 
 def table(description: Description) -> Table:
-    """Return `description` as a printable table: a row a client, the whole below."""
+    """Return `description` as a printable table: a row per client, the summary below."""
     from rich.table import Table
 
     d = description

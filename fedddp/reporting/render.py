@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.filesize import decimal
 
 from fedddp.reporting.curves import AXES, Curve, differing, matters
 
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914")
-"""Told apart by the colour-blind too (Okabe and Ito, 2008); yellow, faint on white, is left out."""
+"""Distinguishable by colour-blind readers too (Okabe and Ito, 2008); without yellow, faint on white."""
 
 LINES = ("-", (0, (4, 1.5)))
-"""In turn, so that of two curves in one place both are seen."""
+"""In turn, so that two curves on top of each other are both visible."""
 
 WIDE = 120
-"""Columns of a terminal in which the whole table has room."""
+"""Columns of a terminal in which all columns of the table fit."""
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -48,10 +49,11 @@ th:first-child, td:first-child {{ text-align: left; }}
 """
 
 Cells = list[list[str]]
+UNKNOWN = "–"
 
 
 def target_of(curves: Sequence[Curve]) -> float:
-    """Return the accuracy to race for: 95 % of the best that was measured, in whole percent."""
+    """Return the accuracy to race for: 95 % of the best that was measured, in integer percent."""
     return math.floor(95 * max(float(curve.accuracy.max()) for curve in curves)) / 100
 
 
@@ -71,7 +73,7 @@ def cells(curves: Sequence[Curve], target: float, *, totals: bool = True) -> Cel
     shown: dict[str, Callable[[float], str]] = {
         "rounds": "{:,.0f}".format,
         "examples": "{:,.0f}".format,
-        "bytes": size,
+        "bytes": lambda count: decimal(int(count), precision=2),
         "virtual s": _seconds,
         "wall s": _seconds,
     }
@@ -80,26 +82,24 @@ def cells(curves: Sequence[Curve], target: float, *, totals: bool = True) -> Cel
         reached = curve.reach(target)
         row = [curve.name, f"{100 * curve.accuracy[-1]:.2f} %"]
         for axis, text in shown.items():
-            numbers = [reached[axis], curve.x[axis][-1]][: 1 + totals]
-            row.append(" / ".join("–" if math.isnan(number) else text(number) for number in numbers))
-        arrivals = curve.staleness.sum()
-        row.append(f"{curve.staleness @ np.arange(len(curve.staleness)) / arrivals:.1f}" if arrivals else "–")
-        row.append(f"{100 * curve.idle.mean():.0f} %" if len(curve.idle) else "–")
-        rows.append(row)
+            numbers = [reached[axis], curve.x[axis][-1]] if totals else [reached[axis]]
+            row.append(" / ".join(UNKNOWN if math.isnan(number) else text(number) for number in numbers))
+        rows.append([*row, _mean_staleness(curve), _mean_idle(curve)])
     return rows
+
+
+def _mean_staleness(curve: Curve) -> str:
+    arrivals = int(curve.staleness.sum())
+    total = int((curve.staleness * np.arange(len(curve.staleness))).sum())
+    return f"{total / arrivals:.1f}" if arrivals else UNKNOWN
+
+
+def _mean_idle(curve: Curve) -> str:
+    return f"{100 * curve.idle.mean():.0f} %" if len(curve.idle) else UNKNOWN
 
 
 def _seconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def size(count: float) -> str:
-    """Return a `count` of bytes in its unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def terminal(curves: Sequence[Curve], target: float, width: int) -> Table:
@@ -238,9 +238,9 @@ def _leave_empty(panel: Axes, why: str) -> None:
 
 def _idle(panel: Axes, curves: Sequence[Curve], styles: list[dict[str, Any]]) -> None:
     """Bars of the mean, dots of the groups."""
-    for place, (curve, style) in enumerate(zip(curves, styles, strict=True)):
+    for position, (curve, style) in enumerate(zip(curves, styles, strict=True)):
         if len(curve.idle):
-            panel.bar(place, 100 * curve.idle.mean(), color=style["color"], alpha=0.6, width=0.7)
-            panel.plot([place] * len(curve.idle), 100 * curve.idle, "o", color="0.2", markersize=3.5)
+            panel.bar(position, 100 * curve.idle.mean(), color=style["color"], alpha=0.6, width=0.7)
+            panel.plot([position] * len(curve.idle), 100 * curve.idle, "o", color="0.2", markersize=3.5)
     panel.set(ylabel="group idle, % of wall time (dots: groups)", ylim=(0, 100), xticks=[])
     panel.grid(alpha=0.25, axis="y")

@@ -1,52 +1,51 @@
-"""How long a client takes: virtual time, which is a function of the seed, or the time of the wall."""
+"""Clocks: how long a client takes, in virtual time, which is a function of the seed, or in wall time."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedddp.algorithms.local import Local
+from fedddp.algorithms.local import LocalConfig
 from fedddp.rng import stream
+from fedddp.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 Indices = NDArray[np.int64]
 
+__all__ = ["Clock", "LogNormalSpeed", "SameSpeed", "Speed", "SpeedTable", "Virtual", "Wall"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Speed(ABC):
-    """How fast clients are: a visit takes `slowness` × (`visit_s` + `example_s` × examples trained on)."""
+class Speed(Section, ABC):
+    """How fast clients are: one takes `slowness` × (`overhead_s` + `example_s` × examples trained on)."""
 
-    visit_s: float = 0.1
-    """Virtual seconds of a visit besides its training, such as sending and receiving; > 0."""
+    key: ClassVar[str] = "clock.speed"
+    chosen_by_name: ClassVar[bool] = True
 
-    example_s: float = 0.001
+    overhead_s: PositiveFloat = 0.1
+    """Virtual seconds of a client besides its training, such as sending and receiving; > 0."""
+
+    example_s: NonNegativeFloat = 0.001
     """Virtual seconds of training per example (and pass over it) of a client of usual speed, >= 0."""
 
-    dropout: float = 0.0
-    """Probability that a client does not come back from a visit, in [0, 1)."""
-
-    def __post_init__(self) -> None:
-        if not self.visit_s > 0:
-            raise ValueError(f"visit_s must be > 0 seconds, got {self.visit_s}")
-        if self.example_s < 0:
-            raise ValueError(f"example_s must be >= 0 seconds, got {self.example_s}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+    dropout: Fraction = 0.0
+    """Probability that a client is lost after it was sent the model, in [0, 1)."""
 
     @abstractmethod
     def slowness(self, client: int, seed: int) -> float:
         """Return how many times longer than usual `client` takes, > 0."""
 
     def seconds(self, client: int, examples: int, seed: int) -> float:
-        """Return the virtual seconds of a visit that trains on `examples` examples (passes included)."""
-        return self.slowness(client, seed) * (self.visit_s + self.example_s * examples)
+        """Return the virtual seconds of a client that trains on `examples` examples (passes included)."""
+        return self.slowness(client, seed) * (self.overhead_s + self.example_s * examples)
 
-    def drops_out(self, client: int, seed: int, visit: int) -> bool:
-        """Return whether `client` is lost in the round (or dispatch) number `visit`."""
-        return self.dropout > 0 and bool(stream("dropout", seed, visit, client).random() < self.dropout)
+    def drops_out(self, client: int, seed: int, number: int) -> bool:
+        """Return whether `client` is lost in the round (or dispatch) with that number."""
+        return self.dropout > 0 and bool(stream("dropout", seed, number, client).random() < self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ class SameSpeed(Speed):
     """All clients are equally fast."""
 
     def slowness(self, client: int, seed: int) -> float:
-        """One."""
+        """Return 1."""
         return 1.0
 
 
@@ -62,16 +61,11 @@ class SameSpeed(Speed):
 class LogNormalSpeed(Speed):
     """Each client has a slowness of its own, log-normal with median 1."""
 
-    sigma: float = 0.5
-    """Standard deviation of the logarithm, >= 0; 1 makes one client in twenty five times slower."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sigma < 0:
-            raise ValueError(f"sigma must be >= 0, got {self.sigma}")
+    sigma: NonNegativeFloat = 0.5
+    """Standard deviation of the logarithm, >= 0; with 1 one client in twenty is five times slower."""
 
     def slowness(self, client: int, seed: int) -> float:
-        """Exp(σ z), z standard normal, one draw per client and seed."""
+        """Return exp(σ z), z standard normal, one draw per client and seed."""
         return float(np.exp(self.sigma * stream("slowness", seed, client).standard_normal()))
 
 
@@ -79,29 +73,34 @@ class LogNormalSpeed(Speed):
 class SpeedTable(Speed):
     """Each client's slowness is given."""
 
-    factors: list[float] = field(default_factory=lambda: [1.0])
-    """Slowness by client, each > 0; begun anew where there are more clients than numbers."""
+    factors: list[PositiveFloat] = field(default_factory=lambda: [1.0])
+    """Slowness by client, each > 0; repeated where there are more clients than numbers."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.factors or min(self.factors) <= 0:
-            raise ValueError(f"factors must be one or more numbers > 0, got {self.factors}")
+        if not self.factors:
+            raise ValueError("factors must be one or more numbers > 0, got []")
 
     def slowness(self, client: int, seed: int) -> float:
-        """The client's entry."""
+        """Return the client's entry."""
         return self.factors[client % len(self.factors)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clock(ABC):
-    """What decides who arrives when."""
+class Clock(Section, ABC):
+    """Decides which client arrives when."""
 
-    def check(self, examples: Indices, least: int, seed: int) -> None:
+    key: ClassVar[str] = "clock"
+    chosen_by_name: ClassVar[bool] = True
+
+    virtual: ClassVar[bool]
+    """Whether arrivals are a function of the seed; else they are known only as they happen."""
+
+    def check(self, examples: Indices, min_clients: int, seed: int) -> None:
         """Raise ValueError when too few clients can ever arrive.
 
         Args:
-            examples: how many examples each client of the population trains on, passes included.
-            least: clients that a round (or, in asynchronous training, the run) needs.
+            examples: how many examples each client of the population trains on, passes included; (N,).
+            min_clients: clients that a round (or, in asynchronous training, the run) needs.
             seed: the run's seed.
         """
 
@@ -112,8 +111,8 @@ class Clock(ABC):
         """Return the clients of a synchronous round that count, in ascending order, and how long it takes.
 
         Args:
-            sampled: the clients that were sent the model, ascending.
-            examples: how many examples each of them trains on, passes included.
+            sampled: the clients that were sent the model, ascending; (s,).
+            examples: how many examples each of them trains on, passes included; (s,).
             wanted: arrivals that end the round.
             seed: the run's seed.
             round_index: index of the round, from 0.
@@ -125,41 +124,35 @@ class Clock(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Virtual(Clock):
-    """Clients take the time that `speed` says: who arrives when is a function of the seed alone."""
+    """Clients take the time that `speed` gives them: arrivals are a function of the seed alone."""
+
+    virtual = True
 
     speed: Speed = field(default_factory=SameSpeed)
     """How fast clients are, and how often they drop out."""
 
-    deadline_s: float | None = None
-    """Virtual seconds after which a client that was sent the model is given up, > 0; none: waited for."""
+    deadline_s: PositiveFloat | None = None
+    """Virtual seconds after which the coordinator stops waiting for a client, > 0; none: it waits for all."""
 
-    in_flight: int | None = None
+    in_flight: PositiveInt | None = None
     """Clients that train at once in asynchronous training, >= 1; none: as many as cohort.size."""
 
-    def __post_init__(self) -> None:
-        if self.deadline_s is not None and not self.deadline_s > 0:
-            raise ValueError(
-                f"deadline_s must be > 0 seconds, got {self.deadline_s}; leave it out to wait for all"
-            )
-        if self.in_flight is not None and self.in_flight < 1:
-            raise ValueError(f"in_flight must be >= 1, got {self.in_flight}")
-
-    def check(self, examples: Indices, least: int, seed: int) -> None:
-        """See `Clock.check`; stops looking when it has found `least` of them."""
+    def check(self, examples: Indices, min_clients: int, seed: int) -> None:
+        """Raise ValueError when fewer than `min_clients` clients can meet the deadline; see `Clock.check`."""
         if self.deadline_s is None:
             return
         learners, limit = np.flatnonzero(examples).tolist(), self.deadline_s
         in_time = (k for k in learners if self.speed.seconds(k, int(examples[k]), seed) <= limit)
-        least = min(least, len(learners))
-        found = len(list(islice(in_time, least)))
-        if found < least:
+        needed = min(min_clients, len(learners))
+        found = len(list(islice(in_time, needed)))
+        if found < needed:
             raise ValueError(
                 f"clock.deadline_s={limit:g} is met by {found} of {len(learners)} clients with examples, but "
-                f"{least} must arrive; raise clock.deadline_s"
+                f"{needed} must arrive; raise clock.deadline_s"
             )
 
-    def visit(self, client: int, examples: int, seed: int, number: int) -> tuple[float, bool]:
-        """Return when a visit ends, in virtual seconds from its dispatch, and whether the client arrives."""
+    def local_training(self, client: int, examples: int, seed: int, number: int) -> tuple[float, bool]:
+        """Return how long a client is in flight, in virtual seconds, and whether its update arrives."""
         seconds = self.speed.seconds(client, examples, seed)
         arrives = not self.speed.drops_out(client, seed, number)
         if self.deadline_s is not None and (not arrives or seconds > self.deadline_s):
@@ -169,30 +162,32 @@ class Virtual(Clock):
     def arrivals(
         self, sampled: Indices, examples: Indices, wanted: int, seed: int, round_index: int
     ) -> tuple[Indices, float | None]:
-        """See `Clock.arrivals`; lost clients are missed until the deadline, or until they were due."""
-        visits = [
-            (*self.visit(client, work, seed, round_index), client)
-            for client, work in zip(sampled.tolist(), examples.tolist(), strict=True)
+        """Return the first `wanted` arrivals; the round waits for lost clients until their deadline."""
+        clients = [
+            (*self.local_training(client, trained, seed, round_index), client)
+            for client, trained in zip(sampled.tolist(), examples.tolist(), strict=True)
         ]
-        arrived = sorted((seconds, client) for seconds, arrives, client in visits if arrives)[:wanted]
-        ends = [s for s, _ in arrived] if len(arrived) == wanted else [s for s, _, _ in visits]
+        arrived = sorted((seconds, client) for seconds, arrives, client in clients if arrives)[:wanted]
+        ends = [s for s, _ in arrived] if len(arrived) == wanted else [s for s, _, _ in clients]
         cohort = np.array(sorted(client for _, client in arrived), dtype=np.int64)
         return cohort, max(ends, default=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wall(Clock):
-    """Clients take the time they take; in asynchronous training the order of arrivals is recorded."""
+    """Clients take as long as their training takes; asynchronous training records the order of arrivals."""
+
+    virtual = False
 
     def arrivals(
         self, sampled: Indices, examples: Indices, wanted: int, seed: int, round_index: int
     ) -> tuple[Indices, float | None]:
-        """See `Clock.arrivals`; everybody arrives."""
+        """Return all sampled clients, and no virtual time."""
         return sampled, None
 
 
-def examples_trained(local: Local, examples: Indices) -> Indices:
-    """Return how many examples visits to clients of these sizes train on, passes included."""
+def examples_trained(local: LocalConfig, examples: Indices) -> Indices:
+    """Return how many examples clients with `examples` (n,) train on in a round, passes included."""
     if local.steps is None:
         return examples * local.epochs
     return np.minimum(examples, local.batch_size) * local.steps

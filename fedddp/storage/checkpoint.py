@@ -1,4 +1,4 @@
-"""Everything a run needs to go on bit for bit: safetensors and JSON, written aside and then renamed."""
+"""Checkpoints: all that a run needs to resume bit for bit, as safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -19,43 +19,41 @@ import torch
 from torch import Tensor, nn
 
 from fedddp.distributed.world import World
+from fedddp.section import PositiveInt, Section
 
-FACTS = "state.json"
+METADATA = "state.json"
 
 NAME = re.compile(r"[a-z]+(-\d+)+")
-"""What a checkpoint is called: a word, and numbers by which it is older or newer than another."""
+"""Names of checkpoints: a word, and numbers that sort by age."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class CheckpointConfig(Section):
     """How often the run is saved."""
 
-    every: int = 10
+    key = "checkpoint"
+
+    every: PositiveInt = 10
     """Rounds between checkpoints, >= 1; the last round, and a stop, are always saved."""
 
-    keep: int = 2
+    keep: PositiveInt = 2
     """Newest checkpoints that stay on disk, >= 1."""
-
-    def __post_init__(self) -> None:
-        for name in ("every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A whole checkpoint on disk."""
+    """An intact checkpoint on disk."""
 
     folder: Path
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
     def tensors(self, file: str) -> dict[str, Tensor]:
         """Return the tensors of `file`, on the CPU; none if the checkpoint has no such file."""
-        return safetensors.torch.load_file(self.folder / file) if file in self.facts["files"] else {}
+        return safetensors.torch.load_file(self.folder / file) if file in self.metadata["files"] else {}
 
     def files(self, pattern: str) -> list[Path]:
         """Return the checkpoint's own files that match `pattern`."""
-        return [self.folder / name for name in sorted(fnmatch.filter(self.facts["files"], pattern))]
+        return [self.folder / name for name in sorted(fnmatch.filter(self.metadata["files"], pattern))]
 
 
 class Checkpoints:
@@ -69,13 +67,13 @@ class Checkpoints:
         name: str,
         model: nn.Module,
         tensors: Mapping[str, Tensor],
-        facts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         write_shard: Callable[[Path], Iterable[Path]],
     ) -> None:
-        """Collective. Save under `name`, e.g. "round-00010"; either whole, or as if never called.
+        """Collective. Save under `name`, e.g. "round-00010"; a failure leaves no trace.
 
-        Numbers in a name sort by age. A whole checkpoint of that name is left alone: it is of the
-        same point of the same run. The coordinator writes `model`, `tensors` and `facts`; each rank
+        Numbers in a name sort by age. An intact checkpoint of that name is kept: it is of the same
+        point of the same run. The coordinator writes `model`, `tensors` and `metadata`; each rank
         adds its part of the clients' state with `write_shard(folder)`, which returns its files.
 
         Raises:
@@ -91,23 +89,21 @@ class Checkpoints:
             aside.mkdir(parents=True, exist_ok=True)
             files.update({path.name: _digest(path, sync=True) for path in write_shard(aside)})
 
-        # Ranks tell what they wrote: a network file system may show it to the coordinator too late.
-        told = self.world.gather((_attempt(write_part), files))
-        problem = next((problem for problem, _ in told if problem is not None), None)
+        # Ranks report what they wrote: a network file system may show it to the coordinator too late.
+        reports = self.world.gather((_attempt(write_part), files))
+        problem = next((problem for problem, _ in reports if problem is not None), None)
         if problem is None:
             if self.world.is_coordinator:
-                facts = {
-                    **facts,
-                    "files": {name: digest for _, part in told for name, digest in part.items()},
-                }
-                problem = _attempt(lambda: self._finish(aside, final, model, tensors, facts))
+                written = {name: digest for _, part in reports for name, digest in part.items()}
+                complete = {**metadata, "files": written}
+                problem = _attempt(lambda: self._finish(aside, final, model, tensors, complete))
             problem = self.world.gather(problem)[0]
         if problem is not None:
             if self.world.is_coordinator:
                 self._clean()
             raise OSError(
                 f"cannot write checkpoint {final}: {problem}; make room or choose another --output, "
-                "then start again with --resume auto (the last checkpoint is whole)"
+                "then resume with --resume auto (the last checkpoint is intact)"
             )
 
     def _finish(
@@ -116,17 +112,18 @@ class Checkpoints:
         final: Path,
         model: nn.Module,
         tensors: Mapping[str, Tensor],
-        facts: Mapping[str, Any],
+        metadata: dict[str, Any],
     ) -> None:
         save_model(model, aside / "model.safetensors")
         if tensors:
             save_tensors(tensors, aside / "state.safetensors")
         for name in ("model.safetensors", *(["state.safetensors"] if tensors else [])):
-            facts["files"][name] = _digest(aside / name)
-        plain = json.loads(json.dumps(facts))  # as they will be read, all keys being strings
-        write_text(aside / FACTS, json.dumps({"digest": _digest_facts(plain), "facts": plain}, indent=1))
+            metadata["files"][name] = _digest(aside / name)
+        plain = json.loads(json.dumps(metadata))  # as it will be read, all keys being strings
+        content = {"digest": _digest_json(plain), "metadata": plain}
+        write_text(aside / METADATA, json.dumps(content, indent=1))
         _sync(aside)
-        if final.exists() and not isinstance(_whole(final), str):
+        if final.exists() and not isinstance(_verified(final), str):
             self._clean()
             return
         self._set_aside(final)
@@ -137,17 +134,17 @@ class Checkpoints:
         self._clean()
 
     def _clean(self) -> None:
-        """Delete what a killed run left half written or half deleted."""
+        """Delete the partial folders of a killed run."""
         for part in self.folder.glob(".*.part"):
             shutil.rmtree(part, ignore_errors=True)
 
-    def _set_aside(self, damaged: Path) -> Path | None:
-        """Rename a `damaged` checkpoint, if there is one, so that it is never looked at again."""
-        if not damaged.exists():
+    def _set_aside(self, corrupt: Path) -> Path | None:
+        """Rename a `corrupt` checkpoint, if there is one, so that it is never used."""
+        if not corrupt.exists():
             return None
-        numbers = (damaged.with_name(f".damaged-{n}-{damaged.name}") for n in itertools.count(1))
+        numbers = (corrupt.with_name(f".corrupt-{n}-{corrupt.name}") for n in itertools.count(1))
         target = next(path for path in numbers if not path.exists())
-        damaged.rename(target)
+        corrupt.rename(target)
         return target
 
     def _names(self) -> list[str]:
@@ -158,24 +155,24 @@ class Checkpoints:
         ages = {name: [int(n) for n in re.findall(r"\d+", name)] for name in names if NAME.fullmatch(name)}
         return sorted(ages, key=lambda name: ages[name])
 
-    def open(self, name: str, facts: dict[str, Any]) -> Saved:
-        """Return the checkpoint `name`, that another rank found whole."""
-        return Saved(self.folder / name, facts)
+    def open(self, name: str, metadata: dict[str, Any]) -> Saved:
+        """Return the checkpoint `name`, which another rank found intact."""
+        return Saved(self.folder / name, metadata)
 
     def newest(self) -> tuple[Saved | None, list[str]]:
-        """Return the newest whole checkpoint, and one line for each damaged one, which is set aside."""
-        damaged: list[str] = []
+        """Return the newest intact checkpoint, and one line for each corrupt one, which is set aside."""
+        corrupt: list[str] = []
         for name in reversed(self._names()):
-            facts = _whole(self.folder / name)
-            if not isinstance(facts, str):
-                return Saved(self.folder / name, facts), damaged
+            metadata = _verified(self.folder / name)
+            if not isinstance(metadata, str):
+                return Saved(self.folder / name, metadata), corrupt
             try:
                 target = self._set_aside(self.folder / name)
-                what = f"set aside as {target.name if target else name}"
+                action = f"set aside as {target.name if target else name}"
             except OSError:
-                what = "passed over"
-            damaged.append(f"checkpoint {self.folder / name} is damaged ({facts}); {what}")
-        return None, damaged
+                action = "skipped"
+            corrupt.append(f"checkpoint {self.folder / name} is corrupt ({metadata}); {action}")
+        return None, corrupt
 
 
 def _attempt(write: Callable[[], object]) -> str | None:
@@ -186,32 +183,54 @@ def _attempt(write: Callable[[], object]) -> str | None:
     return None
 
 
-def save_model(model: nn.Module, path: Path) -> None:
-    """Write the weights of `model` to `path`, atomically; `safetensors.torch.load_model` reads them."""
+def save_model(model: nn.Module, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the weights of `model` to `path`, atomically; `safetensors.torch.load_model` reads them.
+
+    Args:
+        model: its state dict is written; tied tensors are written once.
+        path: a .safetensors file.
+        metadata: texts that go into the file's header.
+    """
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() == 0 or place not in seen:  # tied weights are written once
-            seen.add(place)
+        memory = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() == 0 or memory not in seen:
+            seen.add(memory)
             state[name] = tensor
-    save_tensors(state, path)
+    save_tensors(state, path, metadata)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write `tensors` to `path`, atomically."""
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write `tensors` to the .safetensors file `path`, atomically, with texts for its header."""
     aside = path.with_name(f".{path.name}.part")
     copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     try:
-        safetensors.torch.save_file(copies, aside)
+        safetensors.torch.save_file(copies, aside, None if metadata is None else dict(metadata))
     except safetensors.SafetensorError as error:
         aside.unlink(missing_ok=True)
         number = re.search(r"\(os error (\d+)\)", str(error))
         if not number:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    _order_metadata(aside)
     _sync(aside)
     aside.replace(path)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort the texts in the header of a .safetensors file, which are written in random order: equal bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            assert len(ordered) <= length
+            file.seek(8)
+            file.write(ordered.ljust(length))
 
 
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -238,7 +257,7 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, atomically: a kill leaves the file as it was or as it shall be."""
+    """Write `text` to `path`, atomically: a kill leaves the old file or the new one."""
     aside = path.with_name(f".{path.name}.part")
     with aside.open("w", encoding="utf-8") as out:
         out.write(text)
@@ -247,25 +266,28 @@ def write_text(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def _whole(folder: Path) -> dict[str, Any] | str:
-    """Return the facts of the checkpoint in `folder`, or what is wrong with it; reads all its bytes."""
+def _verified(folder: Path) -> dict[str, Any] | str:
+    """Return the metadata of the checkpoint in `folder`, or how it is corrupt; reads all its bytes."""
+    changed = "is not as it was written"
     try:
-        written = json.loads((folder / FACTS).read_bytes())
-        facts: dict[str, Any] = written["facts"]
-        if written["digest"] != _digest_facts(facts):
-            return f"{FACTS} is not what was written"
-        for file, digest in facts["files"].items():
+        written = json.loads((folder / METADATA).read_bytes())
+        if "facts" in written:
+            return "it is of fedddp before 0.1.0, which names its parts otherwise"
+        metadata: dict[str, Any] = written["metadata"]
+        if written["digest"] != _digest_json(metadata):
+            return f"{METADATA} {changed}"
+        for file, digest in metadata["files"].items():
             if _digest(folder / file) != digest:
-                return f"{file} is not what was written"
+                return f"{file} {changed}"
     except OSError as error:
-        return f"{Path(error.filename or FACTS).name}: {error.strerror}"
+        return f"{Path(error.filename or METADATA).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"{FACTS} is not what was written"
-    return facts
+        return f"{METADATA} {changed}"
+    return metadata
 
 
-def _digest_facts(facts: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+def _digest_json(metadata: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(metadata, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _digest(path: Path, *, sync: bool = False) -> str:
@@ -281,8 +303,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def total_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of `tensors` together."""
-    return sum(t.numel() * t.element_size() for t in tensors)

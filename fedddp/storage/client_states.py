@@ -1,4 +1,4 @@
-"""What clients keep between their visits: where it lies, how it follows a client to another group."""
+"""Client states: what clients keep between rounds, and how it moves with a client to another group."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ State = dict[str, Tensor]
 
 
 class ClientStates:
-    """The state of the clients visited so far, in CPU memory of the leader of the last group.
+    """The states of the clients trained so far, each in CPU memory of the leader of its home group.
 
-    Clients never sampled cost nothing. All ranks know where every state lies, because all know who
-    trained whom; so a state moves by one message, and nobody asks.
+    A client's home is the group that trained it last. Clients never sampled cost nothing. Every rank knows
+    all homes, because it knows every assignment; so a state moves by one message, without a request.
     """
 
     def __init__(self, world: World) -> None:
@@ -27,9 +27,9 @@ class ClientStates:
         self.kept: dict[int, State] = {}
         self.homes: dict[int, int] = {}  # client -> group
 
-    def move(self, plan: list[list[int]]) -> None:
-        """Collective. Bring the states of each group's clients (`plan[group]`) to its leader."""
-        for group, clients in enumerate(plan):
+    def move(self, assignment: list[list[int]]) -> None:
+        """Collective. Bring the states of each group's clients (`assignment[group]`) to its leader."""
+        for group, clients in enumerate(assignment):
             for client in clients:
                 home = self.homes.get(client, group)
                 if home != group:
@@ -64,18 +64,18 @@ class ClientStates:
         return _unpack(packed.cpu())
 
     def keep(self, client: int, state: State) -> None:
-        """Keep `state` (the leader does) until the client's next visit."""
+        """Keep `state` until the client is trained again; the group's leader does."""
         if self.world.leads_group and state:
             self.kept[client] = state
 
-    def settle(self, plan: list[list[int]], visited: Iterable[int]) -> None:
-        """Note, on every rank, that the `visited` clients' states lie where `plan` trained them."""
-        done = set(visited)
-        for group, clients in enumerate(plan):
+    def settle(self, assignment: list[list[int]], trained: Iterable[int]) -> None:
+        """Record, on every rank, the groups of `assignment` as the homes of the `trained` clients."""
+        done = set(trained)
+        for group, clients in enumerate(assignment):
             self.homes.update({client: group for client in clients if client in done})
 
     def save(self, folder: Path) -> list[Path]:
-        """Write the states this rank keeps to `folder`, one file a group; return it, if there are any."""
+        """Write the states this rank keeps to `folder`, one file per group; return it, if there are any."""
         if not self.kept:
             return []
         flat = {f"{client}.{n}": t for client, s in self.kept.items() for n, t in s.items()}
@@ -84,7 +84,7 @@ class ClientStates:
         return [path]
 
     def load(self, files: Iterable[Path]) -> None:
-        """Take back states saved with any number of groups; client k goes to group k mod G."""
+        """Restore states saved with any number of groups; client k goes to group k mod G."""
         self.kept, self.homes = {}, {}
         for path in sorted(files):
             with safe_open(path, framework="pt") as saved:

@@ -1,4 +1,4 @@
-"""The record of a run on disk: lines that a killed and resumed run neither loses nor repeats."""
+"""Histories: lines on disk that a killed and resumed run neither loses nor repeats."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ Row = dict[str, Any]
 
 
 class History:
-    """The files `history.jsonl` (a line a round) and `clients.jsonl` (a line a client and round).
+    """The files `history.jsonl` (a line per round) and `clients.jsonl` (a line per client and round).
 
-    Lines come in the order of rounds and reach the file as they are logged, so that a killed run
-    loses at most the line it was writing, and one that finds the disk full leaves no part of a line.
+    Lines are in the order of rounds and reach the file as they are logged: a killed run loses at most
+    the line it was writing, and a full disk leaves no partial row.
     """
 
     def __init__(self, folder: Path, keep_rounds: int = 0) -> None:
-        """Open both files; lines of rounds after `keep_rounds` are cut off, and so is a torn one.
+        """Open both files; lines of rounds after `keep_rounds` are cut off, and so is a partial one.
 
         Args:
             folder: the run folder; made if missing.
-            keep_rounds: the round of the checkpoint that the run resumes from; 0 starts anew.
+            keep_rounds: the round of the checkpoint that the run resumes from; 0 starts from scratch.
 
         Raises:
-            ValueError: a line before the last is damaged.
+            ValueError: a line before the last is corrupt.
             OSError: a file cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,13 +57,13 @@ def read_rows(path: Path) -> list[Row]:
     """Return the rows of a `.jsonl` file of a run, which may still be going.
 
     Raises:
-        ValueError: a line before the last is damaged.
+        ValueError: a line before the last is corrupt.
     """
-    return [row for _, row in _whole_lines(path)]
+    return [row for _, row in _complete_lines(path)]
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield every row with the offset of its end; a torn last line is left out."""
+def _complete_lines(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield every row with the offset of its end; a partial last line is left out."""
     end, size = 0, path.stat().st_size
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -77,7 +77,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, Row]]:
                 if end == size:
                     return
                 raise ValueError(
-                    f"{path} line {number} is damaged ({error}); mend or delete the line, "
+                    f"{path} line {number} is corrupt ({error}); fix or delete the line, "
                     "or start a run in another folder"
                 ) from None
             yield end, row
@@ -86,17 +86,17 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, Row]]:
 def _open_after(path: Path, keep_rounds: int) -> BinaryIO:
     end = 0
     if keep_rounds and path.exists():
-        for offset, row in _whole_lines(path):
+        for offset, row in _complete_lines(path):
             if row["round"] > keep_rounds:
                 break
             end = offset
     file = path.open("ab", buffering=0)
-    file.truncate(end)  # one system call: a kill leaves the file as it was or as it shall be
+    file.truncate(end)  # one system call: a kill leaves the file before or after it
     return file
 
 
 def write_rows(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append `rows` to an unbuffered `file`: all of them, or an error and none.
+    """Append `rows` to an unbuffered `file`: all of them, or none and an error.
 
     Raises:
         OSError: the disk is full or gone.
@@ -104,14 +104,14 @@ def write_rows(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
     lines = "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows).encode()
     end = os.fstat(file.fileno()).st_size
     try:
-        while lines:  # a disk that fills up takes a part, and refuses the rest
+        while lines:  # a disk that fills up writes a part, and refuses the rest
             lines = lines[file.write(lines) :]
     except OSError as error:
         with contextlib.suppress(OSError):
             file.truncate(end)
         raise OSError(
             error.errno,
-            f"{error.strerror}; make room, then start again with --resume auto (what was written is whole)",
+            f"{error.strerror}; make room, then resume with --resume auto (the rows before are intact)",
             file.name,
         ) from None
 
@@ -120,7 +120,7 @@ def read_config(path: Path) -> Row:
     """Return the `config.yaml` of a run, as sections.
 
     Raises:
-        ValueError: it is damaged; how.
+        ValueError: it is corrupt.
         OSError: it cannot be read.
     """
     import yaml

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedddp.section import Fraction
 from fedddp.tasks.task import Task
 
 
@@ -15,12 +16,8 @@ from fedddp.tasks.task import Task
 class Classification(Task):
     """One class per image: cross entropy; accuracy, top-5 accuracy and recall per class."""
 
-    label_smoothing: float = 0.0
+    label_smoothing: Fraction = 0.0
     """Share of each training target that is spread evenly over all classes, in [0, 1)."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}; 0.1 is usual")
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross entropy summed over the batch, with label smoothing.

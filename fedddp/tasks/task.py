@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from fedddp.section import Section
+
 
 @dataclass(frozen=True, kw_only=True)
-class Task(ABC):
+class Task(Section, ABC):
     """A loss to train with and metrics to evaluate with; subclass it for a task of your own."""
+
+    key: ClassVar[str] = "task"
+    chosen_by_name: ClassVar[bool] = True
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -23,7 +29,7 @@ class Task(ABC):
         Adding these over batches and ranks gives the totals of all of them.
         """
 
-    def summarise(self, totals: dict[str, Tensor]) -> dict[str, float | list[float | None] | None]:
+    def summarize(self, totals: dict[str, Tensor]) -> dict[str, float | list[float | None] | None]:
         """Divide sums by counts; None where nothing was counted.
 
         Args:

@@ -1,4 +1,4 @@
-"""What the person at the screen sees of a run: a live bar on a terminal, else a line a round."""
+"""Progress on the screen: a live bar on a terminal, elsewhere a line per round."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REFRESH_S = 0.1
 """Seconds between two drawings of the bar while a round lasts."""
 
 
-def say(console: Console, line: str) -> None:
+def show(console: Console, line: str) -> None:
     """Write `line` as it is: not wrapped (paths are to be copied) and not read as markup."""
     console.print(line, soft_wrap=True, markup=False, highlight=False)
 
@@ -23,25 +23,25 @@ class RoundProgress:
     """Shows rounds as they end, and clients as they are trained.
 
     On a terminal one line at the bottom is redrawn; in a file or a pipe every round is a line.
-    Both say the round, the loss, the last known accuracy, clients/s and what time is left.
+    Both show the round, the loss, the last accuracy, clients/s and the remaining time.
     """
 
-    def __init__(self, total_rounds: int, done: int = 0, *, show: bool, console: Console) -> None:
+    def __init__(self, total_rounds: int, done: int = 0, *, visible: bool, console: Console) -> None:
         """Start the clock and, on a terminal, the bar.
 
         Args:
             total_rounds: rounds of the run.
             done: rounds done before this process started (a resumed run).
-            show: False to show nothing.
+            visible: False to show nothing.
             console: where to write.
         """
         self._total, self._done, self._resumed = total_rounds, done, done
-        self._show, self._console = show, console
+        self._visible, self._console = visible, console
         self._start = self._drawn = time.monotonic()
-        self._visits = 0
+        self._clients = 0
         self._scores: dict[str, str] = {}
         self._bar: Progress | None = None
-        if show and console.is_interactive:
+        if visible and console.is_interactive:
             # Drawn from here and not from a thread: a drawing thread could hold a lock while a
             # data loader forks its workers.
             self._bar = Progress(
@@ -55,9 +55,9 @@ class RoundProgress:
             self._task = self._bar.add_task("", total=total_rounds, completed=done, status="")
             self._bar.start()
 
-    def visits(self, count: int) -> None:
-        """Count `count` more client visits as finished."""
-        self._visits += count
+    def clients_done(self, count: int) -> None:
+        """Count `count` more clients as trained."""
+        self._clients += count
         if self._bar and time.monotonic() - self._drawn >= REFRESH_S:
             self._draw(self._bar)
 
@@ -72,16 +72,16 @@ class RoundProgress:
             self._scores["accuracy"] = f"{100 * accuracy:.2f} %"
         if self._bar:
             self._draw(self._bar)
-        elif self._show:
+        elif self._visible:
             scores = [f"{label} {value}" for label, value in self._scores.items()]
-            say(
+            show(
                 self._console,
                 "  ".join([f"round {self._done}/{self._total}", *scores, *self._pace()]),
             )
             self._scores.clear()  # an old accuracy must not look like this round's
 
     def close(self) -> None:
-        """Leave the last state of the bar on the screen and give the terminal back."""
+        """Leave the last state of the bar on the screen and release the terminal."""
         if self._bar:
             self._draw(self._bar)
             self._bar.stop()
@@ -94,12 +94,12 @@ class RoundProgress:
         self._drawn = time.monotonic()
 
     def _pace(self) -> list[str]:
-        """Clients/s and the time that is left, both from the mean pace since this process began."""
+        """Return clients/s and the remaining time, both from the mean pace since this process began."""
         elapsed = max(time.monotonic() - self._start, 1e-6)
-        rate, left = self._visits / elapsed, self._total - self._done
+        rate, left = self._clients / elapsed, self._total - self._done
         rounds = self._done - self._resumed
         parts = []
-        if self._visits:
+        if self._clients:
             parts.append(f"{rate:,.0f} clients/s" if rate >= 100 else f"{rate:.3g} clients/s")
         if rounds and left > 0:
             parts.append(f"ETA {timedelta(seconds=round(elapsed / rounds * left))}")

@@ -1,8 +1,8 @@
-"""What a run leaves behind: history on disk, progress on the screen, wandb and other trackers.
+"""The tracker of a run: history on disk, progress on the screen, wandb and other trackers.
 
 Only the coordinator tracks; the other ranks hold a `NullTracker`. Lines on disk are the record of
 a run: they are written first, and a failure there ends the run. Trackers are a convenience: one
-that fails says so in one line and the run goes on without it.
+that fails is reported in one line, and the run continues without it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedddp.section import Section
 from fedddp.storage.history import History, flat, plain
 
 if TYPE_CHECKING:
@@ -29,10 +30,12 @@ WANDB_FINISH_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Track:
+class TrackingConfig(Section):
     """Where metrics go besides the run folder, and what is shown while the run lasts."""
 
-    with_: list[str] = field(default_factory=lambda: ["wandb"])
+    key = "tracking"
+
+    trackers: list[str] = field(default_factory=lambda: ["wandb"])
     """Trackers, any that accelerate knows: wandb, tensorboard, mlflow, ...; [] for none."""
 
     project: str = "fedddp"
@@ -48,30 +51,30 @@ class Track:
     """wandb: `auto` is online with a login (`wandb login`), else offline; heeds WANDB_MODE."""
 
     progress: bool = True
-    """Show progress: a live bar on a terminal, one line a round elsewhere."""
+    """Show progress: a live bar on a terminal, one line per round elsewhere."""
 
     def __post_init__(self) -> None:
-        if set(self.with_) <= {"wandb"}:
+        if set(self.trackers) <= {"wandb"}:
             return  # wandb comes with fedddp; the import below takes seconds
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
         installed = {str(name) for name in get_available_trackers()}  # type: ignore[no-untyped-call]
-        for name in self.with_:
+        for name in self.trackers:
             if name not in LOGGER_TYPE_TO_CLASS:
                 known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-                raise ValueError(f"with names the unknown tracker {name!r}; accelerate has {known}")
+                raise ValueError(f"trackers: unknown tracker {name!r}; accelerate has {known}")
             if name not in installed:
-                raise ValueError(f"with needs the package of {name!r}; pip install {name}")
+                raise ValueError(f"trackers: this needs the package of {name!r}; pip install {name}")
 
 
 class NullTracker:
-    """What the ranks that do not coordinate track: nothing. `Tracker` has the same methods."""
+    """Tracks nothing: the tracker of every rank but the coordinator. `Tracker` has the same methods."""
 
     run_id: str | None = None
     """The wandb run; goes into checkpoints, so that a resumed run continues the same one."""
 
-    def visit_done(self, count: int = 1) -> None:
-        """Count client visits (of all groups) that ended, for clients/s."""
+    def client_done(self, count: int = 1) -> None:
+        """Count clients (of all groups) whose local training ended, for clients/s."""
 
     def log(self, row: Row) -> None:
         """Record one round.
@@ -101,7 +104,7 @@ class NullTracker:
 
         Args:
             model_file: the final model, which becomes an artifact of the wandb run.
-            summary: what the run came to, for the wandb run's summary.
+            summary: the last metrics, for the wandb run's summary.
             failed: whether the run ended by an error.
         """
 
@@ -111,7 +114,7 @@ class Tracker(NullTracker):
 
     def __init__(
         self,
-        track: Track,
+        tracking: TrackingConfig,
         folder: Path,
         config: Row,
         *,
@@ -124,7 +127,7 @@ class Tracker(NullTracker):
         """Open the history and start the trackers; no collective.
 
         Args:
-            track: the settings.
+            tracking: the settings.
             folder: the run folder.
             config: the resolved configuration, nested.
             name: the run's name.
@@ -134,7 +137,7 @@ class Tracker(NullTracker):
             console: where to write; standard output by default.
 
         Raises:
-            ValueError: a line of the history is damaged.
+            ValueError: a line of the history is corrupt.
             OSError: the run folder cannot be written.
         """
         from rich.console import Console
@@ -149,19 +152,21 @@ class Tracker(NullTracker):
         self._trackers: dict[str, Any] = {}
         self._sync: str | None = None
         self._finished = False
-        for kind in track.with_:
+        for kind in tracking.trackers:
             if kind == "wandb":
-                self._attempt(kind, self._start_wandb, track, plain(config), name)
+                self._attempt(kind, self._start_wandb, tracking, plain(config), name)
             else:
-                self._attempt(kind, self._start_other, kind, track, plain(config), name)
-        self._progress = RoundProgress(total_rounds, resume_round, show=track.progress, console=self._console)
+                self._attempt(kind, self._start_other, kind, tracking, plain(config), name)
+        self._progress = RoundProgress(
+            total_rounds, resume_round, visible=tracking.progress, console=self._console
+        )
 
-    def visit_done(self, count: int = 1) -> None:
-        """See `NullTracker`."""
-        self._progress.visits(count)
+    def client_done(self, count: int = 1) -> None:
+        """Count clients whose local training ended, for clients/s."""
+        self._progress.clients_done(count)
 
     def log(self, row: Row) -> None:
-        """See `NullTracker`."""
+        """Record one round: on disk first, then on the screen and in the trackers."""
         self._history.log(row)
         self._round = row["round"]
         self._progress.round(row)
@@ -169,18 +174,18 @@ class Tracker(NullTracker):
             self._attempt(kind, tracker.log, _numbers(row), step=self._round)
 
     def log_clients(self, rows: list[Row]) -> None:
-        """See `NullTracker`; trackers get a table of the last call's rows when the run ends."""
+        """Record the metrics of clients; trackers get a table of the last call's rows when the run ends."""
         self._history.log_clients(rows)
         self._clients = rows
 
     def sync(self) -> None:
-        """See `NullTracker`."""
+        """Force all lines to the disk."""
         self._history.sync()
 
     def finish(
         self, model_file: Path | None = None, summary: Row | None = None, *, failed: bool = False
     ) -> None:
-        """See `NullTracker`."""
+        """End the record: close the files, finish the trackers, and show how to upload the run."""
         if self._finished:
             return
         self._finished = True
@@ -194,14 +199,14 @@ class Tracker(NullTracker):
             else:
                 self._attempt(kind, tracker.finish)
         if self._sync:
-            self._say(f"To upload the run: {self._sync}")
+            self._show(f"To upload the run: {self._sync}")
 
     def _log_table(self, tracker: Any) -> None:
         columns = list(dict.fromkeys(key for row in self._clients for key in row))
         data = [[plain(row.get(column)) for column in columns] for row in self._clients]
         tracker.log_table("clients", columns=columns, data=data, step=self._round)
 
-    def _start_wandb(self, track: Track, config: Row, name: str) -> None:
+    def _start_wandb(self, tracking: TrackingConfig, config: Row, name: str) -> None:
         import wandb
 
         quiet: dict[str, Any] = {
@@ -219,8 +224,8 @@ class Tracker(NullTracker):
             "name": name,
             # Not through accelerate's `store_init_configuration`: it writes to wandb's global run.
             "config": config,
-            "group": track.group,
-            "tags": track.tags,
+            "group": tracking.group,
+            "tags": tracking.tags,
             "dir": str(self._folder),
             "id": self.run_id,
             "resume": "allow" if self.run_id else None,
@@ -228,12 +233,12 @@ class Tracker(NullTracker):
             "settings": settings,
         }
         try:
-            mode = _wandb_mode(track)
-            tracker = _start("wandb", track.project, self._folder, mode=mode, **options)
+            mode = _wandb_mode(tracking)
+            tracker = _start("wandb", tracking.project, self._folder, mode=mode, **options)
         except Exception as error:
             mode = "offline"
-            self._say(f"wandb: {_reason(error)}; the run is logged offline")
-            tracker = _start("wandb", track.project, self._folder, mode=mode, **options)
+            self._show(f"wandb: {_reason(error)}; the run is logged offline")
+            tracker = _start("wandb", tracking.project, self._folder, mode=mode, **options)
         self._trackers["wandb"] = tracker
         if mode == "disabled":
             return
@@ -241,22 +246,22 @@ class Tracker(NullTracker):
         if run.offline:
             self._sync = _sync_line(run, resumed=self.run_id is not None)
         else:
-            self._say(f"wandb: {run.url}")
+            self._show(f"wandb: {run.url}")
         self.run_id = run.id
 
-    def _start_other(self, kind: str, track: Track, config: Row, name: str) -> None:
+    def _start_other(self, kind: str, tracking: TrackingConfig, config: Row, name: str) -> None:
         if kind == "tensorboard":  # events go to RUN/tensorboard; a resume hides what it repeats
             purge = {"purge_step": self._round + 1} if self._round else {}
             tracker = _start(kind, "tensorboard", self._folder, **purge)
         else:
-            tracker = _start(kind, track.project, self._folder)
+            tracker = _start(kind, tracking.project, self._folder)
         self._trackers[kind] = tracker
         if not self._round:
-            told = {
+            texts = {
                 key: value if isinstance(value, int | float) else str(value)
                 for key, value in flat(config).items()
             }
-            tracker.store_init_configuration({"name": name, **told})
+            tracker.store_init_configuration({"name": name, **texts})
 
     def _finish_wandb(self, run: Any, model_file: Path | None, summary: Row | None, failed: bool) -> None:
         import wandb
@@ -271,19 +276,19 @@ class Tracker(NullTracker):
             run.finish(exit_code=int(failed))
         except TimeoutError:
             self._sync = _sync_line(run, resumed=False)
-            self._say(f"wandb: not all of the run was uploaded in {WANDB_FINISH_TIMEOUT_S:.0f} s")
+            self._show(f"wandb: not all of the run was uploaded in {WANDB_FINISH_TIMEOUT_S:.0f} s")
 
     def _attempt(self, kind: str, action: Callable[..., object], *args: object, **options: object) -> None:
         try:
             action(*args, **options)
-        except Exception as error:  # whatever a tracker runs into, training goes on
+        except Exception as error:  # whatever happens to a tracker, training continues
             self._trackers.pop(kind, None)
-            self._say(f"{kind}: {_reason(error)}; the run goes on without this tracker")
+            self._show(f"{kind}: {_reason(error)}; the run continues without this tracker")
 
-    def _say(self, line: str) -> None:
-        from fedddp.tracking.progress import say
+    def _show(self, line: str) -> None:
+        from fedddp.tracking.progress import show
 
-        say(self._console, line)
+        show(self._console, line)
 
 
 class _Logger(logging.LoggerAdapter[logging.Logger]):
@@ -293,24 +298,24 @@ class _Logger(logging.LoggerAdapter[logging.Logger]):
 
 def _start(kind: str, run_name: str, folder: Path, **options: object) -> Any:
     """Return accelerate's tracker of that kind, started on this rank and on no other."""
-    from accelerate import tracking
+    from accelerate import tracking as accelerate_tracking
 
     # accelerate's trackers ask, and its logger insists on, a `PartialState`, which opens a process
     # group when there is none and otherwise picks a GPU and a thread count: on one rank only.
-    tracking.logger = _Logger(logging.getLogger("accelerate.tracking"))
-    maker: Any = tracking.LOGGER_TYPE_TO_CLASS[kind]
-    place = [str(folder)] if maker.requires_logging_directory else []
-    tracker = maker(run_name, *place, **options)
+    accelerate_tracking.logger = _Logger(logging.getLogger("accelerate.tracking"))
+    maker: Any = accelerate_tracking.LOGGER_TYPE_TO_CLASS[kind]
+    directory = [str(folder)] if maker.requires_logging_directory else []
+    tracker = maker(run_name, *directory, **options)
     tracker.main_process_only = False
     tracker.start()
     return tracker
 
 
-def _wandb_mode(track: Track) -> str:
+def _wandb_mode(tracking: TrackingConfig) -> str:
     import wandb
 
     mode: str = wandb.setup().settings.mode  # from WANDB_MODE or `wandb offline`
-    if track.mode == "offline" and mode != "disabled":
+    if tracking.mode == "offline" and mode != "disabled":
         return "offline"
     if mode != "online" or wandb.login(prompt=False, verify=False):
         return mode

@@ -1,4 +1,4 @@
-"""One visit: the local training of one client on its group. Its body holds the one inner loop."""
+"""The local training of one client on its client group; it holds the one inner loop."""
 
 from __future__ import annotations
 
@@ -13,168 +13,148 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedddp.algorithms.algorithm import Contribution, Method, Server, Visit
-from fedddp.algorithms.local import Local
-from fedddp.data.loader import Batch, Feed
+from fedddp.algorithms import Algorithm, AsynchronousAlgorithm, ClientContext, ClientUpdate, ServerState
+from fedddp.algorithms.local import LocalConfig
+from fedddp.data.loader import Batch, ClientLoader
 from fedddp.distributed.world import World
 from fedddp.models.flat import FlatModel, norm
-from fedddp.rng import stream, stream_seed
-from fedddp.tasks.task import Task
+from fedddp.rng import DROPOUT, stream, stream_seed
+from fedddp.tasks import Task
 
 OPTIMIZER_STATE = "optimizer."
+"""Prefix of the local optimizer's tensors in a client's state."""
 
 
 class NoMemoryError(ValueError):
-    """A client's batch does not fit into memory: one line that says what to set."""
+    """A client's batch does not fit into memory: one line that names the settings to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientJob:
+    """One local training to do: the client, its data, and its weight in the round."""
+
+    client: int
+    round: int
+    """Index of the round, or the dispatch id in asynchronous training; names the random streams."""
+    indices: NDArray[np.int64]
+    """The client's training examples; (n_k,)."""
+    weight: float
+    """p_k, the client's share of the cohort's examples."""
+    share: float
+    """1 / m, m the cohort's size."""
+    lr: float
+    """η of this round."""
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a visit leaves behind on each rank of the group."""
+class ClientResult:
+    """The result of one local training, on each rank of the group."""
 
-    contribution: Contribution
+    update: ClientUpdate
     buffers: Tensor
-    """The client's float buffers, combined over the group; (B,)."""
-    counters: Tensor
+    """The client's float buffers, averaged over the group; (B,)."""
+    integer_buffers: Tensor
+    """The client's integer buffers, maximum over the group; (I,) int64."""
     loss: Tensor
-    """[sum, count] of the training loss over the visit; float64, shape (2,), the same on all ranks."""
+    """[sum, count] of the training loss; float64, shape (2,), the same on all ranks of the group."""
     steps: int
+    """K_k, optimizer steps of the group."""
 
 
-class Trainer:
-    """Trains one client after another on this rank's group; holds what stays between visits."""
+class ClientTrainer:
+    """Trains one client after another on this rank's group; the model and the optimizer are reused."""
 
     def __init__(
-        self, world: World, flat: FlatModel, task: Task, feed: Feed, local: Local, method: Method
+        self,
+        world: World,
+        flat: FlatModel,
+        task: Task,
+        loader: ClientLoader,
+        local: LocalConfig,
+        algorithm: Algorithm,
+        *,
+        seed: int,
     ) -> None:
         """Collective over the group: wraps the model in DDP."""
-        self.world, self.flat, self.task, self.feed = world, flat, task, feed
-        self.local, self.method = local, method
+        self.world, self.flat, self.task, self.loader = world, flat, task, loader
+        self.local, self.algorithm, self.seed = local, algorithm, seed
+        self.shard = (world.data_rank, world.ranks_per_client)
         self.replica = self._replicate()
-        parameter = nn.Parameter(flat.params)
-        parameter.grad = flat.grad
-        self.optimizer = local.make_optimizer(parameter)
-        self.parameter = parameter
+        self.parameter = nn.Parameter(flat.params)
+        self.parameter.grad = flat.grad
+        self.optimizer = local.make_optimizer(self.parameter)
         self.autocast, self.make_scaler = _mixed_precision(local, world.device.type)
         modules = list(flat.module.modules())
-        self.idle_aware = [m for m in modules if hasattr(m, "idle")]
-        self.own_buffers = [b for m in modules if not hasattr(m, "idle") for b in m.buffers(recurse=False)]
+        # Layers that weigh a padding example by 0 themselves, and the buffers of all others.
+        self.padding_aware = [m for m in modules if hasattr(m, "is_padding")]
+        others = (m for m in modules if not hasattr(m, "is_padding"))
+        self.restored_buffers = [b for m in others for b in m.buffers(recurse=False)]
         self.loss_sum = torch.zeros(1, dtype=torch.float64, device=world.device)
         self.loss_count = 0
 
-    def visit(
-        self,
-        server: Server,
-        *,
-        client: int,
-        round_index: int,
-        indices: NDArray[np.int64],
-        examples_in_cohort: int,
-        cohort_size: int,
-        lr: float,
-        state: dict[str, Tensor],
-        seed: int,
-    ) -> Result:
-        """Collective over the group. Train `client` from the server's model; `state` is changed in place."""
-        world, flat = self.world, self.flat
-        visit = Visit(
-            client=client,
-            round=round_index,
-            examples=len(indices),
-            weight=len(indices) / examples_in_cohort if examples_in_cohort else 0.0,
-            share=1 / cohort_size,
-            flat=flat,
-            start=server.params,
-            start_buffers=server.buffers,
-            start_counters=server.counters,
-            sent=server.vectors,
-            state=state,
-            local=self.local,
-            lr=lr,
-            train=lambda correct: self._train(visit, indices, correct, seed),
-            mean_loss=lambda: self._mean_loss(indices, client),
-        )
-        with self._telling(visit):
-            visit.restart()
-            self.method.begin(visit)
-            self.method.run(visit)
-            contribution = self.method.finish(visit)
+    def train(self, server: ServerState, job: ClientJob, state: dict[str, Tensor]) -> ClientResult:
+        """Collective over the group. Train a client from the server's model; `state` is changed in place."""
+        with contextlib.ExitStack() as on_exit, self._name_client(job):
+            context = ClientContext(
+                client=job.client,
+                round=job.round,
+                examples=len(job.indices),
+                weight=job.weight,
+                share=job.share,
+                flat=self.flat,
+                start=server.params,
+                start_buffers=server.buffers,
+                start_integer_buffers=server.integer_buffers,
+                server_vectors=server.vectors,
+                state=state,
+                local=self.local,
+                lr=job.lr,
+                on_exit=on_exit,
+            )
+            context.restart()
+            if self.algorithm.needs_initial_loss:
+                context.initial_loss = self._mean_loss(job)
+            for context.pass_index in range(self.algorithm.passes):
+                self.algorithm.begin(context)
+                self._local_sgd(context, job.indices)
+            update = self.algorithm.finish(context)
         count = torch.full_like(self.loss_sum, self.loss_count)
-        loss = world.group_sum(torch.cat([self.loss_sum, count])).cpu()
-        return Result(contribution, flat.buffers, flat.counters, loss, visit.steps)
+        loss = self.world.group_sum(torch.cat([self.loss_sum, count])).cpu()
+        return ClientResult(update, self.flat.buffers, self.flat.integer_buffers, loss, context.steps)
 
-    @contextlib.contextmanager
-    def _telling(self, visit: Visit) -> Iterator[None]:
-        """Name the client in any error of the block; running out of memory becomes one line."""
-        try:
-            yield
-        except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                raise NoMemoryError(self._advise(visit)) from error
-            error.add_note(f"while training client {visit.client} in {self._when(visit)}")
-            raise
-
-    def _when(self, visit: Visit) -> str:
-        """Say which round this is, or which visit of an asynchronous run, as a reader counts them."""
-        return f"{'visit' if self.method.asynchronous else 'round'} {visit.round + 1}"
-
-    def _advise(self, visit: Visit) -> str:
-        local, ranks = self.local, self.world.ranks_per_client
-        device = "GPU" if self.world.device.type == "cuda" else "CPU"
-        more = "" if local.precision != "fp32" else ", choose local.precision=bf16"
-        return (
-            f"client {visit.client}: out of {device} memory in {self._when(visit)} with "
-            f"local.batch_size={local.batch_size} over {ranks} rank{'s'[: ranks > 1]} and local.accumulate="
-            f"{local.accumulate}; raise local.accumulate (the result stays the same){more}, raise "
-            "topology.ranks_per_client, or lower local.batch_size"
-        )
-
-    def _train(
-        self,
-        visit: Visit,
-        indices: NDArray[np.int64],
-        correct: Callable[[Visit], None],
-        seed: int,
-    ) -> None:
-        """The inner loop: every step of a client's local training, for every method."""
-        self._seed_dropout(stream_seed("visit", seed, visit.round, visit.client, self.world.data_rank))
+    def _local_sgd(self, context: ClientContext, indices: NDArray[np.int64]) -> None:
+        """The inner loop: every step of a pass of local training, for every algorithm."""
+        self._seed_dropout(context)
         self.flat.module.train()
-        self._load_optimizer(visit)
+        self._load_optimizer(context)
         scaler = self.make_scaler()
-        visit.steps, visit.lr_sum = 0, 0.0
+        context.steps, context.lr_sum = 0, 0.0
         self.loss_sum.zero_()
         self.loss_count = 0
-        for batch in self._batches(visit, indices, seed):
-            visit.grad.zero_()
-            self._gradient(visit, batch, scaler)
+        for batch in self._batches(context, indices):
+            context.grad.zero_()
+            self._gradient(context, batch, scaler)
             if scaler is not None:
                 scaler.unscale_(self.optimizer)
-            correct(visit)
+            # After the all-reduce and the un-scaling: a correction is the same on all ranks, and added once.
+            self.algorithm.correct(context)
             if self.local.clip_norm is not None:
-                visit.grad.mul_(torch.clamp(self.local.clip_norm / norm(visit.grad), max=1.0))
+                context.grad.mul_(torch.clamp(self.local.clip_norm / norm(context.grad), max=1.0))
             if self._step(scaler):
-                visit.steps += 1
-                visit.lr_sum += visit.lr
-        self._merge_buffers(self.loss_count)
-        self._save_optimizer(visit)
+                context.steps += 1
+                context.lr_sum += context.lr
+        self._merge_buffers()
+        self._store_optimizer(context)
 
-    def _seed_dropout(self, seed: int) -> None:
-        """Make torch's global generators, which dropout draws from, the visit's own.
+    # ---- batches and gradients ----
 
-        Not by `torch.manual_seed`: without a GPU it keeps a stack trace of every call, for good.
-        """
-        torch.default_generator.manual_seed(seed)
-        if self.world.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-
-    def _batches(self, visit: Visit, indices: NDArray[np.int64], seed: int) -> Iterator[Batch]:
-        """Yield this rank's share of every batch of the visit; the batches do not depend on R."""
+    def _batches(self, context: ClientContext, indices: NDArray[np.int64]) -> Iterator[Batch]:
+        """Yield this rank's share of every batch of a pass; the batches do not depend on R."""
         local, steps, epoch = self.local, 0, 0
-        share = (self.world.data_rank, self.world.ranks_per_client)
         while len(indices) and (epoch < local.epochs if local.steps is None else steps < local.steps):
-            order = stream("batches", seed, visit.round, visit.client, epoch)
-            for batch in self.feed.batches(
-                indices, local.batch_size, client=visit.client, order=order, share=share, train=True
+            rng = stream("batches", self.seed, context.round, context.client, epoch)
+            for batch in self.loader.batches(
+                indices, local.batch_size, client=context.client, rng=rng, shard=self.shard, train=True
             ):
                 if local.steps is not None and steps == local.steps:
                     return
@@ -182,40 +162,42 @@ class Trainer:
                 steps += 1
             epoch += 1
 
-    def _gradient(self, visit: Visit, batch: Batch, scaler: Any) -> None:
+    def _gradient(self, context: ClientContext, batch: Batch, scaler: Any) -> None:
         """Add to `grad` the gradient of the mean loss over the whole batch, reduced over the group."""
-        # DDP divides by R and the loss is summed, so this makes the result the mean over the batch.
-        rank, ranks = self.world.data_rank, self.world.ranks_per_client
-        pieces = list(_pieces(batch, self.local.accumulate, rank, ranks))
-        for index, piece in enumerate(pieces):
-            last = index == len(pieces) - 1
-            idle = self._idle() if piece.count == 0 else contextlib.nullcontext()
-            with contextlib.nullcontext() if last else self._no_sync(), idle:
+        rank, ranks = self.shard
+        micro_batches = list(_micro_batches(batch, self.local.accumulate, rank, ranks))
+        for number, micro in enumerate(micro_batches, 1):
+            # DDP reduces gradients in the last backward pass; a rank without an example takes part too.
+            reduces = number == len(micro_batches)
+            with contextlib.nullcontext() if reduces else self._no_sync(), self._padding(micro):
                 with self.autocast():
-                    images = piece.images
+                    images = micro.images
                     if self.local.channels_last:
                         images = images.contiguous(memory_format=torch.channels_last)
                     outputs = self.replica(images)
-                    loss = self.task.loss(outputs.float(), piece.targets)
-                    penalty = self.method.penalty(visit, piece, outputs)
-                objective = (loss if penalty is None else loss + penalty) * (
-                    ranks / batch.total if piece.count else 0.0
-                )
+                    loss = self.task.loss(outputs.float(), micro.targets)
+                    penalty = self.algorithm.penalty(context, micro, outputs)
+                # DDP divides by R and the loss is a sum, so this makes the result the mean over the batch.
+                scale = ranks / batch.total if micro.count else 0.0
+                objective = (loss if penalty is None else loss + penalty) * scale
                 (objective if scaler is None else scaler.scale(objective)).backward()
-            if piece.count:
+            if micro.count:
                 self.loss_sum += loss.detach()
-                self.loss_count += piece.count
+                self.loss_count += micro.count
+
+    def _padding(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
+        """Keep a padding example out of the model's buffers."""
+        return contextlib.nullcontext() if batch.count else self._padded()
 
     @contextlib.contextmanager
-    def _idle(self) -> Iterator[None]:
-        """Let this rank take part with a stand-in example that leaves no trace in the model's buffers."""
-        before = [buffer.clone() for buffer in self.own_buffers]
-        for module in self.idle_aware:
-            setattr(module, "idle", True)  # noqa: B010 - modules type their attributes as tensors
+    def _padded(self) -> Iterator[None]:
+        before = [buffer.clone() for buffer in self.restored_buffers]
+        for module in self.padding_aware:
+            setattr(module, "is_padding", True)  # noqa: B010 - modules type their attributes as tensors
         yield
-        for module in self.idle_aware:
-            setattr(module, "idle", False)  # noqa: B010
-        for buffer, value in zip(self.own_buffers, before, strict=True):
+        for module in self.padding_aware:
+            setattr(module, "is_padding", False)  # noqa: B010
+        for buffer, value in zip(self.restored_buffers, before, strict=True):
             buffer.copy_(value)
 
     def _step(self, scaler: Any) -> bool:
@@ -228,16 +210,28 @@ class Trainer:
         scaler.update()
         return bool(scaler.get_scale() >= before)
 
-    def _replicate(self) -> nn.Module:
-        """Collective over the group. Wrap the model in DDP, and let it settle before a client trains.
+    def _seed_dropout(self, context: ClientContext) -> None:
+        """Seed torch's global generators, from which dropout draws, for this client and rank.
 
-        DDP orders its buckets anew after its first backward pass, and a sum over three ranks or more
-        can depend on that order: a resumed run would differ from one that was never stopped.
+        Not by `torch.manual_seed`, which without a GPU keeps a stack trace of every call for good.
+        """
+        seed = stream_seed(DROPOUT, self.seed, context.round, context.client, self.world.data_rank)
+        torch.default_generator.manual_seed(seed)
+        if self.world.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    # ---- DDP ----
+
+    def _replicate(self) -> nn.Module:
+        """Collective over the group. Wrap the model in DDP, and let it build its buckets first.
+
+        DDP reorders its buckets after its first backward pass, and a sum over three ranks or more can
+        depend on that order: a resumed run would differ from one that was never stopped.
         """
         if self.world.ranks_per_client == 1 or self.world.group is None:
             return self.flat.module
         module = self.flat.module.eval()
-        images = torch.zeros(2, *self.feed.images.shape, device=self.world.device)
+        images = torch.zeros(2, *self.loader.images.shape, device=self.world.device)
         trained = [p for p in module.parameters() if p.requires_grad]
         grads = torch.autograd.grad(module(images).sum(), trained, allow_unused=True)
         replica = self.world.replicate(module, some_unused=any(grad is None for grad in grads))
@@ -249,22 +243,24 @@ class Trainer:
         no_sync = getattr(self.replica, "no_sync", None)
         return no_sync() if no_sync else contextlib.nullcontext()
 
-    def _merge_buffers(self, seen: int) -> None:
+    def _merge_buffers(self) -> None:
         """Collective over the group. Average float buffers by examples seen; integer ones by maximum."""
         if self.world.ranks_per_client == 1:
             return
-        count = torch.tensor([float(seen)], dtype=torch.float64, device=self.world.device)
+        count = torch.full_like(self.loss_sum, self.loss_count)
         summed = self.world.group_sum(torch.cat([self.flat.buffers.double() * count, count]))
         if summed[-1] > 0:
             self.flat.buffers.copy_(summed[:-1] / summed[-1])
-        if self.flat.counters.numel():
-            self.world.group_max(self.flat.counters)
+        if self.flat.integer_buffers.numel():
+            self.world.group_max(self.flat.integer_buffers)
 
-    def _load_optimizer(self, visit: Visit) -> None:
+    # ---- the optimizer's state ----
+
+    def _load_optimizer(self, context: ClientContext) -> None:
         self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
-            group["lr"] = visit.lr
-        kept = {n: t for n, t in visit.state.items() if n.startswith(OPTIMIZER_STATE)}
+            group["lr"] = context.lr
+        kept = {n: t for n, t in context.state.items() if n.startswith(OPTIMIZER_STATE)}
         if kept:
             self.optimizer.state[self.parameter] = {
                 name.removeprefix(OPTIMIZER_STATE): tensor.to(self.world.device, copy=True)
@@ -273,49 +269,85 @@ class Trainer:
                 for name, tensor in kept.items()
             }
 
-    def _save_optimizer(self, visit: Visit) -> None:
+    def _store_optimizer(self, context: ClientContext) -> None:
         if self.local.optimizer_state == "keep":
             for name, value in self.optimizer.state[self.parameter].items():
                 if isinstance(value, Tensor):
-                    visit.remember(OPTIMIZER_STATE + name, value)
+                    context.store(OPTIMIZER_STATE + name, value)
+
+    # ---- the initial loss, and errors ----
 
     @torch.no_grad()
-    def _mean_loss(self, indices: NDArray[np.int64], client: int) -> float:
+    def _mean_loss(self, job: ClientJob) -> float:
+        """Collective over the group. Return the mean loss of the model over the client's training data."""
         self.flat.module.eval()
-        share = (self.world.data_rank, self.world.ranks_per_client)
         pair = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        for batch in self.feed.batches(indices, self.local.batch_size, client=client, share=share):
+        for batch in self.loader.batches(
+            job.indices, self.local.batch_size, client=job.client, shard=self.shard
+        ):
             if batch.count:
                 loss = self.task.loss(self.flat.module(batch.images), batch.targets)
                 pair += torch.stack([loss.double(), loss.new_tensor(batch.count)])
         loss_sum, count = self.world.group_sum(pair).tolist()
         return float(loss_sum / max(count, 1))
 
+    @contextlib.contextmanager
+    def _name_client(self, job: ClientJob) -> Iterator[None]:
+        """Name the client in any error of the block; running out of memory becomes one line."""
+        what = "dispatch" if isinstance(self.algorithm, AsynchronousAlgorithm) else "round"
+        where = f"{what} {job.round + 1}"
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise NoMemoryError(self._no_memory(job.client, where)) from error
+            error.add_note(f"while training client {job.client} in {where}")
+            raise
 
-def _pieces(batch: Batch, pieces: int, rank: int, ranks: int) -> Iterator[Batch]:
+    def _no_memory(self, client: int, where: str) -> str:
+        local = self.local
+        device = "GPU" if self.world.device.type == "cuda" else "CPU"
+        fixes = ["raise local.accumulate (the result stays the same)"]
+        if local.precision == "fp32":
+            fixes.append("choose local.precision=bf16")
+        fixes.append("raise topology.ranks_per_client, or lower local.batch_size")
+        return (
+            f"client {client}: out of {device} memory in {where} with local.batch_size={local.batch_size}, "
+            f"topology.ranks_per_client={self.world.ranks_per_client} and "
+            f"local.accumulate={local.accumulate}; {', '.join(fixes)}"
+        )
+
+
+def _micro_batches(batch: Batch, count: int, rank: int, ranks: int) -> Iterator[Batch]:
     """Yield this rank's part of every micro-batch; the micro-batches do not depend on the number of ranks.
 
-    A rank without an example in one gets the first of its batch as a stand-in, with a count of 0.
+    A rank without an example in one gets the first of its batch as a padding example, with a count of 0.
     """
-    pieces = min(pieces, batch.total)
-    if pieces == 1:
+    count = min(count, batch.total)
+    if count == 1:
         yield batch
         return
-    for piece in range(pieces):
-        first, end = (-((rank - batch.total * k // pieces) // ranks) for k in (piece, piece + 1))
-        count = end - first if batch.count else 0
-        own = slice(first, end) if count else slice(1)
-        yield Batch(batch.images[own], batch.targets[own], count, batch.total)
+
+    def local_index(position: int) -> int:
+        """Return how many of the batch's first `position` examples this rank holds: r, r + R, r + 2R, ..."""
+        return -((rank - position) // ranks)
+
+    for number in range(count):
+        first = local_index(batch.total * number // count)
+        end = local_index(batch.total * (number + 1) // count)
+        held = end - first if batch.count else 0
+        own = slice(first, end) if held else slice(1)
+        yield Batch(batch.images[own], batch.targets[own], held, batch.total)
 
 
-def _mixed_precision(local: Local, device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _mixed_precision(local: LocalConfig, device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Return a maker of autocast contexts and one of gradient scalers (of None in fp32 and bf16)."""
     if local.precision == "fp32":
         return contextlib.nullcontext, lambda: None
-    kind = torch.bfloat16 if local.precision == "bf16" else torch.float16
-    autocast = partial(torch.autocast, device, dtype=kind)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[local.precision]
+    autocast = partial(torch.autocast, device, dtype=dtype)
     if local.precision == "bf16":
         return autocast, lambda: None
-    # A scaler per visit, which must not depend on what the group trained before; it starts lower than
-    # torch's 2^16, at which a short visit would lose its first steps to overflow.
+    # A scaler per local training, which must not depend on the clients trained before; it starts lower
+    # than torch's 2^16, at which a short training would lose its first steps to overflow.
     return autocast, lambda: torch.amp.GradScaler(device, init_scale=2.0**12)

@@ -1,4 +1,4 @@
-"""The directory of one run: found or made, held against other runs, with the configuration in it."""
+"""The directory of one run: found or made, locked against other runs, with the configuration in it."""
 
 from __future__ import annotations
 
@@ -6,90 +6,110 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from fedddp.config.loader import to_dict, to_yaml
-from fedddp.config.schema import ConfigError, Run
+from fedddp.config.loader import dump_yaml
+from fedddp.config.schema import Config, Role, fields_with
 from fedddp.distributed.environment import Launch
 from fedddp.distributed.world import World
+from fedddp.section import ConfigError
 from fedddp.storage.checkpoint import write_text
 from fedddp.storage.history import read_config
 
-MAY_CHANGE = ("rounds", "evaluation", "checkpoint", "track", "output", "name", "resume")
-"""Settings that a resumed run may change, with those of the topology; others would make it another run."""
+logger = logging.getLogger(__name__)
 
-MAY_CHANGE_IN_REPLAY = (*MAY_CHANGE, "clock", "replay")
-"""Settings that a run which repeats another's order of arrivals may change."""
+CONFIG = "config.yaml"
+
+MAY_CHANGE: tuple[Role, ...] = ("budget", "bookkeeping")
+"""Roles of the settings that a resumed run may change, with most of the topology; others make another run."""
 
 LOCK_WAIT_S = 100.0
 """Seconds a resumed run waits for the lock: a file server frees that of a dead machine after up to 90."""
 
+LOCK_POLL_S = 0.5
+
 
 @contextlib.contextmanager
-def run_folder(run: Run, default_name: str, world: World) -> Iterator[tuple[Path, Run]]:
-    """Collective. Make (or find) the run directory and hold it against other runs.
+def run_directory(
+    config: Config, default_name: str, world: World, record: Mapping[str, Any]
+) -> Iterator[tuple[Path, Config]]:
+    """Collective. Make (or find) the run directory and lock it against other runs.
 
-    Yields the directory, and `run` with its name and with whether it goes on ("auto") or is new.
+    Args:
+        config: the configuration.
+        default_name: name of the directory when `config.name` is none; numbered when it is taken.
+        world: the coordinator makes the directory.
+        record: what config.yaml holds, but for the name.
+
+    Yields:
+        The directory, and `config` with its name and with whether it resumes ("auto") or is new ("never").
 
     Raises:
         ConfigError: it cannot be written, another run holds it, or it is of another run.
     """
-    folder, problem, lock, again = None, None, None, False
+    directory, problem, lock, resumes = None, None, None, False
     try:
         if world.is_coordinator:
+            launch = Launch.from_environment()
             try:
-                folder, again = _find(run, default_name, Launch.from_environment())
-                lock = _lock(folder, LOCK_WAIT_S if again else 0.0)
-                if again:
-                    _check_same(run, folder / "config.yaml")
-                write_text(folder / "config.yaml", to_yaml(dataclasses.replace(run, name=folder.name)))
-                write_text(folder / ".launcher", Launch.from_environment().launcher)
+                directory, resumes = _find(config, default_name, launch)
+                lock = _lock(directory, LOCK_WAIT_S if resumes else 0.0)
+                if resumes:
+                    check_same(record, directory / CONFIG)
+                write_text(directory / CONFIG, dump_yaml({**record, "name": directory.name}))
+                write_text(directory / ".launcher", launch.launcher)
             except ValueError as error:
                 problem = str(error)
             except OSError as error:
                 problem = (
-                    f"output: cannot write {error.filename or run.output}: {error.strerror}; "
+                    f"output: cannot write {error.filename or config.output}: {error.strerror}; "
                     "choose another --output"
                 )
-        folder, problem, again = world.gather((folder, problem, again))[0]
+        directory, problem, resumes = world.gather((directory, problem, resumes))[0]
         if problem is not None:
             raise ConfigError(problem)
-        yield folder, dataclasses.replace(run, name=folder.name, resume="auto" if again else "never")
+        yield (
+            directory,
+            dataclasses.replace(config, name=directory.name, resume="auto" if resumes else "never"),
+        )
     finally:
         if lock is not None:
             os.close(lock)
 
 
-def _find(run: Run, default_name: str, launch: Launch) -> tuple[Path, bool]:
-    """Return the run directory, which exists, and whether it holds the run that shall go on."""
-    output, name = Path(run.output), run.name or default_name
+def _find(config: Config, default_name: str, launch: Launch) -> tuple[Path, bool]:
+    """Return the run directory, which exists, and whether it holds the run to resume."""
+    output, name = Path(config.output), config.name or default_name
     output.mkdir(parents=True, exist_ok=True)
     runs = [p for p in output.iterdir() if re.fullmatch(rf"{re.escape(name)}(-\d+)?", p.name)]
-    # A restarted launcher goes on with the directory it had, and never with one it was refused.
-    restarted = [p for p in runs if launch.restarts and _is_of(p, launch)]
-    if run.name is not None:
-        folder, again = output / name, run.resume == "auto" or output / name in restarted
-    elif run.resume == "auto" or restarted:
+    # A restarted launcher resumes in the directory it had, and never in one that it was refused.
+    restarted = [p for p in runs if launch.restarts and _belongs_to(p, launch)]
+    if config.name is not None:
+        directory = output / name
+        resumes = config.resume == "auto" or directory in restarted
+    elif config.resume == "auto" or restarted:
         oldest_first = sorted(restarted or runs, key=lambda path: (len(path.name), path.name))
-        folder, again = (oldest_first or [output / name])[-1], True
+        directory, resumes = (oldest_first or [output / name])[-1], True
     else:
         taken = {path.name for path in output.iterdir()}
-        folder, again = output / next(n for n in _numbered(name) if n not in taken), False
-    if not again and ((folder / "history.jsonl").exists() or (folder / "checkpoints").exists()):
+        directory, resumes = output / next(n for n in _numbered(name) if n not in taken), False
+    if not resumes and ((directory / "history.jsonl").exists() or (directory / "checkpoints").exists()):
         raise ConfigError(
-            f"name: {folder} holds a run already; choose another --name, or go on with --resume auto"
+            f"name: {directory} holds a run already; choose another --name, or resume it with --resume auto"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder, again
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory, resumes
 
 
-def _is_of(folder: Path, launch: Launch) -> bool:
+def _belongs_to(directory: Path, launch: Launch) -> bool:
     try:
-        return (folder / ".launcher").read_text() == launch.launcher
+        return (directory / ".launcher").read_text() == launch.launcher
     except (OSError, ValueError):
         return False
 
@@ -102,15 +122,15 @@ def _numbered(name: str) -> Iterator[str]:
         number += 1
 
 
-def _lock(folder: Path, wait_s: float) -> int:
+def _lock(directory: Path, wait_s: float) -> int:
     """Return the descriptor of the directory's lock, which ends with it or with the process.
 
     The lock is a POSIX one, which network file systems know; closing any other descriptor of the
     file would end it.
     """
-    descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    descriptor = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     deadline = time.monotonic() + wait_s
-    told = False
+    logged = False
     while True:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,52 +138,85 @@ def _lock(folder: Path, wait_s: float) -> int:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 # Some file systems know no locks.
-                print(
-                    f"warning: cannot lock {folder} ({error.strerror}); give it to one run only", flush=True
-                )
+                logger.warning("cannot lock %s (%s); use it for one run only", directory, error.strerror)
                 return descriptor
         if time.monotonic() >= deadline:
             os.close(descriptor)
             raise ConfigError(
-                f"name: another run is writing to {folder}; wait for it or choose another --name"
+                f"name: another run is writing to {directory}; wait for it or choose another --name"
             )
-        if not told:
-            print(f"waiting up to {wait_s:.0f} s for another run to leave {folder}", flush=True)
-        told = True
-        time.sleep(0.5)
+        if not logged:
+            logger.info("waiting up to %.0f s for another run to leave %s", wait_s, directory)
+        logged = True
+        time.sleep(LOCK_POLL_S)
 
 
-def check_replay(run: Run) -> None:
-    """Refuse to repeat the arrivals of a run that had other settings."""
-    if run.replay is not None:
-        earlier = Path(run.replay) / "config.yaml"
+def check_replay(config: Config, record: Mapping[str, Any]) -> None:
+    """Refuse to repeat the arrivals of a run that had other settings.
+
+    Args:
+        config: the configuration.
+        record: what its config.yaml will hold.
+
+    Raises:
+        ConfigError: `replay` is no run directory, or a setting differs.
+    """
+    if config.replay is not None:
+        earlier = Path(config.replay) / CONFIG
         if not earlier.exists():
-            raise ConfigError(f"replay: {run.replay} is no run directory; give that of an asynchronous run")
-        _check_same(run, earlier, MAY_CHANGE_IN_REPLAY)
+            raise ConfigError(
+                f"replay: {config.replay} is no run directory; give that of an asynchronous run"
+            )
+        may_change = ("clock", *fields_with("replay", *MAY_CHANGE))
+        check_same(record, earlier, may_change, setting="replay")
 
 
-def _check_same(run: Run, earlier: Path, may_change: tuple[str, ...] = MAY_CHANGE) -> None:
-    """Refuse to resume a run with settings that would make it another run."""
+def check_same(
+    record: Mapping[str, Any],
+    earlier: Path,
+    may_change: tuple[str, ...] = fields_with(*MAY_CHANGE),
+    setting: str = "resume",
+) -> None:
+    """Refuse to resume a run with settings that would make it another run.
+
+    Args:
+        record: what config.yaml is to hold now.
+        earlier: the config.yaml of the run.
+        may_change: sections that may differ; of the topology all but the threads may.
+        setting: what asks for the comparison, for errors: "resume" or "replay".
+
+    Raises:
+        ConfigError: it was started with another setting, or is corrupt.
+    """
     if not earlier.exists():
         return
     try:
         before = read_config(earlier)
     except ValueError as error:
         raise ConfigError(
-            f"resume: {earlier} is damaged ({error}); restore it, or delete it to go on with the "
+            f"{setting}: {earlier} is corrupt ({error}); restore it, or delete it to resume with the "
             "settings given"
         ) from None
-    now = to_dict(run)
-    for settings in (before, now):  # of the topology only the threads change a model's last bits
-        topology = settings.get("topology")
-        settings["topology"] = {"threads": topology.get("threads")} if isinstance(topology, dict) else None
-    for section in now:
-        if section not in may_change and before.get(section) != now[section]:
-            name, old, new = section, before.get(section), now[section]
-            if isinstance(old, dict) and isinstance(new, dict):
-                key = next(k for k in {**new, **old} if old.get(k) != new.get(k))
-                name, old, new = f"{section}.{key}", old.get(key), new.get(key)
+    if "track" in before:
+        raise ConfigError(
+            f"{setting}: {earlier} was written by fedddp before 0.1.0, whose checkpoints and arrivals this "
+            "version cannot read; train it from scratch under another --name"
+        )
+    old_sections, new_sections = (_comparable(sections, may_change) for sections in (before, record))
+    for section in {**new_sections, **old_sections}:
+        name, old, new = section, old_sections.get(section), new_sections.get(section)
+        while old != new and isinstance(old, dict) and isinstance(new, dict):
+            key = next(k for k in {**new, **old} if old.get(k) != new.get(k))
+            name, old, new = f"{name}.{key}", old.get(key), new.get(key)
+        if old != new:
             raise ConfigError(
-                f"{name}: is {new}, but {earlier} was started with {old}; go on with the "
+                f"{name}: is {new}, but {earlier} was started with {old}; {setting} with the "
                 "same settings, or start another run with another --name or --output"
             )
+
+
+def _comparable(sections: Mapping[str, Any], may_change: tuple[str, ...]) -> dict[str, Any]:
+    """Return the sections that decide the result; of the topology only the threads do."""
+    kept = {name: value for name, value in sections.items() if name not in may_change}
+    topology = kept.get("topology")
+    return {**kept, "topology": {"threads": topology.get("threads")} if isinstance(topology, dict) else None}

@@ -1,4 +1,4 @@
-"""What a running federation holds, and what both loops do with it: send, measure, record, save."""
+"""The parts of a running federation, and what both loops do with them: send, evaluate, record, save."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedddp.algorithms.algorithm import Contribution, Server
-from fedddp.config.schema import Run
-from fedddp.data.loader import Feed
+from fedddp.algorithms import ClientUpdate, ServerState
+from fedddp.config.schema import Config
+from fedddp.data.loader import ClientLoader
 from fedddp.data.partition import Split, holdout
 from fedddp.distributed.world import World
 from fedddp.evaluation import Metrics, evaluate, evaluate_clients, spread
@@ -24,67 +24,75 @@ from fedddp.rng import stream
 from fedddp.storage.checkpoint import Checkpoints, Saved, load_into
 from fedddp.storage.client_states import ClientStates
 from fedddp.tracking.tracker import NullTracker
-from fedddp.training.client_trainer import Trainer
+from fedddp.training.client_trainer import ClientJob, ClientTrainer
 
 Indices = NDArray[np.int64]
 
 
 class Stopped(Exception):
-    """The run stopped early, at its own safe point, with a checkpoint."""
+    """The run stopped early, at a safe point, with a checkpoint."""
 
 
 @dataclass
 class Session:
-    """The parts of one run on this rank; every rank has the same, but for data placement."""
+    """The parts of one run on this rank; the same on every rank, but for the placement of client states."""
 
-    run: Run
+    config: Config
     world: World
     flat: FlatModel
-    server: Server
-    trainer: Trainer
+    server: ServerState
+    trainer: ClientTrainer
     states: ClientStates
-    train: Feed
-    test: Feed | None
+    train: ClientLoader
+    test: ClientLoader | None
     split: Split
     sizes: Indices
     """n_k: training examples of every client, without those held out; (population,)."""
-    tracker: NullTracker
     checkpoints: Checkpoints
-    folder: Path
-    liars: frozenset[int] = frozenset()
+    directory: Path
+    """The run directory."""
+    malicious: frozenset[int] = frozenset()
     """The malicious clients."""
+    tracker: NullTracker = field(default_factory=NullTracker)
     rounds_done: int = 0
     partial: Mapping[str, Tensor] = field(default_factory=dict)
-    """Sums of a round that was stopped in the middle; empty between rounds."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """The facts of the checkpoint that the run goes on from; empty in a new run."""
-    history: list[Metrics] = field(default_factory=list)
+    """Tensors of a round that was stopped before its end; empty between rounds."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The metadata of the checkpoint that the run resumed from; empty in a new run."""
     seconds: dict[str, float] = field(default_factory=dict)
-    _sent: int = -1
+    """Seconds of this round, by phase."""
+    _sent_version: int = -1
 
     @property
     def keeps_state(self) -> bool:
-        """Whether clients keep anything between their visits."""
-        return self.run.algorithm.stateful or self.run.local.optimizer_state == "keep"
+        """Whether clients keep state between rounds."""
+        return self.config.algorithm.stateful or self.config.local.optimizer_state == "keep"
 
     def indices(self, client: int) -> Indices:
-        """Return the training examples of `client` (those held out are not among them)."""
-        return self._shares(client)[0]
+        """Return the training examples of `client`, without those held out; (n_k,)."""
+        return self._training_and_held_out(client)[0]
 
-    def _shares(self, client: int) -> tuple[Indices, Indices]:
-        data = self.run.data
-        if not data.holdout:
+    def _training_and_held_out(self, client: int) -> tuple[Indices, Indices]:
+        fraction = self.config.data.holdout
+        if not fraction:
             return self.split.indices(client), np.empty(0, dtype=np.int64)
-        return holdout(self.split.indices(client), data.holdout, client, self.run.seed)
+        return holdout(self.split.indices(client), fraction, client, self.config.seed)
 
-    def received(self, client: int, visit: int, contribution: Contribution) -> Contribution:
-        """Return what arrives of the `contribution` of `client`, which may be malicious.
+    def job(self, client: int, *, number: int, lr: float, weight: float, share: float) -> ClientJob:
+        """Return the local training of `client` in the round (or dispatch) with that number."""
+        indices = self.indices(client)
+        return ClientJob(client=client, round=number, indices=indices, weight=weight, share=share, lr=lr)
 
-        `visit` is what else names its random streams: the round's index, or the dispatch's number.
+    def received(self, client: int, number: int, update: ClientUpdate) -> ClientUpdate:
+        """Return `update` as the coordinator receives it from `client`, which may be malicious.
+
+        `number` is the round's index or the dispatch id, which names the random stream of the attack.
         """
-        if client not in self.liars:
-            return contribution
-        return self.run.attacks.corrupt(contribution, stream("attack", self.run.seed, visit, client))
+        if client not in self.malicious:
+            return update
+        return self.config.attacks.corrupt(update, stream("attack", self.config.seed, number, client))
+
+    # ---- seconds ----
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -93,21 +101,76 @@ class Session:
         try:
             yield
         finally:
-            spent = time.perf_counter() - start
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+            elapsed = time.perf_counter() - start
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
 
-    def spent(self) -> float:
+    def training_seconds(self) -> float:
         """Return the seconds of this round so far, evaluation and checkpoints left out."""
-        return sum(spent for phase, spent in self.seconds.items() if phase not in ("evaluate", "checkpoint"))
+        return sum(s for phase, s in self.seconds.items() if phase not in ("evaluate", "checkpoint"))
+
+    # ---- send ----
 
     def send(self) -> None:
-        """Collective. Bring the server's model, and what the method sends along, to all ranks."""
-        if self._sent != self.server.version:
+        """Collective. Broadcast the server's model, with the algorithm's `sends`, to all ranks."""
+        if self._sent_version != self.server.version:
             with self.timed("send"):
-                self.world.broadcast(*self.run.algorithm.dispatch(self.server))
-            self._sent = self.server.version
+                self.world.broadcast(*self.config.algorithm.dispatch(self.server))
+            self._sent_version = self.server.version
 
-    def summary(
+    def load_global_model(self) -> None:
+        """Copy the server's model into the module."""
+        self.flat.params.copy_(self.server.params)
+        self.flat.buffers.copy_(self.server.buffers)
+        self.flat.integer_buffers.copy_(self.server.integer_buffers)
+
+    # ---- evaluate ----
+
+    def evaluate(self, round_number: int) -> Metrics:
+        """Collective. Return the metrics due after round `round_number`; empty when none are."""
+        evaluation = self.config.evaluation
+        if not evaluation.due(round_number, self.config.rounds):
+            return {}
+        self.send()
+        row: Metrics = {}
+        with self.timed("evaluate"):
+            if self.test is not None:
+                self.load_global_model()
+                metrics = evaluate(
+                    self.world, self.flat.module, self.config.task, self.test, evaluation.batch_size
+                )
+                row |= {f"eval/{name}": value for name, value in metrics.items()}
+            if evaluation.clients:
+                row |= self._evaluate_clients(round_number)
+        return row
+
+    def _evaluate_clients(self, round_number: int) -> Metrics:
+        chosen = self.config.evaluation.sample(len(self.split), self.config.seed)
+        held_out = {}
+        for position, client in enumerate(chosen.tolist()):
+            home = self.states.homes.get(client)
+            rank = position % self.world.size if home is None else self.world.leader(home)
+            if rank == self.world.rank:
+                held_out[client] = self._training_and_held_out(client)[1]
+
+        def personalize(client: int) -> None:
+            self.load_global_model()
+            self.config.algorithm.personalize(self.flat, self.states.kept.get(client, {}))
+
+        rows = evaluate_clients(
+            self.world,
+            self.flat.module,
+            self.config.task,
+            self.train,
+            held_out,
+            self.config.evaluation.batch_size,
+            personalize,
+        )
+        self.tracker.log_clients([{"round": round_number, **row} for row in rows])
+        return spread(rows) if rows else {}
+
+    # ---- record ----
+
+    def training_metrics(
         self,
         *,
         loss: Sequence[float],
@@ -117,89 +180,38 @@ class Session:
         dispatched: int,
         busy: Sequence[float],
     ) -> Metrics:
-        """Return what a round says of its training, in either loop.
+        """Return the training metrics of a round, of either loop.
 
         Args:
             loss: sum and count of the training loss.
             steps: optimizer steps.
-            counts: contributions that were combined, invalid, clipped.
-            received: contributions that were sent.
+            counts: updates that were aggregated, invalid, clipped.
+            received: updates that were sent.
             dispatched: clients that were sent the model.
             busy: seconds that each group trained; (G,).
         """
-        up, down = self.run.algorithm.traffic(self.server)
+        up, down = self.config.algorithm.traffic(self.server)
         total, examples = loss
         return {
             "train/loss": total / examples if examples else None,
             "train/examples": int(examples),
             "train/steps": steps,
-            "clients/contributed": counts[0],
+            "clients/aggregated": counts[0],
             "clients/invalid": counts[1],
             "clients/clipped": counts[2],
             "bytes/up": received * up,
             "bytes/down": dispatched * down,
-            "time/idle": [max(0.0, self.spent() - seconds) for seconds in busy],
+            "time/idle": [max(0.0, self.training_seconds() - seconds) for seconds in busy],
         }
-
-    def load_global_model(self) -> None:
-        """Put the server's model into the module."""
-        self.flat.params.copy_(self.server.params)
-        self.flat.buffers.copy_(self.server.buffers)
-        self.flat.counters.copy_(self.server.counters)
-
-    def measure(self, round_number: int) -> Metrics:
-        """Collective. Return the metrics due after round `round_number`; empty when none are."""
-        if not self.run.evaluation.due(round_number, self.run.rounds):
-            return {}
-        self.send()
-        row: Metrics = {}
-        with self.timed("evaluate"):
-            if self.test is not None:
-                self.load_global_model()
-                metrics = evaluate(
-                    self.world,
-                    self.flat.module,
-                    self.run.task,
-                    self.test,
-                    self.run.evaluation.batch_size,
-                )
-                row |= {f"eval/{name}": value for name, value in metrics.items()}
-            if self.run.evaluation.clients:
-                row |= self._measure_clients(round_number)
-        return row
-
-    def _measure_clients(self, round_number: int) -> Metrics:
-        chosen = self.run.evaluation.sample(len(self.split), self.run.seed)
-        mine = {}
-        for position, client in enumerate(chosen.tolist()):
-            home = self.states.homes.get(client)
-            rank = position % self.world.size if home is None else self.world.leader(home)
-            if rank == self.world.rank:
-                mine[client] = self._shares(client)[1]
-
-        def personalise(client: int) -> None:
-            self.load_global_model()
-            self.run.algorithm.personal(self.flat, self.states.kept.get(client, {}))
-
-        rows = evaluate_clients(
-            self.world,
-            self.flat.module,
-            self.run.task,
-            self.train,
-            mine,
-            self.run.evaluation.batch_size,
-            personalise,
-        )
-        self.tracker.log_clients([{"round": round_number, **row} for row in rows])
-        return spread(rows) if rows else {}
 
     def record(self, row: Metrics) -> None:
         """Write one round's line: metrics, bytes, seconds by phase."""
         times = {f"time/{phase}": spent for phase, spent in sorted(self.seconds.items())}
         line = {**row, "time/round": sum(self.seconds.values()), **times}
         self.seconds.clear()
-        self.history.append(line)
         self.tracker.log(line)
+
+    # ---- save and restore ----
 
     def save(
         self,
@@ -207,12 +219,12 @@ class Session:
         row: Metrics | None = None,
         *,
         tensors: Mapping[str, Tensor] | None = None,
-        facts: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Collective. Record `row`, then save the run with the loop's own `tensors` and `facts`.
+        """Collective. Record `row`, then save the run with the loop's own `tensors` and `metadata`.
 
         The line comes first: a line without its checkpoint is cut off at a resume, but a checkpoint
-        without its line would leave a hole.
+        without its line would leave a hole in the history.
         """
         if row is not None:
             self.record(row)
@@ -230,22 +242,22 @@ class Session:
                 name,
                 self.flat.module,
                 {**server, **(tensors or {})},
-                {**common, **(facts or {})},
+                {**common, **(metadata or {})},
                 self.states.save,
             )
 
     def restore(self, saved: Saved) -> None:
-        """Take the run up where `saved` left it; each rank reads what it needs."""
+        """Resume from `saved`; each rank reads what it needs."""
         load_into(self.flat.module, saved.tensors("model.safetensors"))
         self.server.params.copy_(self.flat.params)
         self.server.buffers.copy_(self.flat.buffers)
-        self.server.counters.copy_(self.flat.counters)
+        self.server.integer_buffers.copy_(self.flat.integer_buffers)
         state = saved.tensors("state.safetensors")
         for name, tensor in state.items():
             if name.startswith("server."):
                 self.server.vectors[name.removeprefix("server.")] = tensor.to(self.world.device)
         self.partial = {n: t for n, t in state.items() if not n.startswith("server.")}
         self.states.load(saved.files("clients-*.safetensors"))
-        self.facts = saved.facts
-        self.server.version = int(saved.facts["version"])
-        self.rounds_done = int(saved.facts["round"])
+        self.metadata = saved.metadata
+        self.server.version = int(saved.metadata["version"])
+        self.rounds_done = int(saved.metadata["round"])

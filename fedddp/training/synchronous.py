@@ -1,37 +1,71 @@
-"""The synchronous loop, written once: sample, send, train, combine, step, evaluate, record."""
+"""The round loop, written once: sample, send, train, aggregate, step, evaluate, record."""
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedddp.aggregation import Accumulator
+from fedddp.algorithms import SynchronousAlgorithm
 from fedddp.evaluation import Metrics
 from fedddp.simulation.clock import examples_trained
 from fedddp.simulation.cohort import assign
+from fedddp.training.client_trainer import ClientResult
 from fedddp.training.session import Indices, Session, Stopped
 
-DONE, INVALID = 1.0, 2.0
-"""How a visit ended: with a valid update, or with one that `aggregation.on_invalid_update` dealt with."""
+logger = logging.getLogger(__name__)
+
+
+class CohortResults(NamedTuple):
+    """The result of each local training of a round, by position in the cohort; zeros before it."""
+
+    trained: Tensor
+    """1 for a client whose local training ended; (m,) int64."""
+    valid: Tensor
+    """1 for a client whose update was finite and could be summed; (m,) int64."""
+    loss_sum: Tensor
+    """Sum of the training loss, of valid updates; (m,) float64."""
+    loss_count: Tensor
+    """Examples trained on, of valid updates; (m,) float64."""
+    steps: Tensor
+    """Optimizer steps; (m,) int64."""
+
+    @classmethod
+    def empty(cls, clients: int) -> CohortResults:
+        """Return the results of a cohort of `clients` before it trains."""
+        integers, floats = (torch.zeros(clients, dtype=d) for d in (torch.int64, torch.float64))
+        return cls(integers, integers.clone(), floats, floats.clone(), integers.clone())
+
+    def put(self, position: int, result: ClientResult, *, valid: bool) -> None:
+        """Record the result of the client at `position` in the cohort."""
+        self.trained[position] = 1
+        self.steps[position] = result.steps
+        if valid:
+            self.valid[position] = 1
+            self.loss_sum[position], self.loss_count[position] = result.loss
 
 
 @dataclass
 class Round:
-    """A round under way on this rank."""
+    """A round in progress on this rank."""
 
     cohort: Indices
-    """Those whose contributions count, of all that were sampled."""
+    """The clients whose updates count, of all that were sampled; (m,)."""
+    waiting: Indices
+    """Those of them that have not trained yet."""
     sampled: int
     missing: int
-    """Contributions that were wanted and did not come."""
+    """Sampled clients that did not report, of `cohort.size`."""
     virtual_s: float | None
-    """What the round takes on the virtual clock; None on the wall clock."""
-    sums: Accumulator
-    visits: Tensor
-    """What each visit came to: [DONE or INVALID, loss sum, loss count, steps]; float64, shape (m, 4)."""
+    """Seconds of the round on the virtual clock; None on the wall clock."""
+    updates: Accumulator
+    results: CohortResults
     busy: Tensor
     """Seconds that each group trained, of those since the run was last resumed; float64, shape (G,)."""
 
@@ -42,13 +76,13 @@ def run_rounds(s: Session) -> None:
     Raises:
         Stopped: a rank was asked to stop; a checkpoint was written first.
     """
-    while s.rounds_done < s.run.rounds:
-        current = one_round(s)
+    while s.rounds_done < s.config.rounds:
+        current = run_round(s)
         s.rounds_done += 1
-        row = {"round": s.rounds_done, **summarise(s, current), **s.measure(s.rounds_done)}
-        last = s.rounds_done == s.run.rounds
+        row = {"round": s.rounds_done, **round_metrics(s, current), **s.evaluate(s.rounds_done)}
+        last = s.rounds_done == s.config.rounds
         stop = s.world.agree_to_stop() and not last
-        if stop or last or s.rounds_done % s.run.checkpoint.every == 0:
+        if stop or last or s.rounds_done % s.config.checkpoint.every == 0:
             s.save(f"round-{s.rounds_done:05d}", row)
         else:
             s.record(row)
@@ -56,132 +90,135 @@ def run_rounds(s: Session) -> None:
             raise Stopped
 
 
-def one_round(s: Session) -> Round:
-    """Collective. One round of the method over a sampled cohort."""
-    world, method, server = s.world, s.run.algorithm, s.server
-    current, waiting = begin(s)  # 1. sample
-    cohort = current.cohort
-    plan = assign(waiting, s.sizes[waiting], world.groups)
+def run_round(s: Session) -> Round:
+    """Collective. One round of the algorithm over a sampled cohort."""
+    current = sample(s)  # 1. sample
+    assignment = assign(current.waiting, s.sizes[current.waiting], s.world.groups)
     s.send()  # 2. send
     with s.timed("train"):  # 3. train
-        s.states.move(plan)
-        start = time.perf_counter()
-        train(s, current, plan)
-        if world.leads_group:
-            current.busy[world.group] = time.perf_counter() - start
-    with s.timed("combine"):  # 4. combine
-        current.sums.combine(world)
-        world.sum(current.visits, current.busy)
-    visited = current.visits[:, 0] > 0
+        s.states.move(assignment)
+        train_clients(s, current, assignment)
+    with s.timed("aggregate"):  # 4. aggregate
+        current.updates.reduce(s.world)
+        s.world.sum(*current.results, current.busy)
+    trained = current.results.trained.numpy().astype(bool)
     if s.keeps_state:
-        s.states.settle(plan, cohort[visited.numpy()])
-    if not visited.all():
-        tensors = {"visits": current.visits, **current.sums.state()}
-        s.save(f"round-{s.rounds_done:05d}-{int(visited.sum()):05d}", tensors=tensors)
+        s.states.settle(assignment, current.cohort[trained])
+    if not trained.all():
+        tensors = {f"results.{name}": t for name, t in current.results._asdict().items()}
+        s.save(
+            f"round-{s.rounds_done:05d}-{trained.sum():05d}", tensors={**tensors, **current.updates.state()}
+        )
         raise Stopped
     with s.timed("step"):  # 5. step
-        if world.is_coordinator and current.sums.counts[0] < s.run.aggregation.least():
-            name_abandoned(s, current)
-        elif world.is_coordinator:
-            total = current.sums.total()
-            if "update" in total.vectors:  # else nobody had an example to learn from
-                method.step(server, total)
-            server.buffers.copy_(total.vectors.get("buffers", server.buffers))
-            server.counters.copy_(current.sums.counters)
-    server.version += 1
-    name_invalid(s, current)
+        step(s, current)
+    log_invalid(s, current)
     return current
 
 
-def begin(s: Session) -> tuple[Round, Indices]:
-    """Return the round with empty sums, or those it was stopped with, and the clients left to visit."""
-    run = s.run
-    sampled = run.cohort.sample(len(s.split), run.seed, s.rounds_done)
-    wanted = len(sampled) - run.cohort.extra
-    work = examples_trained(run.local, s.sizes[sampled])
-    cohort, seconds = run.clock.arrivals(sampled, work, wanted, run.seed, s.rounds_done)
-    rule, method, size = s.run.aggregation, s.run.algorithm, s.server.params.numel()
-    lengths = {**method.lengths(size), "buffers": s.server.buffers.numel()}
-    sums = rule.accumulator(lengths, len(cohort), s.server.params, s.server.counters)
-    visits = torch.zeros(len(cohort), 4, dtype=torch.float64)
-    busy = torch.zeros(s.world.groups, dtype=torch.float64)
+def sample(s: Session) -> Round:
+    """Return the next round, empty or as it was stopped, with the clients that have yet to train."""
+    config, server = s.config, s.server
+    sampled = config.cohort.sample(len(s.split), config.seed, s.rounds_done)
+    wanted = len(sampled) - config.cohort.extra
+    work = examples_trained(config.local, s.sizes[sampled])
+    cohort, seconds = config.clock.arrivals(sampled, work, wanted, config.seed, s.rounds_done)
+    lengths = {**config.algorithm.lengths(server.params.numel()), "buffers": server.buffers.numel()}
+    updates = config.aggregation.accumulator(lengths, len(cohort), server.params, server.integer_buffers)
+    results = CohortResults.empty(len(cohort))
     waiting = cohort
     if s.partial:
-        waiting = cohort[s.partial["visits"][:, 0].numpy() == 0]
-        if s.world.is_coordinator:  # once: the sums of all ranks are added up
-            sums.load(s.partial)
-            visits.copy_(s.partial["visits"])
+        saved = CohortResults(*(s.partial[f"results.{name}"] for name in CohortResults._fields))
+        waiting = cohort[saved.trained.numpy() == 0]
+        if s.world.is_coordinator:  # on one rank: the results of all ranks are summed
+            updates.load(s.partial)
+            results = saved
         s.partial = {}
-    return Round(cohort, len(sampled), wanted - len(cohort), seconds, sums, visits, busy), waiting
+    busy = torch.zeros(s.world.groups, dtype=torch.float64)
+    return Round(cohort, waiting, len(sampled), wanted - len(cohort), seconds, updates, results, busy)
 
 
-def train(s: Session, current: Round, plan: list[list[int]]) -> None:
-    """Collective over the group. Visit this group's clients, unless the run is asked to stop."""
+def train_clients(s: Session, current: Round, assignment: list[list[int]]) -> None:
+    """Collective over the group. Train this group's clients, until the run is asked to stop."""
     if s.world.group is None:
         return
-    cohort = current.cohort
-    lr = s.run.local.lr_at(s.rounds_done, s.run.rounds)
-    examples = int(s.sizes[cohort].sum())
-    row = {int(client): position for position, client in enumerate(cohort)}
-    for client in plan[s.world.group]:
+    start, cohort = time.perf_counter(), current.cohort
+    lr = s.config.local.lr_at(s.rounds_done, s.config.rounds)
+    examples = max(int(s.sizes[cohort].sum()), 1)
+    for client in assignment[s.world.group]:
         if s.world.group_should_stop():
-            return
+            break
+        weight = int(s.sizes[client]) / examples
+        job = s.job(client, number=s.rounds_done, lr=lr, weight=weight, share=1 / len(cohort))
         state = s.states.share(client) if s.keeps_state else {}
-        result = s.trainer.visit(
-            s.server,
-            client=client,
-            round_index=s.rounds_done,
-            indices=s.indices(client),
-            examples_in_cohort=examples,
-            cohort_size=len(cohort),
-            lr=lr,
-            state=state,
-            seed=s.run.seed,
-        )
+        result = s.trainer.train(s.server, job, state)
         if s.world.leads_group:
-            weight, loss = int(s.sizes[client]) / max(examples, 1), result.loss.tolist()
-            contribution = s.received(client, s.rounds_done, result.contribution)
-            valid = current.sums.add(client, contribution, result.buffers, weight, result.counters, loss[0])
-            facts = [DONE, *loss, result.steps] if valid else [INVALID, 0.0, 0.0, result.steps]
-            current.visits[row[client]] = torch.tensor(facts, dtype=torch.float64)
+            update = s.received(client, s.rounds_done, result.update)
+            valid = current.updates.add(
+                client, update, result.buffers, weight, result.integer_buffers, float(result.loss[0])
+            )
+            current.results.put(int(np.searchsorted(cohort, client)), result, valid=valid)
             if valid:
                 s.states.keep(client, state)
-        s.tracker.visit_done(s.world.groups)
+        s.tracker.client_done(s.world.groups)
+    if s.world.leads_group:
+        current.busy[s.world.group] = time.perf_counter() - start
 
 
-def name_abandoned(s: Session, current: Round) -> None:
-    """Say that too few of those who were sampled sent something for the rule to combine."""
-    rule, came = s.run.aggregation, int(current.sums.counts[0])
+def step(s: Session, current: Round) -> None:
+    """Step the server by the aggregated updates, if enough of them arrived; on the coordinator."""
+    algorithm, server = s.config.algorithm, s.server
+    assert isinstance(algorithm, SynchronousAlgorithm)
+    if s.world.is_coordinator and current.updates.counts[0] < s.config.aggregation.min_clients():
+        log_abandoned(s, current)
+    elif s.world.is_coordinator:
+        aggregated = current.updates.result()
+        if "update" in aggregated.vectors:  # else no client had an example
+            algorithm.step(server, aggregated)
+        server.buffers.copy_(aggregated.vectors.get("buffers", server.buffers))
+        server.integer_buffers.copy_(current.updates.integer_buffers)
+    server.version += 1
+
+
+def log_abandoned(s: Session, current: Round) -> None:
+    """Log that too few clients sent an update for the rule to aggregate."""
+    rule, received = s.config.aggregation, int(current.updates.counts[0])
     if current.sampled:
-        print(
-            f"warning: round {s.rounds_done + 1}: {type(rule).__name__} needs {rule.least()} updates, but "
-            f"got {came} ({current.missing} clients late or lost, {len(current.cohort) - came} invalid); the "
-            "model stays as it was",
-            flush=True,
+        logger.warning(
+            "round %d: %s needs %d updates, but got %d (%d clients late or lost, %d invalid); the model is "
+            "unchanged",
+            s.rounds_done + 1,
+            type(rule).__name__,
+            rule.min_clients(),
+            received,
+            current.missing,
+            len(current.cohort) - received,
         )
 
 
-def name_invalid(s: Session, current: Round) -> None:
-    """Say, once a round, whose updates were not added as they came."""
-    invalid = current.cohort[(current.visits[:, 0] == INVALID).numpy()]
+def log_invalid(s: Session, current: Round) -> None:
+    """Log, once per round, the clients whose updates were invalid."""
+    invalid = current.cohort[(current.results.valid == 0).numpy()]
     if s.world.is_coordinator and len(invalid):
-        done = {"skip": "left out", "clip": "cut"}[s.run.aggregation.on_invalid_update]
-        print(
-            f"warning: round {s.rounds_done + 1}: NaN, infinity or overflow in the update of client "
-            f"{', '.join(map(str, invalid))}; {done}",
-            flush=True,
+        action = {"skip": "left out", "clip": "clipped"}[s.config.aggregation.on_invalid_update]
+        clients = ", ".join(map(str, invalid))
+        logger.warning(
+            "round %d: NaN, infinity or overflow in the update of client %s; %s",
+            s.rounds_done + 1,
+            clients,
+            action,
         )
 
 
-def summarise(s: Session, current: Round) -> Metrics:
-    """Return what the round says of its training: loss, clients, steps, bytes, virtual time."""
-    _, *loss, steps = current.visits.sum(0).tolist()
+def round_metrics(s: Session, current: Round) -> Metrics:
+    """Return the training metrics of a round: loss, clients, steps, bytes, virtual time, cohort."""
+    results = current.results
     virtual = {} if current.virtual_s is None else {"time/virtual": current.virtual_s}
     return {
-        **s.summary(
-            loss=loss,
-            steps=int(steps),
-            counts=current.sums.counts.tolist(),
+        **s.training_metrics(
+            loss=(float(results.loss_sum.sum()), float(results.loss_count.sum())),
+            steps=int(results.steps.sum()),
+            counts=current.updates.counts.tolist(),
             received=len(current.cohort),
             dispatched=current.sampled,
             busy=current.busy.tolist(),

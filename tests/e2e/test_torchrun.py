@@ -1,6 +1,6 @@
-"""The launchers themselves, as they are typed: torchrun, accelerate launch, and torchrun on two machines.
+"""The launchers' command lines: torchrun, accelerate launch, and torchrun on two nodes.
 
-Each start costs seconds, so there are few of them; what ranks compute is tested in tests/test_*.py.
+Each start costs seconds, so there are few of them; tests/test_*.py test what ranks compute.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, load_model
 
+from fedddp import load_config
 from fedddp.cli import main
-from fedddp.config.loader import load
 from fedddp.models.zoo import lenet
 
 BIN = Path(sys.executable).parent
-SHORT = "run digits --rounds 2 --data.examples 400 --track.with []"
+SHORT = "run digits --rounds 2 --data.examples 400 --tracking.trackers []"
 
 Launched = subprocess.Popen[str]
 pytestmark = pytest.mark.timeout(180)
@@ -69,20 +69,19 @@ def launch(tmp_path: Path) -> Iterator[Launcher]:
         process.communicate()
 
 
-def alone() -> dict[str, torch.Tensor]:
-    """Return the model that this process, a world of one, trains."""
+def train_on_one_rank() -> dict[str, torch.Tensor]:
+    """Return the model that this process trains as a world of one rank."""
     with pytest.raises(SystemExit) as stop:
-        main(f"{SHORT} --output alone".split())
+        main(f"{SHORT} --output SINGLE".split())
     assert stop.value.code == 0
-    return load_file("alone/digits/model.safetensors")
+    return load_file("SINGLE/digits/model.safetensors")
 
 
 def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_main_job_learns_and_leaves_a_run_directory(launch: Launcher) -> None:
-    """Also the quickstart's command."""
+def test_the_quickstart_job_learns_and_writes_a_run_directory(launch: Launcher) -> None:
     command = "--standalone --nproc-per-node 4 -m fedddp run digits --topology.ranks_per_client 2"
     code, out, err = launch.run(f"torchrun {command} --output OUT")
     assert code == 0, err
@@ -99,23 +98,25 @@ def test_main_job_learns_and_leaves_a_run_directory(launch: Launcher) -> None:
         assert name in history[-1]
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert kept == ["round-00020", "round-00030"]
-    again = load(str(folder / "config.yaml"))
+    again = load_config(str(folder / "config.yaml"))
     assert (again.topology.ranks_per_client, again.rounds) == (2, 30)
-    assert load_model(lenet(10, (1, 8, 8)), folder / "model.safetensors") == (set(), [])
+    missing, unexpected = load_model(lenet(10, (1, 8, 8)), folder / "model.safetensors")
+    assert not missing
+    assert not unexpected
 
 
-def test_accelerate_launch_trains_the_same_bits_on_two_ranks_as_on_one(launch: Launcher) -> None:
+def test_two_ranks_of_accelerate_launch_train_the_same_bits_as_one_rank(launch: Launcher) -> None:
     options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     code, _, err = launch.run(
         f"accelerate launch {options} --main_process_port 0 -m fedddp {SHORT} --output OUT"
     )
     assert code == 0, err
-    two, one = load_file("OUT/digits/model.safetensors"), alone()
+    two, one = load_file("OUT/digits/model.safetensors"), train_on_one_rank()
     for name, tensor in one.items():
         assert torch.equal(two[name], tensor), name
 
 
-def test_two_machines_find_each_other_and_train_one_client_together(launch: Launcher) -> None:
+def test_torchrun_on_two_nodes_trains_one_client_data_parallel(launch: Launcher) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -124,18 +125,18 @@ def test_two_machines_find_each_other_and_train_one_client_together(launch: Laun
     )
     command = f"torchrun {options} -m fedddp {SHORT} --topology.ranks_per_client 2 --output OUT"
     agents = [launch.start(command, GLOO_SOCKET_IFNAME="lo") for _ in range(2)]
-    said = [agent.communicate(timeout=100) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], said
-    assert "".join(out for out, _ in said).count("run directory: ") == 1
-    two, one = load_file("OUT/digits/model.safetensors"), alone()
+    outputs = [agent.communicate(timeout=100) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert "".join(out for out, _ in outputs).count("run directory: ") == 1
+    two, one = load_file("OUT/digits/model.safetensors"), train_on_one_rank()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-5)
 
 
-def test_error_before_the_start_is_printed_once(launch: Launcher) -> None:
+def test_a_configuration_error_is_reported_once(launch: Launcher) -> None:
     flags = "--topology.ranks_per_client 3"
     code, out, err = launch.run(f"torchrun --standalone --nproc-per-node 2 -m fedddp {SHORT} {flags}")
     assert code == 1  # torchrun's own, whatever a rank's was
     (line,) = [line for line in (out + err).splitlines() if line.startswith("error: ")]
     assert "ranks_per_client=3 does not divide the 2 training ranks" in line
-    assert "fedddp/" not in err, "a traceback through our files"
+    assert "fedddp/" not in err, "a traceback through fedddp"

@@ -1,4 +1,4 @@
-"""Starts the emulated Slurm once for all tests of this folder, and stops it."""
+"""Start the emulated Slurm once for all tests of this folder, and stop it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from slurm_cluster import HERE, SEARCH, Cluster
+from slurm.cluster import HERE, SEARCH, Cluster
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two idle nodes of 4 CPUs and 2 make-believe GPUs; the partition `low` can be preempted."""
+    """Two idle nodes with 4 CPUs and 2 fake GPUs each; jobs in the partition `low` can be preempted."""
     programs = ("slurmctld", "slurmd", "sbatch", "munged")
     missing = [program for program in programs if not shutil.which(program, path=SEARCH)]
     if missing:

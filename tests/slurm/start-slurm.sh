@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start a private, emulated Slurm cluster of N nodes on this machine: no systemd, nothing written outside DIR, loopback
+# Start a private, emulated Slurm cluster of N nodes on this machine: no systemd, no files outside DIR, loopback
 # (or private network namespaces) only. Prints the variables to set. Needs Debian's slurmctld, slurmd, slurm-client, munge.
 #
 #   variables=$(./start-slurm.sh [-n NODES] [-c CPUS_PER_NODE] [-g GPUS_PER_NODE] [-m plain|uts|netns] [-d DIR]) || exit 1

@@ -1,4 +1,4 @@
-"""Messages from whichever rank sends first."""
+"""Messages from the ranks that send first."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import threading
 from fedddp.distributed.world import World
 
 POLL_S = 0.5
+"""Seconds between two checks for signals while the coordinator waits for a message."""
 
 
-class Inbox:
-    """A few numbers from each of the ranks that owe them, in the order in which they come.
+class Mailbox:
+    """One message of numbers from each rank that owes one, in the order of arrival.
 
     A thread waits for each, because gloo's own receive from any source does not notice that a rank
     died, and would keep the process from noticing signals.
@@ -19,24 +20,24 @@ class Inbox:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._came: queue.SimpleQueue[tuple[int, list[float] | Exception]] = queue.SimpleQueue()
-        self._owed: dict[int, str] = {}  # rank -> what it is at
+        self._arrived: queue.SimpleQueue[tuple[int, list[float] | Exception]] = queue.SimpleQueue()
+        self._expected: dict[int, str] = {}  # rank -> its work
 
-    def expect(self, rank: int, count: int, what: str) -> None:
-        """Start to wait for `count` numbers of `rank` (`World.post`); `what` it is at is for errors."""
-        self._owed[rank] = what
+    def expect(self, rank: int, count: int, work: str) -> None:
+        """Start to wait for `count` numbers of `rank` (`World.post`); errors name its `work`."""
+        self._expected[rank] = work
 
         def wait() -> None:
             try:
-                self._came.put((rank, self.world.collect(count, rank)))
-            except Exception as error:  # told by `next`, in the thread that can act on it
-                self._came.put((rank, error))
+                self._arrived.put((rank, self.world.collect(count, rank)))
+            except Exception as error:  # raised by `next`, in the main thread
+                self._arrived.put((rank, error))
 
-        threading.Thread(target=wait, name=f"fedddp-inbox-{rank}", daemon=True).start()
+        threading.Thread(target=wait, name=f"fedddp-mailbox-{rank}", daemon=True).start()
 
-    def has_come(self) -> bool:
+    def has_message(self) -> bool:
         """Return whether `next` would not wait."""
-        return not self._came.empty()
+        return not self._arrived.empty()
 
     def next(self) -> tuple[int, list[float]]:
         """Wait for the next message; return its rank and the numbers.
@@ -46,9 +47,9 @@ class Inbox:
         """
         while True:
             try:
-                rank, message = self._came.get(timeout=POLL_S)  # a short sleep, so that signals are seen
+                rank, message = self._arrived.get(timeout=POLL_S)
             except queue.Empty:
                 continue
             if isinstance(message, Exception):
-                raise RuntimeError(f"no word from rank {rank}, {self._owed[rank]}") from message
+                raise RuntimeError(f"no message from rank {rank}, {self._expected[rank]}") from message
             return rank, message

@@ -1,160 +1,169 @@
-"""The groups' side of asynchronous training: train whom the coordinator hands out, meet when it calls."""
+"""The client groups' side of asynchronous training: follow the coordinator's orders."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedddp.algorithms.algorithm import Server
+from fedddp.algorithms import ServerState
 from fedddp.evaluation import Metrics
 from fedddp.training.session import Session, Stopped
 
-VISIT, MEET = 0, 1
-WORDS = 7
-"""Numbers in a message, of the coordinator or to it."""
+
+class Dispatch(NamedTuple):
+    """The coordinator's order to a group: train this client from the model that follows."""
+
+    dispatch_id: int
+    client: int
 
 
-class Meeting(NamedTuple):
-    """What all ranks do together, at the coordinator's call."""
+class SyncPoint(NamedTuple):
+    """The coordinator's order to all ranks: evaluate, record and save together."""
 
     rounds_done: int
     arrived: int
-    """Arrivals since the last round's end."""
+    """Arrivals since the end of the last round."""
     version: int
-    measure: bool
+    evaluate: bool
     save: bool
     stop: bool
     """Whether the loop ends here, at the last round or before."""
 
 
-@dataclass
-class Update:
-    """What came of a visit."""
+class Report(NamedTuple):
+    """A group's report of a local training; the update's tensors follow."""
 
-    tensors: list[Tensor]
-    """The contribution's vectors in the order of `Method.lengths`, float buffers, integer buffers."""
-    loss: list[float]
-    """Sum and count of the training loss."""
+    dispatch_id: int
+    loss_sum: float
+    loss_count: float
     steps: int
     seconds: float
     """How long the group trained."""
     group: int
 
-    def facts(self) -> list[float]:
-        """Return everything but the tensors."""
-        return [*self.loss, self.steps, self.seconds, self.group]
 
-    @classmethod
-    def of(cls, tensors: list[Tensor], facts: list[float]) -> Update:
-        """Put tensors and `facts` together again."""
-        return cls(tensors, facts[:2], int(facts[2]), facts[3], int(facts[4]))
+ORDERS: tuple[type[Any], ...] = (Dispatch, SyncPoint)
+ORDER_LENGTH = 1 + max(len(kind._fields) for kind in ORDERS)
+REPORT_LENGTH = len(Report._fields)
+
+
+def pack(order: Dispatch | SyncPoint) -> list[float]:
+    """Return an order as `ORDER_LENGTH` numbers: its kind, its fields, zeros."""
+    numbers = [float(ORDERS.index(type(order))), *map(float, order)]
+    return numbers + [0.0] * (ORDER_LENGTH - len(numbers))
+
+
+def unpack(numbers: Sequence[float]) -> Dispatch | SyncPoint:
+    """Return the order in `numbers`."""
+    kind = ORDERS[int(numbers[0])]
+    values = zip(kind.__annotations__.values(), numbers[1:], strict=False)
+    order: Dispatch | SyncPoint = kind(*(bool(v) if hint == "bool" else int(v) for hint, v in values))
+    return order
 
 
 @dataclass
-class Crew:
-    """This rank's part in its group."""
+class TrainedUpdate:
+    """The result of a dispatch."""
+
+    report: Report
+    tensors: list[Tensor]
+    """The update's vectors in the order of `Algorithm.lengths`, float buffers, integer buffers."""
+
+
+@dataclass
+class Worker:
+    """This rank's part in its client group."""
 
     s: Session
-    model: Server = field(init=False)
+    model: ServerState = field(init=False)
     """The model that was dispatched to this group."""
 
     def __post_init__(self) -> None:
-        """Make room for a dispatched model."""
         server = self.s.server
-        self.model = Server(
-            server.params.clone(), server.buffers.clone(), server.counters.clone(), server.population
-        )
-        self.model.vectors = {name: server.vectors[name].clone() for name in self.s.run.algorithm.sends}
+        self.model = ServerState.of(self.s.flat, server.population)
+        self.model.vectors = {name: server.vectors[name].clone() for name in self.s.config.algorithm.sends}
 
     def serve(self) -> None:
-        """Follow the coordinator's orders to the end of the run."""
+        """Collective over the group. Follow the coordinator's orders until the end of the run."""
         world = self.s.world
         while True:
-            order = torch.zeros(WORDS, dtype=torch.float64, device=world.device)
+            numbers = torch.zeros(ORDER_LENGTH, dtype=torch.float64, device=world.device)
             if world.leads_group:
-                order = order.new_tensor(world.collect(WORDS, rank=0))
-            world.group_broadcast(order)
-            kind, *numbers = (int(number) for number in order.tolist())
-            if kind == MEET:
-                rounds_done, arrived, version, *flags = numbers
-                if meet(self.s, Meeting(rounds_done, arrived, version, *(bool(flag) for flag in flags))):
+                numbers = numbers.new_tensor(world.collect(ORDER_LENGTH, rank=0))
+            world.group_broadcast(numbers)
+            order = unpack(numbers.tolist())
+            if isinstance(order, SyncPoint):
+                if synchronize(self.s, order):
                     return
                 continue
             if world.leads_group:
-                for tensor in self.place():
+                for tensor in self.model_tensors():
                     world.receive(tensor, rank=0)
-            update = self.train(ticket=numbers[0], client=numbers[1])
+            trained = self.train(order)
             if world.leads_group:
-                world.post([numbers[0], *update.facts(), 0.0], rank=0)
-                for tensor in update.tensors:
+                world.post(trained.report, rank=0)
+                for tensor in trained.tensors:
                     if tensor.numel():
                         world.send(tensor, rank=0)
 
-    def place(self) -> list[Tensor]:
-        """Return where a dispatched model goes, in the order in which it comes; nothing empty."""
-        return [tensor for tensor in self.s.run.algorithm.dispatch(self.model) if tensor.numel()]
+    def model_tensors(self) -> list[Tensor]:
+        """Return the tensors of the dispatched model, in the order in which they are sent; none empty."""
+        return [tensor for tensor in self.s.config.algorithm.dispatch(self.model) if tensor.numel()]
 
-    def train(self, *, ticket: int, client: int) -> Update:
-        """Collective over the group. Visit `client`, from the model that the leader holds."""
-        s, start = self.s, time.perf_counter()
-        s.world.group_broadcast(*self.place())
-        indices = s.indices(client)
-        round_index = min(ticket // s.run.cohort.size, s.run.rounds - 1)
-        result = s.trainer.visit(
-            self.model,
-            client=client,
-            round_index=ticket,
-            indices=indices,
-            examples_in_cohort=len(indices),
-            cohort_size=1,
-            lr=s.run.local.lr_at(round_index, s.run.rounds),
-            state={},
-            seed=s.run.seed,
-        )
-        s.world.stop_requested()  # tells the coordinator when it is this rank that was asked
-        names = s.run.algorithm.lengths(s.server.params.numel())
-        vectors = [result.contribution.vectors[name] for name in names]
-        tensors = [*vectors, result.buffers.clone(), result.counters.clone()]
-        spent = time.perf_counter() - start
-        return Update(tensors, result.loss.tolist(), result.steps, spent, s.world.group or 0)
+    def train(self, order: Dispatch) -> TrainedUpdate:
+        """Collective over the group. Train a client from the model that the leader holds."""
+        s, config, start = self.s, self.s.config, time.perf_counter()
+        s.world.group_broadcast(*self.model_tensors())
+        round_index = min(order.dispatch_id // config.cohort.size, config.rounds - 1)
+        lr = config.local.lr_at(round_index, config.rounds)
+        job = s.job(order.client, number=order.dispatch_id, lr=lr, weight=1.0, share=1.0)
+        result = s.trainer.train(self.model, job, state={})
+        s.world.stop_requested()  # announces it to the coordinator when this rank was asked
+        names = config.algorithm.lengths(s.server.params.numel())
+        vectors = [result.update.vectors[name] for name in names]
+        tensors = [*vectors, result.buffers.clone(), result.integer_buffers.clone()]
+        loss_sum, loss_count = result.loss.tolist()
+        seconds, group = time.perf_counter() - start, s.world.group or 0
+        report = Report(order.dispatch_id, loss_sum, loss_count, result.steps, seconds, group)
+        return TrainedUpdate(report, tensors)
 
 
-def meet(
+def synchronize(
     s: Session,
-    meeting: Meeting,
+    point: SyncPoint,
     row: Metrics | None = None,
     tensors: Mapping[str, Tensor] | None = None,
-    facts: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Collective. Measure, record and save what is due; return whether the loop ends.
+    """Collective. Evaluate, record and save what is due; return whether the loop ends.
 
     Args:
         s: the session.
-        meeting: what to do.
-        row: the coordinator's row of the round that ended; None in the middle of one.
+        point: what is due.
+        row: the coordinator's row of the round that ended; None within one.
         tensors: what the coordinator saves besides the server.
-        facts: likewise.
+        metadata: likewise.
 
     Raises:
         Stopped: the run was asked to stop; a checkpoint was written first.
     """
-    s.rounds_done, s.server.version = meeting.rounds_done, meeting.version
-    name = f"round-{meeting.rounds_done:05d}"
-    if meeting.arrived:
-        name, line = f"{name}-{meeting.arrived:05d}", None
+    s.rounds_done, s.server.version = point.rounds_done, point.version
+    name = f"round-{point.rounds_done:05d}"
+    if point.arrived:
+        name, line = f"{name}-{point.arrived:05d}", None
     else:
-        line = {"round": meeting.rounds_done, **(row or {})}
-    if meeting.measure and line is not None:
-        line |= s.measure(meeting.rounds_done)
-    if meeting.save:
-        s.save(name, line, tensors=tensors, facts=facts)
+        line = {"round": point.rounds_done, **(row or {})}
+    if point.evaluate and line is not None:
+        line |= s.evaluate(point.rounds_done)
+    if point.save:
+        s.save(name, line, tensors=tensors, metadata=metadata)
     elif line is not None:
         s.record(line)
-    if meeting.stop and meeting.rounds_done < s.run.rounds:
+    if point.stop and point.rounds_done < s.config.rounds:
         raise Stopped
-    return meeting.stop
+    return point.stop

@@ -1,4 +1,4 @@
-"""A real Slurm of two emulated nodes on this machine, for the batch scripts that users get."""
+"""A real Slurm with two emulated nodes on this machine, for the batch scripts of slurm/."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ACTIVE = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPEN
 
 
 class Cluster:
-    """Slurm's commands, as a user of the cluster types them."""
+    """Slurm's commands, as a user of the cluster runs them."""
 
     def __init__(self, variables: dict[str, str]) -> None:
         own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "OMP"))}
@@ -35,21 +35,21 @@ class Cluster:
         assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
         return result.stdout.strip()
 
-    def facts(self, job: str) -> dict[str, str]:
-        """Return what Slurm knows of a job (of an array: its first task)."""
-        line = self.call("scontrol", "show", "job", "-o", job).splitlines()[0]
+    def job(self, job_id: str) -> dict[str, str]:
+        """Return Slurm's fields of a job (of an array: its first task)."""
+        line = self.call("scontrol", "show", "job", "-o", job_id).splitlines()[0]
         return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
-    def end(self, job: str, timeout_s: float = 50) -> dict[str, str]:
-        """Wait until a job is over and return what Slurm knows of it."""
+    def end(self, job_id: str, timeout_s: float = 50) -> dict[str, str]:
+        """Wait until a job has ended and return Slurm's fields of it."""
         deadline = time.monotonic() + timeout_s
-        while (facts := self.facts(job))["JobState"] in ACTIVE:
-            assert time.monotonic() < deadline, f"not over: {facts}\n{self.output(facts)}"
+        while (job := self.job(job_id))["JobState"] in ACTIVE:
+            assert time.monotonic() < deadline, f"not ended: {job}\n{self.output(job)}"
             time.sleep(0.1)
-        return facts
+        return job
 
     @staticmethod
-    def output(facts: dict[str, str]) -> str:
+    def output(job: dict[str, str]) -> str:
         """Return what a job has printed."""
-        path = Path(facts["StdOut"])
+        path = Path(job["StdOut"])
         return path.read_text() if path.exists() else ""

@@ -1,4 +1,4 @@
-"""Flat state: views that stay views, under DDP, with frozen and tied weights."""
+"""The flat model: its parameters, gradients and buffers are views, also with DDP and tied weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedddp.distributed.launch import connect
-from fedddp.distributed.topology import Topology
+from fedddp.distributed.topology import TopologyConfig
 from fedddp.models.flat import FlatModel, norm
 from fedddp.testing import run_world
 
@@ -28,32 +28,32 @@ class Tied(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.bn(self.conv(images)).mean(1).flatten(1)
-        return self.frozen(self.second(self.first(hidden).relu()))
+        logits: Tensor = self.frozen(self.second(self.first(hidden).relu()))
+        return logits
 
 
-def test_parameters_and_gradients_are_views() -> None:
+def test_parameters_gradients_and_buffers_are_views_of_flat_vectors() -> None:
     torch.manual_seed(0)
     module = Tied()
     before = {n: t.clone() for n, t in module.state_dict().items()}
     flat = FlatModel(module)
     assert flat.params.shape == (4 * 9 + 4 + 4 + 4 + 16 * 16 + 16 + 16,)  # tied once, frozen not
     assert flat.buffers.shape == (8,)
-    assert flat.counters.tolist() == [0]
+    assert flat.integer_buffers.tolist() == [0]
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[name])
     flat.params.fill_(2.0)
     assert module.second.weight.eq(2).all()
     assert not module.frozen.weight.eq(2).any()
     module(torch.randn(5, 1, 4, 4)).sum().backward()
-    flat.restore_gradient_views()
     assert module.conv.weight.grad is not None
     assert torch.equal(flat.grad[flat.slices["conv.weight"]], module.conv.weight.grad.flatten())
-    assert flat.counters.tolist() == [1]
-    assert torch.equal(flat.buffers[:4], module.bn.running_mean)
+    assert flat.integer_buffers.tolist() == [1]
+    assert torch.equal(flat.buffers[:4], module.bn.get_buffer("running_mean"))
 
 
 def test_channels_last_parameters_keep_their_layout() -> None:
-    module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     weight = module.weight.clone()
     FlatModel(module)
     assert torch.equal(module.weight, weight)
@@ -71,22 +71,23 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
 
 
 def gradient_of(ranks: int) -> Tensor:
-    world = connect(Topology(ranks_per_client=ranks))
+    world = connect(TopologyConfig(ranks_per_client=ranks))
     torch.manual_seed(1)
     images, labels = torch.randn(6, 1, 4, 4), torch.arange(6) % 3
     module = Tied()
     module.bn = nn.Identity()  # type: ignore[assignment] # its statistics would differ per rank
     flat = FlatModel(module)
     replica = world.replicate(module)
+    views = [parameter.grad for parameter in module.parameters()]
     for _ in range(2):  # twice: DDP rebuilds its buckets after the first step
         flat.grad.zero_()
         mine = slice(world.data_rank, None, ranks)
-        cross_entropy(replica(images[mine]), labels[mine]).backward()
-        flat.restore_gradient_views()
+        cross_entropy(replica(images[mine]), labels[mine]).backward()  # type: ignore[no-untyped-call]
+        assert all(p.grad is view for p, view in zip(module.parameters(), views, strict=True))
     return flat.grad.clone()
 
 
-def test_ddp_reduces_into_the_flat_gradient() -> None:
+def test_ddp_reduces_gradients_into_the_flat_vector() -> None:
     (alone,) = run_world(gradient_of, 1, size=1)
     for grad in run_world(gradient_of, 2, size=2):
         torch.testing.assert_close(grad, alone)

@@ -1,7 +1,8 @@
-"""A visit is plain SGD, whatever the number of ranks that share it: checked against a ten-line loop."""
+"""Local training is plain SGD on any number of ranks: checked against a ten-line loop."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -11,20 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedddp.algorithms import FedAvg
-from fedddp.algorithms.algorithm import Server
-from fedddp.algorithms.local import Local
-from fedddp.data.datasets import Data, Images
-from fedddp.data.loader import Feed
+from fedddp.algorithms import FedAvg, ServerState
+from fedddp.algorithms.local import LocalConfig
+from fedddp.data.datasets import DataConfig, Images
+from fedddp.data.loader import ClientLoader
 from fedddp.distributed.launch import connect
-from fedddp.distributed.topology import Topology
+from fedddp.distributed.topology import TopologyConfig
 from fedddp.distributed.world import World
 from fedddp.models.flat import FlatModel
 from fedddp.models.norms import convert_norm
 from fedddp.rng import stream
 from fedddp.tasks.classification import Classification
 from fedddp.testing import run_world
-from fedddp.training.client_trainer import Result, Trainer
+from fedddp.training.client_trainer import ClientJob, ClientResult, ClientTrainer
 
 SEED, CLIENT, ROUND = 7, 3, 2
 MEAN, STD = 0.4, 0.3
@@ -32,14 +32,14 @@ MEAN, STD = 0.4, 0.3
 
 def images() -> Images:
     """Return 40 gray images of 6 x 6 in 4 classes."""
-    random = np.random.default_rng(0)
-    pixels = torch.from_numpy(random.integers(0, 256, (40, 1, 6, 6), dtype=np.uint8))
-    labels = random.integers(0, 4, 40)
+    rng = np.random.default_rng(0)
+    pixels = torch.from_numpy(rng.integers(0, 256, (40, 1, 6, 6), dtype=np.uint8))
+    labels = rng.integers(0, 4, 40)
     return Images(labels, 4, (1, 6, 6), pixels, None, None, (MEAN,), (STD,))
 
 
 class Net(nn.Module):
-    """A convolution, batch norm if asked, two linear layers; optional oddities."""
+    """A convolution, batch norm if asked, two linear layers; frozen, tied or unused layers if asked."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -72,20 +72,22 @@ def net(kind: str) -> Net:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One visit: the client's examples, its training, its model."""
+    """A client's examples, its local training, its model."""
 
     name: str
     examples: int = 23  # batches of 8: the last has 7
-    local: Local = dataclasses.field(default_factory=lambda: Local(epochs=2, batch_size=8, lr=0.1))
+    local: LocalConfig = dataclasses.field(
+        default_factory=lambda: LocalConfig(epochs=2, batch_size=8, lr=0.1)
+    )
     kind: str = "plain"
     smoothing: float = 0.0
-    visits: int = 1
+    trainings: int = 1
     tolerance: float = 1e-5
 
 
 def case(name: str, *, local: dict[str, Any] | None = None, **rest: Any) -> Case:
     settings = {"epochs": 2, "batch_size": 8, "lr": 0.1, **(local or {})}
-    return Case(name, local=Local(**settings), **rest)
+    return Case(name, local=LocalConfig(**settings), **rest)
 
 
 CASES = [
@@ -109,51 +111,46 @@ CASES = [
     case("unused", kind="unused"),
     case("synced norm", kind="synced norm"),
     case("synced norm, last batch of two", kind="synced norm", examples=18),
-    case("optimizer kept", local={"momentum": 0.9, "optimizer_state": "keep"}, visits=2),
-    case("optimizer reset", local={"momentum": 0.9}, visits=2),
-    case("adam kept", local={"optimizer": "adam", "optimizer_state": "keep", "lr": 0.01}, visits=2),
+    case("optimizer kept", local={"momentum": 0.9, "optimizer_state": "keep"}, trainings=2),
+    case("optimizer reset", local={"momentum": 0.9}, trainings=2),
+    case("adam kept", local={"optimizer": "adam", "optimizer_state": "keep", "lr": 0.01}, trainings=2),
     case("bf16", local={"precision": "bf16"}, tolerance=0.02),
     case("fp16", local={"precision": "fp16"}, tolerance=0.005),
 ]
 
 
-def start_training(world: World, case: Case, *, data: Data | None = None) -> tuple[Trainer, Server]:
+def start_training(
+    world: World, case: Case, *, data: DataConfig | None = None
+) -> tuple[ClientTrainer, ServerState]:
     module: nn.Module = net(case.kind)
     if case.kind == "synced norm":
         convert_norm(module, "sync", world.group_sum)
     if case.local.channels_last:
         module = module.to(memory_format=torch.channels_last)
     flat = FlatModel(module)
-    server = Server(flat.params.clone(), flat.buffers.clone(), flat.counters.clone(), 10)
-    feed = Feed(images(), data or Data(), world.device, seed=SEED)
+    loader = ClientLoader(images(), data or DataConfig(), world.device, seed=SEED)
     task = Classification(label_smoothing=case.smoothing)
-    return Trainer(world, flat, task, feed, case.local, FedAvg()), server
+    trainer = ClientTrainer(world, flat, task, loader, case.local, FedAvg(), seed=SEED)
+    return trainer, ServerState.of(flat, population=10)
 
 
-def visit(trainer: Trainer, server: Server, case: Case, state: dict[str, Tensor]) -> Result:
-    return trainer.visit(
-        server,
-        client=CLIENT,
-        round_index=ROUND,
-        indices=np.arange(case.examples, dtype=np.int64),
-        examples_in_cohort=case.examples * 2,
-        cohort_size=2,
-        lr=case.local.lr,
-        state=state,
-        seed=SEED,
-    )
+def train(trainer: ClientTrainer, server: ServerState, case: Case, state: dict[str, Tensor]) -> ClientResult:
+    """Collective over the group. Train the client of the case, which holds half of its cohort's examples."""
+    indices = np.arange(case.examples, dtype=np.int64)
+    job = ClientJob(client=CLIENT, round=ROUND, indices=indices, weight=0.5, share=0.5, lr=case.local.lr)
+    return trainer.train(server, job, state)
 
 
 def ours(case: Case, world: World) -> dict[str, Any]:
-    """Return the state after the case's visits, each from where the last one ended."""
+    """Return the state after the case's local trainings, each from where the last one ended."""
     trainer, server = start_training(world, case)
     state: dict[str, Tensor] = {}
     result = None
-    for _ in range(case.visits):
-        result = visit(trainer, server, case, state)
-        server.params += result.contribution.vectors["update"]
+    for _ in range(case.trainings):
+        result = train(trainer, server, case, state)
+        server.params += result.update.vectors["update"]
         server.buffers.copy_(result.buffers)
-        server.counters.copy_(result.counters)
+        server.integer_buffers.copy_(result.integer_buffers)
     assert result is not None
     trainer.flat.params.copy_(server.params)
     weights = {name: t.clone().contiguous() for name, t in trainer.flat.module.state_dict().items()}
@@ -162,15 +159,12 @@ def ours(case: Case, world: World) -> dict[str, Any]:
 
 
 def all_cases(ranks: int) -> list[dict[str, Any]]:
-    world = connect(Topology(ranks_per_client=ranks, device="cpu"))
-    try:
+    with contextlib.closing(connect(TopologyConfig(ranks_per_client=ranks, device="cpu"))) as world:
         return [ours(case, world) for case in CASES]
-    finally:
-        world.close()
 
 
 def plain_loop(case: Case) -> dict[str, Any]:
-    """The oracle: what anyone would write for one process."""
+    """Return the reference: what anyone would write for one process."""
     model, data, local = net(case.kind), images(), case.local
     assert data.pixels is not None
     x, y = (data.pixels.float() / 255 - MEAN) / STD, torch.from_numpy(data.labels)
@@ -179,19 +173,21 @@ def plain_loop(case: Case) -> dict[str, Any]:
     if local.optimizer == "sgd":
         options["momentum"] = local.momentum
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, steps, losses = None, 0, []
-    for _ in range(case.visits):
+    optimizer: torch.optim.Optimizer | None = None
+    steps = 0
+    losses: list[tuple[float, int]] = []
+    for _ in range(case.trainings):
         if optimizer is None or local.optimizer_state == "reset":
             optimizer = kinds[local.optimizer](trained, **options)
         steps, losses = 0, []
         for epoch in range(local.epochs if local.steps is None else 99):
-            order = stream("batches", SEED, ROUND, CLIENT, epoch).permutation(np.arange(case.examples))
-            for batch in torch.from_numpy(order).split(local.batch_size) if case.examples else []:
+            permuted = stream("batches", SEED, ROUND, CLIENT, epoch).permutation(np.arange(case.examples))
+            for batch in torch.split(torch.from_numpy(permuted), local.batch_size) if case.examples else []:
                 if local.steps is not None and steps == local.steps:
                     break
                 optimizer.zero_grad()
                 loss = F.cross_entropy(model(x[batch]), y[batch], label_smoothing=case.smoothing)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 if local.clip_norm is not None:
                     nn.utils.clip_grad_norm_(trained, local.clip_norm)
                 optimizer.step()
@@ -208,7 +204,9 @@ def references() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_visit_on_any_number_of_ranks_is_plain_sgd(ranks: int, references: list[dict[str, Any]]) -> None:
+def test_local_training_on_any_number_of_ranks_is_plain_sgd(
+    ranks: int, references: list[dict[str, Any]]
+) -> None:
     for rank, results in enumerate(run_world(all_cases, ranks, size=ranks)):
         for case, result, expected in zip(CASES, results, references, strict=True):
             where = f"{case.name}, rank {rank} of {ranks}"
@@ -220,8 +218,9 @@ def test_visit_on_any_number_of_ranks_is_plain_sgd(ranks: int, references: list[
                 assert difference <= case.tolerance, (where, name, float(difference))
 
 
-def test_cases_tell_wrong_training_from_right(references: list[dict[str, Any]]) -> None:
-    """Each setting moves the weights by far more than the tolerance of the comparison."""
+def test_each_setting_moves_the_weights_by_far_more_than_the_tolerance(
+    references: list[dict[str, Any]],
+) -> None:
     weights = {
         case.name: torch.cat([t.flatten().double() for t in result["weights"].values()])
         for case, result in zip(CASES, references, strict=True)
@@ -242,56 +241,50 @@ def test_cases_tell_wrong_training_from_right(references: list[dict[str, Any]]) 
 
 
 def norm_statistics(examples: int) -> tuple[Tensor, Tensor]:
-    world = connect(Topology(ranks_per_client=2, device="cpu"))
-    try:
+    with contextlib.closing(connect(TopologyConfig(ranks_per_client=2, device="cpu"))) as world:
         norm = case("norm", kind="norm", examples=examples, local={"epochs": 1, "lr": 1e-9})
         trainer, server = start_training(world, norm)
-        result = visit(trainer, server, norm, {})
-        return result.buffers.clone(), result.counters.clone()
-    finally:
-        world.close()
+        result = train(trainer, server, norm, {})
+        return result.buffers.clone(), result.integer_buffers.clone()
 
 
 @pytest.mark.parametrize("examples", [8, 7, 1, 9])
 def test_norm_statistics_of_ranks_are_averaged_by_examples(examples: int) -> None:
-    order = stream("batches", SEED, ROUND, CLIENT, 0).permutation(np.arange(examples))
+    permuted = stream("batches", SEED, ROUND, CLIENT, 0).permutation(np.arange(examples))
     pixels = images().pixels
     assert pixels is not None
     expected = torch.zeros(8)
     for rank in range(2):
         model, seen = net("norm"), 0
         for start in range(0, examples, 8):
-            share = order[start : start + 8][rank::2]
+            share = permuted[start : start + 8][rank::2]
             if len(share):
                 model((pixels[share].float() / 255 - MEAN) / STD)
                 seen += len(share)
         assert isinstance(model.norm, nn.BatchNorm2d)
         statistics = torch.cat([model.norm.running_mean, model.norm.running_var])  # type: ignore[list-item]
         expected += statistics * seen / examples
-    for buffers, counters in run_world(norm_statistics, examples, size=2):
+    for buffers, integer_buffers in run_world(norm_statistics, examples, size=2):
         torch.testing.assert_close(buffers, expected)
-        assert counters.tolist() == [-(-examples // 8)]
+        assert integer_buffers.tolist() == [-(-examples // 8)]
 
 
 # ---- the same bits ----
 
 
-def bits_after(first: int, ranks: int) -> list[float]:
-    """Return the update of client 3 after `first` visits of others in this process."""
-    world = connect(Topology(ranks_per_client=ranks, device="cpu"))
-    try:
+def bits_after(earlier: int, ranks: int) -> list[float]:
+    """Return the client's update after so many `earlier` local trainings in this process."""
+    with contextlib.closing(connect(TopologyConfig(ranks_per_client=ranks, device="cpu"))) as world:
         plain = case("sgd", local={"momentum": 0.5})
-        trainer, server = start_training(world, plain, data=Data(augment="crop-flip"))
-        for _ in range(first):
-            visit(trainer, server, dataclasses.replace(plain, examples=9), {})
-        update: Tensor = visit(trainer, server, plain, {}).contribution.vectors["update"]
-        return update.tolist()
-    finally:
-        world.close()
+        trainer, server = start_training(world, plain, data=DataConfig(augment="crop-flip"))
+        for _ in range(earlier):
+            train(trainer, server, dataclasses.replace(plain, examples=9), {})
+        values: list[float] = train(trainer, server, plain, {}).update.vectors["update"].tolist()
+        return values
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_bits_of_a_visit_do_not_depend_on_earlier_visits(ranks: int) -> None:
+def test_bits_of_a_local_training_do_not_depend_on_earlier_ones(ranks: int) -> None:
     fresh, after = run_world(bits_after, 0, ranks, size=ranks), run_world(bits_after, 2, ranks, size=ranks)
     assert fresh[0] == after[0]
     assert all(update == fresh[0] for update in fresh)

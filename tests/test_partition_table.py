@@ -1,34 +1,40 @@
-"""What `fedddp partition` shows."""
+"""The table of `fedddp partition`."""
 
 from __future__ import annotations
 
+import io
 import time
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from fedddp.data.partition import IID, Split
 from fedddp.reporting.partition_table import describe, table
 
 
-def shown(split: Split, labels: np.ndarray, classes: int) -> str:
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    with console.file:
-        console.print(table(describe(split, labels, classes)))
+def shown(split: Split, labels: NDArray[np.int64], classes: int) -> str:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table(describe(split, labels, classes)))
     return " ".join(console.export_text().split())
 
 
-def test_every_client_of_a_few_is_shown() -> None:
+def test_all_of_a_few_clients_are_shown() -> None:
     labels = np.array([0, 0, 1, 2, 2, 2])
     split = Split(np.array([5, 0, 1, 2, 3, 4]), np.array([0, 3, 3, 6]))
-    whole = describe(split, labels, 3)
-    assert [share.histogram for share in whole.shares] == [(2, 0, 1), (0, 0, 0), (0, 1, 2)]
-    assert (whole.clients, whole.examples, whole.smallest, whole.largest) == (3, 6, 0, 3)
-    assert (whole.median, whole.empty, whole.classes_per_client) == (3.0, 1, 4 / 3)
+    description = describe(split, labels, 3)
+    assert [share.histogram for share in description.shares] == [(2, 0, 1), (0, 0, 0), (0, 1, 2)]
+    assert (description.clients, description.examples, description.smallest, description.largest) == (
+        3,
+        6,
+        0,
+        3,
+    )
+    assert (description.median, description.empty, description.classes_per_client) == (3.0, 1, 4 / 3)
     assert "3 clients hold 6 examples: 0 to 3 each" in shown(split, labels, 3)
 
 
-def test_many_classes_are_shown_by_the_most_frequent() -> None:
+def test_of_many_classes_the_most_frequent_are_shown() -> None:
     labels = np.repeat(np.arange(20), np.arange(1, 21))
     split = Split(np.arange(len(labels)), np.array([0, len(labels)]))
     assert "19:20 18:19 17:18 16:17 15:16 14:15 and 14 more" in shown(split, labels, 20)
@@ -38,9 +44,9 @@ def test_of_a_million_clients_the_first_and_last_are_shown() -> None:
     labels = np.arange(2_000_000) % 10
     split = IID().split(labels, 1_000_000, 0)
     start = time.perf_counter()
-    whole = describe(split, labels, 10)
+    description = describe(split, labels, 10)
     assert time.perf_counter() - start < 3
-    clients = [share.client for share in whole.shares]
+    clients = [share.client for share in description.shares]
     assert clients == [*range(10), *range(999_990, 1_000_000)]
     text = shown(split, labels, 10)
     assert "999,999" in text

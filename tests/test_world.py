@@ -1,4 +1,4 @@
-"""The mesh, the collectives, and what happens when a rank fails."""
+"""The world of ranks: the mesh, the collectives, stop requests, signals and errors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 from fedddp.distributed.environment import Launch
 from fedddp.distributed.launch import connect, loopback_warning
 from fedddp.distributed.signals import stop_on_signals
-from fedddp.distributed.topology import Topology
+from fedddp.distributed.topology import TopologyConfig
 from fedddp.testing import run_world
 
 
-def places(topology: Topology) -> tuple[object, ...]:
+def coordinates(topology: TopologyConfig) -> tuple[object, ...]:
     world = connect(topology)
     return world.group, world.data_rank, world.groups, world.is_coordinator, world.leads_group
 
 
-def test_ranks_form_groups_of_r() -> None:
-    assert run_world(places, Topology(ranks_per_client=2), size=4) == [
+def test_ranks_form_groups_of_ranks_per_client() -> None:
+    assert run_world(coordinates, TopologyConfig(ranks_per_client=2), size=4) == [
         (0, 0, 2, True, True),
         (0, 1, 2, False, False),
         (1, 0, 2, False, True),
@@ -32,25 +32,25 @@ def test_ranks_form_groups_of_r() -> None:
 
 
 def test_a_dedicated_coordinator_is_in_no_group() -> None:
-    topology = Topology(ranks_per_client=2, coordinator="dedicated")
-    assert run_world(places, topology, size=3) == [
+    topology = TopologyConfig(ranks_per_client=2, coordinator="dedicated")
+    assert run_world(coordinates, topology, size=3) == [
         (None, 0, 1, True, False),
         (0, 0, 1, False, True),
         (0, 1, 1, False, False),
     ]
 
 
-def test_without_a_launcher_it_is_a_world_of_one() -> None:
-    world = connect(Topology())
+def test_without_a_launcher_the_world_has_one_rank() -> None:
+    world = connect(TopologyConfig())
     assert (world.size, world.group, world.groups) == (1, 0, 1)
     world.sum(torch.ones(3))
     world.close()
 
 
-def test_threads_do_not_depend_on_the_launcher() -> None:
+def test_the_number_of_threads_does_not_depend_on_the_launcher() -> None:
     before = torch.get_num_threads()
     for threads in (1, 3):
-        world = connect(Topology(threads=threads))
+        world = connect(TopologyConfig(threads=threads))
         assert torch.get_num_threads() == threads
         world.close()
         assert torch.get_num_threads() == before
@@ -59,18 +59,20 @@ def test_threads_do_not_depend_on_the_launcher() -> None:
 @pytest.mark.parametrize(
     ("topology", "size", "words"),
     [
-        (Topology(ranks_per_client=2), 3, "ranks_per_client=2 does not divide"),
-        (Topology(ranks_per_client=2, coordinator="dedicated"), 4, "1 is the coordinator"),
-        (Topology(coordinator="dedicated"), 1, "at least 2 ranks"),
+        (TopologyConfig(ranks_per_client=2), 3, "ranks_per_client=2 does not divide"),
+        (TopologyConfig(ranks_per_client=2, coordinator="dedicated"), 4, "1 is the coordinator"),
+        (TopologyConfig(coordinator="dedicated"), 1, "at least 2 ranks"),
     ],
 )
-def test_a_world_that_does_not_divide_is_refused(topology: Topology, size: int, words: str) -> None:
+def test_a_world_that_does_not_divide_into_groups_is_rejected(
+    topology: TopologyConfig, size: int, words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         topology.groups(size)
 
 
-def talk() -> dict[str, object]:
-    world = connect(Topology(ranks_per_client=2))
+def communicate() -> dict[str, object]:
+    world = connect(TopologyConfig(ranks_per_client=2))
     number = torch.tensor([float(world.rank)])
     total, largest, first = number.clone(), number.clone(), number + 5
     world.sum(total)
@@ -80,7 +82,7 @@ def talk() -> dict[str, object]:
     world.group_broadcast(leader)
     weights = number.clone().requires_grad_()
     # f = (sum over the group)^2, so df/dweight = 2 * sum, from each of the two ranks' own f.
-    world.group_sum(weights).square().sum().backward()
+    world.group_sum(weights).square().sum().backward()  # type: ignore[no-untyped-call]
     if world.rank == 1:
         world.send(torch.tensor([7.0]), 3)
     received = torch.zeros(1)
@@ -98,8 +100,8 @@ def talk() -> dict[str, object]:
     }
 
 
-def test_collectives_reach_the_world_or_the_group() -> None:
-    rows = run_world(talk, size=4)
+def test_collectives_cover_the_world_or_the_group() -> None:
+    rows = run_world(communicate, size=4)
     assert [row["sum"] for row in rows] == [6.0] * 4
     assert [row["max"] for row in rows] == [3.0] * 4
     assert [row["first"] for row in rows] == [5.0] * 4
@@ -109,72 +111,76 @@ def test_collectives_reach_the_world_or_the_group() -> None:
     assert rows[0]["gathered"] == [0, 1, 2, 3]
 
 
-def join_thrice() -> list[float]:
+def connect_three_times() -> list[float]:
     sums = []
     for number in range(3):
-        world = connect(Topology(ranks_per_client=2))
-        world.stopping = number == 0
+        world = connect(TopologyConfig(ranks_per_client=2))
+        if number == 0:
+            world.request_stop()
         world.sum(total := torch.ones(1))
         sums.append(float(total) + 10 * world.agree_to_stop())
         world.close()
     return sums
 
 
-def test_a_script_may_start_one_run_after_another() -> None:
-    assert run_world(join_thrice, size=2) == [[12.0, 2.0, 2.0]] * 2
+def test_a_script_can_connect_one_world_after_another() -> None:
+    assert run_world(connect_three_times, size=2) == [[12.0, 2.0, 2.0]] * 2
 
 
 def fail_on_rank_1() -> None:
-    world = connect(Topology())
+    world = connect(TopologyConfig())
     if world.rank == 1:
         raise RuntimeError("this rank fails")
     world.sum(torch.ones(1))
 
 
-def test_the_first_error_is_reported_and_nobody_hangs() -> None:
+def test_the_first_error_is_reported_and_no_rank_hangs() -> None:
     with pytest.raises(AssertionError, match=r"rank 1: [\s\S]*this rank fails"):
         run_world(fail_on_rank_1, size=2, timeout_s=20)
 
 
-def stop_one() -> list[bool]:
-    world = connect(Topology())
-    world.stopping = world.rank == 1
+def request_stop_on_rank_1() -> list[bool]:
+    world = connect(TopologyConfig())
+    if world.rank == 1:
+        world.request_stop()
     return [world.agree_to_stop(), world.stop_requested()]
 
 
-def test_all_ranks_learn_that_one_was_told_to_stop() -> None:
-    (first, _), (second, own) = run_world(stop_one, size=2)
+def test_all_ranks_learn_of_a_stop_request_on_one_rank() -> None:
+    (first, _), (second, own) = run_world(request_stop_on_rank_1, size=2)
     assert first
     assert second
     assert own
 
 
-def ctrl_c(again_after_s: float) -> str:
-    world = connect(Topology())
+def press_ctrl_c_twice(again_after_s: float) -> str:
+    world = connect(TopologyConfig())
     try:
         with stop_on_signals(world):
             os.kill(os.getpid(), signal.SIGINT)
-            assert world.stopping
+            assert world.stop_requested()
             time.sleep(again_after_s)
             os.kill(os.getpid(), signal.SIGINT)
-            return "goes on to its checkpoint"
+            return "continues to its checkpoint"
     except KeyboardInterrupt:
         return "interrupted"
 
 
 @pytest.mark.parametrize(
-    ("again_after_s", "outcome"), [(0.1, "goes on to its checkpoint"), (2.2, "interrupted")]
+    ("again_after_s", "expected"), [(0.1, "continues to its checkpoint"), (2.2, "interrupted")]
 )
-def test_one_ctrl_c_comes_twice_and_a_second_one_interrupts(again_after_s: float, outcome: str) -> None:
-    assert run_world(ctrl_c, again_after_s, size=1) == [outcome]
+def test_a_repeated_sigint_counts_once_and_a_later_one_interrupts(
+    again_after_s: float, expected: str
+) -> None:
+    assert run_world(press_ctrl_c_twice, again_after_s, size=1) == [expected]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
-def test_signals_ask_to_stop_and_are_given_back(number: signal.Signals) -> None:
-    world, before = connect(Topology()), signal.getsignal(number)
+def test_signals_request_a_stop_and_their_handlers_are_restored(number: signal.Signals) -> None:
+    world, before = connect(TopologyConfig()), signal.getsignal(number)
     with stop_on_signals(world):
         os.kill(os.getpid(), number)
-        assert world.stopping
+        assert world.stop_requested()
     assert signal.getsignal(number) == before
     world.close()
 
@@ -186,14 +192,16 @@ SEVERAL_NODES = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD
     ("changes", "warned"),
     [
         ({}, True),
-        ({"LOCAL_RANK": "1"}, False),  # once a node
+        ({"LOCAL_RANK": "1"}, False),  # once per node
         ({"LOCAL_WORLD_SIZE": "4"}, False),  # one node
         ({"GLOO_SOCKET_IFNAME": "eth0"}, False),
-        ({"MASTER_ADDR": "127.0.1.11"}, False),  # all nodes on one machine, as the tests of slurm/ have them
-        ({"MASTER_ADDR": "no-such-host.invalid"}, False),  # the rendezvous will say so
+        ({"MASTER_ADDR": "127.0.1.11"}, False),  # all nodes on one machine, as in tests/slurm
+        ({"MASTER_ADDR": "no-such-host.invalid"}, False),  # the rendezvous reports it
     ],
 )
-def test_a_host_whose_name_means_itself_is_told_what_to_set(changes: dict[str, str], warned: bool) -> None:
+def test_a_warning_names_the_setting_for_a_host_name_that_resolves_to_loopback(
+    changes: dict[str, str], warned: bool
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("GLOO_SOCKET_IFNAME", raising=False)
         for name, value in {**SEVERAL_NODES, "MASTER_ADDR": "192.0.2.1", **changes}.items():

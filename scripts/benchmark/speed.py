@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Seconds a round: fedddp beside a hand-written loop that says what the machine can do.
+"""Measure the seconds per round of fedddp and of a hand-written loop, the limit of the machine.
 
-Both train the same model on the same images with FedAvg, in the same session, one after the other and in turn
-(A B C A B C), and the medians are set against the loop's. Run it in the project's environment:
+    .venv/bin/python scripts/benchmark/speed.py --repeat 3 --table docs/benchmarks.md
 
-    .venv/bin/python scripts/benchmark/speed --repeat 3 --table docs/benchmarks.md
-
-With `--root DIR` (torchvision's MNIST files) it trains on MNIST, else on the synthetic shapes.
+Both train the same model on the same images with FedAvg. All setups are measured in turn (A B C A B C), and
+medians are compared with the loop's. With `--root DIR` (torchvision's MNIST files) they train on MNIST, else
+on the synthetic dataset `shapes`.
 """
 
 from __future__ import annotations
@@ -21,16 +20,20 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from fedddp.storage.history import read_rows
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 WORKLOADS = {
-    # model, clients, cohort, examples a client, batch, rounds
+    # model, clients, cohort, examples per client, batch, rounds
     "cnn": ("lenet", 100, 10, 600, 32, 8),
     "tiny": ("2nn", 1000, 100, 60, 20, 10),
 }
-CONFIGS = {
-    # processes, arguments of fedddp; None is the hand-written loop
+SETUPS: dict[str, tuple[int, list[str] | None]] = {
+    # processes, further arguments of fedddp; None is the hand-written loop
     "loop, 1 process": (1, None),
     "fedddp, 1 rank": (1, []),
     "fedddp, 1 rank, channels last": (1, ["--local.channels_last", "true"]),
@@ -42,8 +45,8 @@ CONFIGS = {
 WARM_UP = 2  # rounds that are not counted
 
 
-def settings(workload: str, root: str | None) -> list[str]:
-    """Return the arguments of `fedddp run` for a workload."""
+def arguments(workload: str, root: str | None) -> list[str]:
+    """Return the arguments of `fedddp run` for a workload, but for the recipe or file."""
     model, clients, cohort, examples, batch, rounds = WORKLOADS[workload]
     data = ["mnist", "--data.root", root] if root else ["shapes", "--data.image_size", "28"]
     flags = {
@@ -60,21 +63,20 @@ def settings(workload: str, root: str | None) -> list[str]:
     return ["--data.dataset", *data, *[word for k, v in flags.items() for word in (f"--{k}", str(v))]]
 
 
-def fedddp(workload: str, root: str | None, processes: int, extra: list[str]) -> list[float]:
-    """Return the seconds of each round, without evaluation."""
+def time_fedddp(workload: str, root: str | None, processes: int, extra: list[str]) -> list[float]:
+    """Return the seconds of each round, without evaluation and checkpoints."""
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "speed.yaml"
-        config.write_text("{}\n")
-        arguments = [str(config), *settings(workload, root), "--output", folder, "--name", "run", *extra]
-        launch(
-            processes, ["-m", "fedddp", "run", *arguments, "--track.with", "[]", "--track.progress", "false"]
-        )
+        file = Path(folder) / "speed.yaml"
+        file.write_text("{}\n")
+        quiet = ["--tracking.trackers", "[]", "--tracking.progress", "false"]
+        command = [str(file), *arguments(workload, root), "--output", folder, "--name", "run", *quiet]
+        launch(processes, ["-m", "fedddp", "run", *command, *extra])
         rows = read_rows(Path(folder) / "run" / "history.jsonl")
-    off_the_clock = ("time/evaluate", "time/checkpoint")
-    return [row["time/round"] - sum(row.get(key, 0.0) for key in off_the_clock) for row in rows]
+    excluded = ("time/evaluate", "time/checkpoint")
+    return [row["time/round"] - sum(row.get(key, 0.0) for key in excluded) for row in rows]
 
 
-def loop(workload: str, root: str | None, processes: int) -> list[float]:
+def time_loop(workload: str, root: str | None, processes: int) -> list[float]:
     """Return the seconds of each round of the hand-written loop."""
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "seconds.json")
@@ -83,55 +85,68 @@ def loop(workload: str, root: str | None, processes: int) -> list[float]:
     return seconds
 
 
-def launch(processes: int, arguments: list[str]) -> None:
+def launch(processes: int, program: list[str]) -> None:
     """Start ranks with torchrun, one thread each."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command = [*torchrun, str(processes), *arguments]
+    command = [*torchrun, str(processes), *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
 
 
+def load_clients(workload: str, root: str | None) -> tuple[Tensor, Tensor, nn.Module]:
+    """Return the images (clients, examples, C, H, W) and labels (clients, examples), and the model."""
+    import torch
+
+    from fedddp import DataConfig, ModelConfig
+    from fedddp.data.datasets import load
+
+    model_name, clients, _, examples, _, _ = WORKLOADS[workload]
+    if root:
+        data = DataConfig(dataset="mnist", root=root, examples=clients * examples)
+    else:
+        data = DataConfig(dataset="shapes", image_size=28, examples=clients * examples)
+    images, _ = load(data)
+    assert images.pixels is not None
+    x = images.pixels.float().div_(255)
+    x = x.sub_(torch.tensor(images.mean).view(-1, 1, 1)).div_(torch.tensor(images.std).view(-1, 1, 1))
+    y = torch.from_numpy(images.labels)
+    permutation = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+    model = ModelConfig(name=model_name).build(classes=images.classes, shape=images.shape, seed=0)
+    x = x[permutation].view(clients, examples, *images.shape)
+    return x, y[permutation].view(clients, examples), model
+
+
 def hand_written(workload: str, root: str | None, out: str) -> None:
-    """FedAvg written for this model alone: flat views, index slices, fused SGD, one all-reduce."""
+    """Train FedAvg, written for this model alone: flat views, index slices, fused SGD, one all-reduce."""
     import torch
     import torch.distributed as dist
     from torch.nn.functional import cross_entropy
 
-    from fedddp import Data, Model
-    from fedddp.data.datasets import load
-
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    model_name, clients, cohort, examples, batch, rounds = WORKLOADS[workload]
-    name = {"dataset": "mnist", "root": root} if root else {"dataset": "shapes", "image_size": 28}
-    images, _ = load(Data(**name, examples=clients * examples))
-    x = images.pixels.float().div_(255)
-    x = x.sub_(torch.tensor(images.mean).view(-1, 1, 1)).div_(torch.tensor(images.std).view(-1, 1, 1))
-    y = torch.from_numpy(images.labels)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
-    x = x[order].view(clients, examples, *images.shape)
-    y = y[order].view(clients, examples)
-
-    model = Model(name=model_name).build(classes=images.classes, shape=images.shape, seed=0)
+    _, clients, cohort, examples, batch, rounds = WORKLOADS[workload]
+    x, y, model = load_clients(workload, root)
     parameters = list(model.parameters())
     with torch.no_grad():
         flat = torch.cat([p.reshape(-1) for p in parameters])
-        for p, view in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        for p, view in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
             p.data = view.view_as(p)
     optimizer = torch.optim.SGD(parameters, lr=0.05, fused=True)
     server, total = flat.clone(), torch.zeros_like(flat)
-    draw, seconds = torch.Generator().manual_seed(0), []
+    rng = torch.Generator().manual_seed(0)
+    seconds: list[float] = []
     for _ in range(rounds):
         dist.barrier()
         start = time.perf_counter()
         total.zero_()
-        for client in torch.randperm(clients, generator=draw)[:cohort][rank::size].tolist():
+        for client in torch.randperm(clients, generator=rng)[:cohort][rank::size].tolist():
             flat.copy_(server)
-            for indices in torch.randperm(examples).split(batch):
+            for indices in torch.split(torch.randperm(examples), batch):
                 optimizer.zero_grad()
-                cross_entropy(model(x[client][indices]), y[client][indices]).backward()
+                loss = cross_entropy(model(x[client][indices]), y[client][indices])
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             total.add_(flat, alpha=1 / cohort)
         dist.all_reduce(total)
@@ -143,33 +158,31 @@ def hand_written(workload: str, root: str | None, out: str) -> None:
 
 
 def table(results: dict[str, dict[str, list[float]]]) -> str:
-    """Return the results as Markdown: medians of all counted rounds, and ratios to the loop."""
+    """Return the results as Markdown: medians over the counted rounds, and ratios to the loop."""
     lines = []
-    for workload, by_config in results.items():
+    for workload, by_setup in results.items():
         model, clients, cohort, examples, batch, _ = WORKLOADS[workload]
         lines += [
-            f"### {workload}: {model}, {cohort} of {clients:,} clients a round, {examples} images each, "
+            f"### {workload}: {model}, {cohort} of {clients:,} clients per round, {examples} images each, "
             f"batch {batch}",
             "",
             "| configuration | s/round | images/s | against the loop |",
             "|---|--:|--:|--:|",
         ]
-        for config, seconds in by_config.items():
-            processes = CONFIGS[config][0]
-            floor = median(by_config[f"loop, {processes} process{'es' if processes > 1 else ''}"])
-            middle = median(seconds)
-            lines.append(
-                f"| {config} | {middle:.3f} | {cohort * examples / middle:,.0f} | {middle / floor:.2f} |"
-            )
+        for setup, seconds in by_setup.items():
+            processes, _ = SETUPS[setup]
+            loop = median(by_setup[f"loop, {processes} process{'es' if processes > 1 else ''}"])
+            own = median(seconds)
+            lines.append(f"| {setup} | {own:.3f} | {cohort * examples / own:,.0f} | {own / loop:.2f} |")
         lines.append("")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure all configurations in turn and print the table."""
+    """Measure all setups in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--workloads", default="cnn,tiny")
-    parser.add_argument("--repeat", type=int, default=3, help="how often each configuration runs")
+    parser.add_argument("--repeat", type=int, default=3, help="how often each setup runs")
     parser.add_argument("--root", help="folder with torchvision's MNIST files")
     parser.add_argument("--table", help="Markdown file in which the part between the speed marks is replaced")
     parser.add_argument("--loop", help=argparse.SUPPRESS)
@@ -182,15 +195,15 @@ def main() -> None:
     from rich.progress import track
 
     names = given.workloads.split(",")
-    results: dict[str, dict[str, list[float]]] = {name: {config: [] for config in CONFIGS} for name in names}
-    work = [(w, c) for w in names for _ in range(given.repeat) for c in CONFIGS]
-    for workload, config in track(work, description="measuring"):
-        processes, extra = CONFIGS[config]
+    results: dict[str, dict[str, list[float]]] = {name: {setup: [] for setup in SETUPS} for name in names}
+    work = [(w, c) for w in names for _ in range(given.repeat) for c in SETUPS]
+    for workload, setup in track(work, description="measuring"):
+        processes, extra = SETUPS[setup]
         if extra is None:
-            seconds = loop(workload, root, processes)
+            seconds = time_loop(workload, root, processes)
         else:
-            seconds = fedddp(workload, root, processes, extra)
-        results[workload][config] += seconds[WARM_UP:]
+            seconds = time_fedddp(workload, root, processes, extra)
+        results[workload][setup] += seconds[WARM_UP:]
     import torch
 
     machine = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}"

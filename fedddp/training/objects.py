@@ -1,0 +1,101 @@
+"""The user's own module and datasets of a run, and what its config.yaml records of them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.utils.data import Dataset
+
+from fedddp.config.loader import OBJECTS, to_dict
+from fedddp.config.schema import Config
+from fedddp.data.datasets import Images, from_dataset, load
+from fedddp.section import ConfigError
+
+SAMPLED = 4096
+"""Images of a dataset, evenly spaced, that its digest covers; it covers all labels."""
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What a program passed to `Federation` instead of naming it; each may be None."""
+
+    module: nn.Module | None = None
+    train: Dataset[Any] | None = None
+    test: Dataset[Any] | None = None
+
+    def load_images(self, config: Config) -> tuple[Images, Images | None]:
+        """Return the training and the test images: the user's own, or those that `config.data` names.
+
+        Raises:
+            ValueError: files are missing or corrupt, or labels or images do not fit.
+        """
+        if self.train is None:
+            return load(config.data)
+        images = from_dataset(self.train)
+        return images, None if self.test is None else from_dataset(self.test, like=images)
+
+    def record(self, config: Config, train: Images, test: Images | None) -> dict[str, Any]:
+        """Return what the run's config.yaml holds: `config`, with these objects instead of names."""
+        recorded: dict[str, Any] = to_dict(config)
+        objects: dict[str, Any] = {}
+        if self.module is not None:
+            del recorded["model"]["name"]
+            objects["module"] = _describe_module(self.module)
+        if self.train is not None:
+            for name in ("dataset", "root", "download"):
+                del recorded["data"][name]
+            objects["train"] = _describe_images(self.train, train)
+        if self.test is not None and test is not None:
+            objects["test"] = _describe_images(self.test, test)
+        return recorded | ({OBJECTS: objects} if objects else {})
+
+
+def check_objects(module: object, train: object, test: object) -> None:
+    """Refuse objects of the wrong kind.
+
+    Raises:
+        ConfigError: the module is no `nn.Module`, or test data come without training data.
+    """
+    if module is not None and not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"module must be an nn.Module, got {type(module).__name__}; name models by model.name"
+        )
+    if test is not None and train is None:
+        raise ConfigError("test is given without train; give both, or data.dataset for both")
+
+
+def _describe_module(module: nn.Module) -> dict[str, Any]:
+    """Return the class of a module, its size, and a digest of its layers and shapes (not of its weights)."""
+    state = [(name, tuple(t.shape), str(t.dtype)) for name, t in module.state_dict().items()]
+    return {
+        "class": _qualified_name(module),
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "digest": _digest(repr(module).encode(), repr(state).encode()),
+    }
+
+
+def _describe_images(dataset: Dataset[Any], images: Images) -> dict[str, Any]:
+    chosen = np.linspace(0, len(images) - 1, min(len(images), SAMPLED)).astype(np.int64)
+    pixels = b"" if images.pixels is None else images.pixels[chosen].numpy().tobytes()
+    return {
+        "class": _qualified_name(dataset),
+        "examples": len(images),
+        "shape": list(images.shape),
+        "classes": images.classes,
+        "digest": _digest(images.labels.tobytes(), pixels),
+    }
+
+
+def _qualified_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()

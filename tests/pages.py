@@ -1,0 +1,128 @@
+"""Markdown pages as tests read them: sections, code blocks and commands, and how these are run."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from launching import type_on_this_rank
+
+from fedddp.cli import main
+from fedddp.testing import run_world
+
+ROOT = Path(__file__).parent.parent
+
+
+class Block(NamedTuple):
+    """A fenced block of code."""
+
+    language: str
+    text: str
+    after: str
+    """The page's text between the previous block and this one."""
+
+
+def blocks(text: str) -> list[Block]:
+    """Return the fenced blocks of a page, or of a part of one."""
+    found = re.findall(r"(.*?)^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(language, content, before) for before, language, content in found]
+
+
+def snippets(text: str) -> list[str]:
+    """Return the Python of a page that is a program, not the content of a module."""
+    return [block.text for block in blocks(text) if block.language == "python" and not _file(block)]
+
+
+def commands(text: str) -> list[str]:
+    """Return the lines to type of a page, without comments, continuation lines joined."""
+    scripts = [block.text.replace("\\\n", "") for block in blocks(text) if block.language == "bash"]
+    words = [shlex.split(line, comments=True) for script in scripts for line in script.splitlines()]
+    return [shlex.join(line) for line in words if line]
+
+
+def sections(text: str) -> dict[str, str]:
+    """Return the text of a page by title; a line of code that starts with one # is a comment."""
+    parts = re.split(r"(?:\A#|^##+) (.*)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def targets(text: str) -> list[str]:
+    """Return what a page links to."""
+    return re.findall(r"\]\(([^)]+)\)", text)
+
+
+def assert_target_exists(target: str, page: Path) -> None:
+    """Fail where a link of `page` leads nowhere; addresses on the web are not fetched."""
+    name, _, anchor = target.partition("#")
+    if name.startswith("https://"):
+        return
+    linked = page.parent / name if name else page
+    assert linked.exists(), target
+    if anchor:
+        titles = [re.sub(r"[^\w -]", "", title.lower()) for title in sections(linked.read_text())]
+        assert anchor in [title.replace(" ", "-") for title in titles], target
+
+
+def run_command(command: str) -> None:
+    """Run `fedddp ...` on this rank, or `torchrun ... -m fedddp ...` on as many ranks as it starts.
+
+    The ranks are those of `run_world`: torchrun itself is tested by tests/e2e.
+    """
+    program, *arguments = shlex.split(command)
+    if program == "torchrun":
+        ranks = int(arguments[arguments.index("--nproc-per-node") + 1])
+        typed = shlex.join(arguments[arguments.index("fedddp") + 1 :])
+        results = run_world(type_on_this_rank, typed, size=ranks, timeout_s=100)
+        assert [code for code, _ in results] == [0] * ranks, results
+        return
+    assert program == "fedddp", command
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert not stop.value.code, command
+
+
+def run_part(text: str, capsys: pytest.CaptureFixture[str], elsewhere: tuple[str, ...] = ()) -> None:
+    """Run a page, or a part of one, as it stands: write its files, type its commands, run its programs.
+
+    A block of output that follows one that was run must be the end of what that printed; numbers, which
+    depend on the machine, may differ.
+
+    Args:
+        text: the page.
+        capsys: the test's.
+        elsewhere: beginnings of commands that are left out, because other tests run them.
+    """
+    printed = ""
+    for block in blocks(text):
+        if block.language == "text":
+            if printed and not block.after.strip():
+                assert _without_numbers(printed).endswith(_without_numbers(block.text)), printed
+            continue
+        file = _file(block)
+        printed = ""
+        if file:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(block.text)
+        elif block.language == "python":
+            Path("program.py").write_text(block.text)
+            runpy.run_path("program.py", run_name="__main__")
+            printed = capsys.readouterr().out
+        elif block.language == "bash":
+            mine = [c for c in commands(f"```bash\n{block.text}```") if not c.startswith(elsewhere)]
+            for command in mine:
+                run_command(command)
+            printed = capsys.readouterr().out
+
+
+def _file(block: Block) -> Path | None:
+    """Return the file whose content a block is: its first line names it."""
+    named = re.match(r"# ([\w/-]+\.(?:py|yaml))\b", block.text)
+    return Path(named[1]) if named else None
+
+
+def _without_numbers(text: str) -> str:
+    return " ".join(re.sub(r"\d[\d.,:]*", "#", text).split())

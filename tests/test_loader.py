@@ -1,0 +1,185 @@
+"""Batches: the same on any number of ranks, held or streamed; feature shift and augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from fedddp.data.datasets import DataConfig, Images
+from fedddp.data.loader import Batch, ClientLoader
+from fedddp.data.transforms import FeatureShift
+from fedddp.rng import stream
+
+CPU = torch.device("cpu")
+COUNT, SHAPE = 23, (3, 8, 10)
+
+
+def pixels() -> Tensor:
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(rng.integers(0, 256, (COUNT, *SHAPE), dtype=np.uint8))
+
+
+def images(*, streamed: bool = False) -> Images:
+    """Return images whose label is their own index."""
+    labels = np.arange(COUNT, dtype=np.int64)
+    source = TensorDataset(pixels(), torch.from_numpy(labels)) if streamed else None
+    held = None if streamed else pixels()
+    return Images(labels, COUNT, SHAPE, held, source, None, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))  # type: ignore[arg-type]
+
+
+def loader(*, streamed: bool = False, workers: int = 0, seed: int = 0, **data: Any) -> ClientLoader:
+    return ClientLoader(images(streamed=streamed), DataConfig(workers=workers, **data), CPU, seed=seed)
+
+
+def passes(source: ClientLoader, indices: Any, size: int, **options: Any) -> list[Batch]:
+    return list(source.batches(np.asarray(indices, dtype=np.int64), size, **options))
+
+
+def test_images_are_normalised_and_come_in_the_order_of_their_indices() -> None:
+    batches = passes(loader(), [5, 2, 9], 2)
+    assert [batch.targets.tolist() for batch in batches] == [[5, 2], [9]]
+    assert [(batch.count, batch.total) for batch in batches] == [(2, 2), (1, 1)]
+    mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    expected = (pixels()[[5, 2]].float() / 255 - mean) / std
+    torch.testing.assert_close(batches[0].images, expected)
+
+
+def test_no_examples_give_no_batches() -> None:
+    assert passes(loader(), [], 4) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_ranks_share_every_batch_without_dropping_or_repeating_examples(ranks: int, streamed: bool) -> None:
+    permuted = stream("x", 1).permutation(np.arange(COUNT)).tolist()
+    wanted = [permuted[start : start + 4] for start in range(0, COUNT, 4)]
+    source = loader(streamed=streamed)
+    shares = [
+        passes(source, np.arange(COUNT), 4, rng=stream("x", 1), shard=(rank, ranks)) for rank in range(ranks)
+    ]
+    assert {len(share) for share in shares} == {len(wanted)}
+    for number, batch in enumerate(wanted):
+        parts = [share[number] for share in shares]
+        real = [part.targets[: part.count].tolist() for part in parts]
+        assert sorted(label for part in real for label in part) == sorted(batch)
+        assert all(part.total == len(batch) for part in parts)
+        assert all(len(part.targets) >= 1 for part in parts), (
+            "a rank without an example needs a padding example"
+        )
+        assert parts[0].targets.tolist() == batch[::ranks]
+
+
+def test_streamed_images_are_the_held_ones() -> None:
+    options: dict[str, Any] = {"train": True, "client": 4, "shard": (1, 2)}
+    shift = FeatureShift(rotation=20, color=0.3, noise=0.1)
+    held = loader(feature_shift=shift, augment="crop-flip")
+    streamed = loader(streamed=True, workers=2, feature_shift=shift, augment="crop-flip")
+    for _ in range(2):  # the workers are kept from pass to pass
+        pairs = zip(
+            passes(held, np.arange(COUNT), 5, **{**options, "rng": stream("o")}),
+            passes(streamed, np.arange(COUNT), 5, **{**options, "rng": stream("o")}),
+            strict=True,
+        )
+        for ours, theirs in pairs:
+            assert torch.equal(ours.targets, theirs.targets)
+            torch.testing.assert_close(ours.images, theirs.images)
+
+
+def one_pass(source: ClientLoader, **options: Any) -> dict[int, Tensor]:
+    """Return the images of one pass in one batch, by label."""
+    return dict(by_label(passes(source, np.arange(COUNT), COUNT, **options)))
+
+
+def by_label(batches: list[Batch]) -> Iterator[tuple[int, Tensor]]:
+    for batch in batches:
+        yield from zip(batch.targets[: batch.count].tolist(), batch.images, strict=False)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_augmentation_depends_on_the_generator_of_the_pass_only(ranks: int) -> None:
+    torch.manual_seed(ranks)  # torch's global generator does not affect results
+    source = loader(augment="crop-flip")
+    together = dict(by_label(passes(source, np.arange(COUNT), 6, rng=stream("o"), train=True)))
+    shared: dict[int, Tensor] = {}
+    for rank in range(ranks):
+        shared |= by_label(
+            passes(source, np.arange(COUNT), 6, rng=stream("o"), train=True, shard=(rank, ranks))
+        )
+    assert shared.keys() == together.keys()
+    assert all(torch.equal(shared[label], together[label]) for label in together)
+
+
+def test_flip_mirrors_about_half_and_crop_moves_by_up_to_an_eighth() -> None:
+    plain = one_pass(loader())
+    flipped = dict(
+        by_label(passes(loader(augment="flip"), np.arange(COUNT), COUNT, rng=stream("f"), train=True))
+    )
+    mirrored = [label for label in plain if torch.equal(flipped[label], plain[label].flip(-1))]
+    untouched = [label for label in plain if torch.equal(flipped[label], plain[label])]
+    assert len(mirrored) + len(untouched) == COUNT
+    assert 5 <= len(mirrored) <= 18
+    moved = dict(
+        by_label(passes(loader(augment="crop"), np.arange(COUNT), COUNT, rng=stream("c"), train=True))
+    )
+    offsets = set()
+    for label, image in plain.items():
+        # A border of black pixels, before normalisation, of an eighth of each side.
+        black = (0 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(
+            3, 1, 1
+        )
+        padded = black.expand(3, 10, 12).clone()
+        padded[:, 1:9, 1:11] = image
+        found = [
+            (y, x)
+            for y in range(3)
+            for x in range(3)
+            if torch.allclose(moved[label], padded[:, y : y + 8, x : x + 10])
+        ]
+        assert len(found) == 1
+        offsets.add(found[0])
+    assert len(offsets) > 4
+
+
+def test_only_training_is_augmented() -> None:
+    source = loader(augment="crop-flip")
+    plain = passes(loader(), np.arange(COUNT), COUNT)[0].images
+    assert torch.equal(passes(source, np.arange(COUNT), COUNT)[0].images, plain)
+
+
+def test_the_feature_shift_differs_between_clients_and_seeds() -> None:
+    feature_shift = FeatureShift(rotation=45, color=0.5, noise=0.2)
+
+    def shifted(client: int | None, seed: int) -> Tensor:
+        return passes(loader(feature_shift=feature_shift, seed=seed), np.arange(COUNT), COUNT, client=client)[
+            0
+        ].images
+
+    plain = passes(loader(), np.arange(COUNT), COUNT)[0].images
+    assert torch.equal(shifted(3, 0), shifted(3, 0))
+    assert not torch.equal(shifted(3, 0), shifted(4, 0))
+    assert not torch.equal(shifted(3, 0), shifted(3, 1))
+    assert torch.equal(shifted(None, 0), plain)
+
+
+def test_a_tint_multiplies_the_channels_by_the_clients_gains() -> None:
+    tinted = FeatureShift(color=0.5)
+    gains = torch.tensor(tinted.of_client(2, 0).gains).view(3, 1, 1)
+    got = passes(loader(feature_shift=tinted), [7], 1, client=2)[0].images[0]
+    mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    torch.testing.assert_close(got, ((pixels()[7].float() / 255 * gains).clamp(0, 1) - mean) / std)
+
+
+def test_noise_is_a_function_of_the_example_not_of_the_batch() -> None:
+    noisy = FeatureShift(noise=0.3)
+    one = dict(by_label(passes(loader(feature_shift=noisy), [4, 9, 1], 2, client=1)))
+    other = dict(by_label(passes(loader(feature_shift=noisy), [1, 4], 1, client=1)))
+    assert torch.equal(one[4], other[4])
+    assert torch.equal(one[1], other[1])
+    plain = dict(by_label(passes(loader(), [4], 1)))
+    assert not torch.equal(one[4], plain[4])
