@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import itertools
 import logging
 import os
@@ -44,6 +45,9 @@ fedddp: federated learning on DDP groups, in one torchrun.
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line `arguments` (by default the process's) and exit."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode shows "?" for a Greek letter
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     commands = {
         "run": _run,
         "compare": _compare,
@@ -81,7 +85,15 @@ class _PrintHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print `record`, with its level if it is a warning or worse."""
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        print(f"{level}{record.getMessage()}", flush=True)
+        _say(f"{level}{record.getMessage()}")
+
+
+def _say(line: str) -> None:
+    """Print a line on standard output; a reader that has left is no reason to fail."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
 
 
 @contextlib.contextmanager
@@ -143,10 +155,14 @@ def _report(error: Exception) -> NoReturn:
 def _stop(command: str) -> NoReturn:
     """Print the command that resumes a stopped run, and exit."""
     if _is_coordinator():
-        print(f"Stopped. Resume with the same launcher and: fedddp {command}", flush=True)
+        _say(f"Stopped. Resume with the same launcher and: fedddp {command}")
     marker = os.environ.get("FEDDDP_STOPPED_FILE")
     if marker:  # torchrun turns any other exit code than 0 into 1, so a batch script looks for a file
-        Path(marker).touch()
+        try:
+            Path(marker).touch()
+        except OSError as error:
+            print(f"error: FEDDDP_STOPPED_FILE={marker}: {error.strerror}", file=sys.stderr, flush=True)
+            sys.exit(STOPPED)
         sys.exit(0)
     sys.exit(STOPPED)
 
@@ -191,13 +207,23 @@ def _run(rest: list[str]) -> None:
     with _reporting():
         result = Federation(config, default_name=name).run()
     if not result.finished:
-        again = [*rest]
-        for flag, value in (("--name", result.folder.name), ("--resume", "auto")):
-            if flag not in again:
-                again += [flag, value]
-        _stop(f"run {shlex.join(again)}")
+        _stop(f"run {shlex.join(_with_flags(rest, name=result.folder.name, resume='auto'))}")
     if _is_coordinator():
-        print(f"run directory: {result.folder}")
+        _say(f"run directory: {result.folder}")
+
+
+def _with_flags(rest: list[str], **flags: str) -> list[str]:
+    """Return the arguments `rest` with these flags, which replace those of the same name."""
+    kept, words = [], iter(rest)
+    for word in words:
+        if word.startswith("--") and word[2:].partition("=")[0] in flags:
+            if "=" not in word:
+                next(words, None)
+            continue
+        kept.append(word)
+    for name, value in flags.items():
+        kept += [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+    return kept
 
 
 def _compare(rest: list[str]) -> None:
@@ -286,12 +312,16 @@ def _runs(rest: list[str]) -> None:
 
     from fedddp.storage.history import read_rows
 
-    output = Path(rest[0] if rest else "runs")
+    output = Path(rest[0] if rest else "runs").expanduser()
     if not output.is_dir():
         _fail(f"{output} is not a folder; give the --output of your runs")
     table = Table("run", "rounds", "loss", "accuracy", "state", box=None, header_style="bold")
     for folder in sorted(path.parent for path in output.glob("*/history.jsonl")):
-        rows = read_rows(folder / "history.jsonl")
+        try:
+            rows = read_rows(folder / "history.jsonl")
+        except (ValueError, OSError) as error:
+            table.add_row(folder.name, "-", "-", "-", f"corrupt: {error}")
+            continue
         last: dict[str, float] = {}
         for row in rows:
             last |= {key: value for key, value in row.items() if value is not None}

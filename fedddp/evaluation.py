@@ -46,6 +46,15 @@ class EvaluationConfig(Section):
         return np.sort(rng.choice(population, size, replace=False)).astype(np.int64)
 
 
+class NoMemoryError(ValueError):
+    """A batch does not fit into memory: one line that names the settings to change."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether `error` is torch's, of a GPU or of a CPU, for want of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @torch.no_grad()
 def measure(
     module: nn.Module,
@@ -58,9 +67,17 @@ def measure(
     """Return the (sum, count) pairs of `task` over the examples `indices`, on this rank alone."""
     module.eval()
     totals: dict[str, Tensor] = {}
-    for batch in loader.batches(indices, batch_size, client=client):
-        for name, pair in task.measure(module(batch.images), batch.targets).items():
-            totals[name] = totals[name] + pair if name in totals else pair
+    try:
+        for batch in loader.batches(indices, batch_size, client=client):
+            for name, pair in task.measure(module(batch.images), batch.targets).items():
+                totals[name] = totals[name] + pair if name in totals else pair
+    except Exception as error:
+        if is_out_of_memory(error):
+            device = "GPU" if loader.device.type == "cuda" else "CPU"
+            raise NoMemoryError(
+                f"out of {device} memory while evaluating with evaluation.batch_size={batch_size}; lower it"
+            ) from error
+        raise
     return totals
 
 

@@ -28,7 +28,7 @@ from fedddp.storage.history import read_rows
 from fedddp.training.assembly import assemble, load_images
 from fedddp.training.asynchronous.coordinator import run_asynchronous
 from fedddp.training.objects import Objects, check_objects
-from fedddp.training.run_directory import check_replay, run_directory
+from fedddp.training.run_directory import check_replay, run_directory, write_record
 from fedddp.training.session import Session, Stopped
 from fedddp.training.synchronous import run_rounds
 
@@ -105,6 +105,8 @@ class Federation:
                 loop = run_asynchronous if isinstance(config.algorithm, AsynchronousAlgorithm) else run_rounds
                 finished = True
                 with _failing_tracker(s):
+                    if world.is_coordinator:
+                        write_record(directory, record)
                     try:
                         loop(s)
                     except Stopped:

@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from fedddp.config.loader import OBJECTS, build, read_sections
 from fedddp.data.datasets import Images, from_dataset
-from fedddp.data.decode import to_uint8
 from fedddp.data.loader import normalized
+from fedddp.data.pixels import to_uint8
 from fedddp.data.transforms import resize
 from fedddp.evaluation import Metrics
 from fedddp.section import ConfigError
@@ -116,7 +116,7 @@ def load_model(run: str | Path, module: nn.Module | None = None) -> TrainedModel
     if module is None:
         module = described.build(classes=len(classes), shape=shape, seed=config.seed)
     else:
-        module = described.adapt(module, classes=len(classes), shape=shape)
+        module = described.adapt(module, classes=len(classes), shape=shape, seed=config.seed)
     try:
         load_into(module, weights)
     except ValueError as error:

@@ -6,7 +6,10 @@ number of ranks or the order of other draws. That is what makes results equal fo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import random
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -19,6 +22,24 @@ def stream_seed(*name: int | str) -> int:
     """Return the 63-bit seed of the stream `name`; equal names give equal seeds on every machine."""
     digest = hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+@contextlib.contextmanager
+def drawing_from(*name: int | str) -> Iterator[None]:
+    """Seed the global generators (Python's, NumPy's, torch's on the CPU) by a stream, for the block."""
+    import torch  # here: what splits data needs NumPy only
+
+    seed = stream_seed(*name)
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
 
 
 def stream(*name: int | str) -> np.random.Generator:

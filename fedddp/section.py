@@ -18,15 +18,22 @@ import types
 import typing
 from abc import ABC, ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, dataclass_transform
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
-PositiveInt = Annotated[int, Ge(1)]
-NonNegativeInt = Annotated[int, Ge(0)]
+LARGEST = 2**31 - 1
+"""Largest count; products of two of them still fit into 64 bits."""
+
+PositiveInt = Annotated[int, Ge(1), Le(LARGEST)]
+NonNegativeInt = Annotated[int, Ge(0), Le(LARGEST)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
+
+EXECUTION = {"role": "execution"}
+"""Metadata of a field that decides where and how a run is computed, and no number; a resume may change it."""
 
 RENAMED = {
     "track": "tracking",
@@ -91,6 +98,18 @@ class Section(metaclass=SectionType):
     """Where the section stands in a configuration, such as "data.partition"; the same for a whole family."""
     chosen_by_name: ClassVar[bool] = False
     """Whether the section is one of several classes: `algorithm: {name: FedProx, mu: 0.1}`."""
+
+
+def local_path(text: str, key: str) -> Path:
+    """Return the path in the setting `key`; `~` is the home folder.
+
+    Raises:
+        ConfigError: the home folder is not known.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{key}={text}: {error}; write the folder out") from None
 
 
 def complete(cls: Any) -> None:
@@ -217,7 +236,12 @@ def _rule(rule: Any) -> str:
 
 def range_of(hint: Any) -> str:
     """Return the range of a setting in words, such as ">= 1"; empty where there is none."""
-    rules = [rule for _, constraints in options(hint) for rule in constraints if not isinstance(rule, str)]
+    rules = [
+        rule
+        for _, constraints in options(hint)
+        for rule in constraints
+        if not isinstance(rule, str) and rule != Le(LARGEST)
+    ]
     return ", ".join(_rule(rule) for rule in rules)
 
 

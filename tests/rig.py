@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import references as ref
@@ -20,7 +21,6 @@ from fedddp.data.partition import Dirichlet
 from fedddp.distributed.launch import connect
 from fedddp.distributed.world import World
 from fedddp.testing import run_world
-from fedddp.tracking.tracker import NullTracker
 from fedddp.training.assembly import assemble, load_images
 from fedddp.training.asynchronous.coordinator import run_asynchronous
 from fedddp.training.objects import Objects
@@ -103,20 +103,19 @@ def stop_within_a_round(config: Config, topology: TopologyConfig, directory: Pat
     """Train until four clients are done; in a world of its own, for which the request to stop holds."""
     with contextlib.closing(connect(topology)) as world:
         session = session_of(config, world, directory, objects)
-        session.tracker = StopsAfter(world, clients=4)
-        with pytest.raises(Stopped):
+        stops = mock.patch.object(session.tracker, "client_done", StopsAfter(world, clients=4))
+        with stops, pytest.raises(Stopped):
             run_rounds(session)
     assert list(directory.glob("checkpoints/round-0000?-0*"))
 
 
-class StopsAfter(NullTracker):
-    """A tracker that asks the run to stop when so many clients are done."""
+class StopsAfter:
+    """Asks the run to stop when so many clients are done."""
 
     def __init__(self, world: World, clients: int) -> None:
-        super().__init__()
         self.world, self.left = world, clients
 
-    def client_done(self, count: int = 1) -> None:
+    def __call__(self, count: int = 1) -> None:
         self.left -= 1
         if self.left == 0:
             self.world.request_stop()

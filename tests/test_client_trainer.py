@@ -20,7 +20,7 @@ from fedddp.distributed.launch import connect
 from fedddp.distributed.topology import TopologyConfig
 from fedddp.distributed.world import World
 from fedddp.models.flat import FlatModel
-from fedddp.models.norms import convert_norm
+from fedddp.models.norms import convert_norm, synchronized
 from fedddp.rng import stream
 from fedddp.tasks.classification import Classification
 from fedddp.testing import run_world
@@ -124,7 +124,8 @@ def start_training(
 ) -> tuple[ClientTrainer, ServerState]:
     module: nn.Module = net(case.kind)
     if case.kind == "synced norm":
-        convert_norm(module, "sync", world.group_sum)
+        convert_norm(module, "sync")
+        synchronized(module, world.group_sum)
     if case.local.channels_last:
         module = module.to(memory_format=torch.channels_last)
     flat = FlatModel(module)

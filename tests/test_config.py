@@ -66,7 +66,7 @@ def test_recipes_make_the_same_configuration_again_from_their_yaml(recipe: str) 
         {"output": "a: b # c", "tracking": TrackingConfig(project="'quoted'", group="Null", trackers=[])},
         {"output": "zwei\nZeilen", "tracking": TrackingConfig(project="ünï")},
         {"data": DataConfig(feature_shift=FeatureShift(noise=1e-12), partition=Dirichlet(alpha=1e-5))},
-        {"algorithm": FedAsync(alpha=0.5, staleness=Hinge(a=1e-9, b=0)), "rounds": 10**12},
+        {"algorithm": FedAsync(alpha=0.5, staleness=Hinge(a=1e-9, b=0)), "rounds": 2**31 - 1},
         {
             "algorithm": ServerOptimizer(
                 optimizer="Adam", options={"eps": 1e-9, "betas": [0.9, 0.99], "amsgrad": True}
@@ -179,7 +179,10 @@ def test_a_quoted_none_is_a_text() -> None:
         ("algorithm: [FedProx]", "algorithm: unknown name"),
         ("algorithm: {name: [FedProx]}", "algorithm: unknown name"),
         ("algorithm: {name: FedProx, my: 0.1}", "Did you mean 'algorithm.mu'?"),
-        ("data: {partition: {alpha: 3}}", "alpha is a setting of Dirichlet, not of IID"),
+        (
+            "data: {partition: {alpha: 3}}",
+            "alpha is a setting of Dirichlet, ClientDirichlet, ",
+        ),
         ("1: 2", "unknown key '1'; the top level has data, model"),
         ("? [a]\n: 1", "not valid YAML"),
         ("rounds: 1\n---\nrounds: 2", "not valid YAML"),

@@ -213,7 +213,7 @@ def test_scaffold_and_feddyn_reach_the_minimum_of_two_quadratics_and_fedavg_does
         ("--algorithm FedProx --algorithm.mu -1", "mu must be >= 0"),
         ("--algorithm QFedAvg --algorithm.q -1", "q must be >= 0"),
         ("--algorithm MOON --algorithm.temperature 0", "temperature must be > 0"),
-        ("--algorithm FedDyn --algorithm.alpha 0", "alpha must be > 0"),
+        ("--algorithm FedDyn --algorithm.alpha 0", "alpha must be >= 1e-08"),
     ],
 )
 def test_settings_that_an_algorithm_cannot_work_with_are_refused_in_one_line(flags: str, words: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from fedddp.data.datasets import DataConfig, Images
+from fedddp.data.decode import Decoded
 from fedddp.data.loader import Batch, ClientLoader
 from fedddp.data.transforms import FeatureShift
 from fedddp.rng import stream
@@ -28,9 +29,11 @@ def pixels() -> Tensor:
 def images(*, streamed: bool = False) -> Images:
     """Return images whose label is their own index."""
     labels = np.arange(COUNT, dtype=np.int64)
-    source = TensorDataset(pixels(), torch.from_numpy(labels)) if streamed else None
+    source = Decoded(TensorDataset(pixels(), torch.from_numpy(labels)), labels, "ours", None)
     held = None if streamed else pixels()
-    return Images(labels, COUNT, SHAPE, held, source, None, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))  # type: ignore[arg-type]
+    return Images(
+        labels, COUNT, SHAPE, held, source if streamed else None, None, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    )
 
 
 def loader(*, streamed: bool = False, workers: int = 0, seed: int = 0, **data: Any) -> ClientLoader:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedddp.distributed.launch import connect
 from fedddp.distributed.topology import TopologyConfig
-from fedddp.models.norms import SyncedBatchNorm, convert_norm, norm_parameters
+from fedddp.models.norms import SyncedBatchNorm, convert_norm, norm_parameters, synchronized
 from fedddp.models.registry import ModelConfig
 from fedddp.models.weights import head_of
 from fedddp.testing import run_world
@@ -96,7 +96,6 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         ({"name": "resnet81"}, "unknown model 'resnet81'; did you mean resnet18"),
         ({"name": "no_such_lab.nets.Net"}, "cannot import"),
         ({"name": "lenet", "weights": "x.pt"}, "pickled file can run code"),
-        ({"name": "lenet", "weights": "none.safetensors"}, "is not a file"),
         ({"name": "resnet18", "weights": "IMAGENET"}, "IMAGENET1K_V1"),
         ({"name": "lenet", "norm": "layer"}, "model.norm must be keep, batch, group or sync, got layer"),
     ],
@@ -104,6 +103,11 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_made_is_refused(model: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ModelConfig(**model)
+
+
+def test_weights_that_are_not_there_are_named_before_the_model_is_built() -> None:
+    with pytest.raises(ValueError, match=r"model.weights=none.safetensors is not a file"):
+        ModelConfig(name="lenet", weights="none.safetensors").check_weights()
 
 
 def test_images_too_small_are_refused() -> None:
@@ -191,7 +195,8 @@ def synced(shares: list[list[int]]) -> tuple[list[Tensor], dict[str, Tensor]]:
     try:
         torch.manual_seed(0)
         module = nn.Sequential(nn.BatchNorm2d(3))
-        convert_norm(module, "sync", world.group_sum)
+        convert_norm(module, "sync")
+        synchronized(module, world.group_sum)
         norm = module[0]
         assert isinstance(norm, SyncedBatchNorm)
         results: list[Tensor] = []

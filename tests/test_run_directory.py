@@ -16,7 +16,7 @@ from fedddp.distributed.launch import connect
 from fedddp.distributed.world import World
 from fedddp.testing import run_world
 from fedddp.training import run_directory as module
-from fedddp.training.run_directory import run_directory
+from fedddp.training.run_directory import run_directory, write_record
 
 
 @pytest.fixture
@@ -30,6 +30,7 @@ def enter(world: World, default_name: str = "digits", **settings: Any) -> tuple[
     """Start a run with these settings; return its directory and its configuration."""
     config = Config(**settings)
     with run_directory(config, default_name, world, to_dict(config)) as (directory, config):
+        write_record(directory, to_dict(config))
         (directory / "history.jsonl").touch()
         return directory, config
 
@@ -141,7 +142,7 @@ def test_a_resume_with_other_settings_is_rejected_and_keeps_config_yaml(world: W
     with pytest.raises(ConfigError, match=r"local.lr: is 0.5, but .* was started with 0.05"):
         enter(world, resume="auto", local=LocalConfig(lr=0.5))
     assert (directory / "config.yaml").read_text() == before
-    with pytest.raises(ConfigError, match=r"topology.threads: is 2, but .* was started with 1"):
+    with pytest.raises(ConfigError, match=r"topology.threads: is 2, but .* was started with null"):
         enter(world, resume="auto", topology=TopologyConfig(threads=2))
     enter(world, resume="auto", rounds=99, topology=TopologyConfig(timeout_s=5))
     assert "rounds: 99" in (directory / "config.yaml").read_text()

@@ -57,6 +57,8 @@ def just_outside(rule: Any, kind: Any) -> Iterator[tuple[Any, str]]:
             yield next_to(bound, -math.inf), f">= {bound}"
         case at.Gt(bound):
             yield kind(bound), f"> {bound}"
+        case at.Le(bound):
+            yield next_to(bound, math.inf), f"<= {bound}"
         case at.Interval():
             low = next_to(rule.ge, -math.inf) if rule.gt is None else kind(rule.gt)
             high = next_to(rule.le, math.inf) if rule.lt is None else kind(rule.lt)

@@ -85,15 +85,16 @@ def test_rows_are_on_disk_as_json_before_the_run_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("partial", ["", '{"round": 4, "lo', '{"round": 4}'])
 def test_a_resume_keeps_the_rows_up_to_the_checkpoint(tmp_path: Path, partial: str) -> None:
-    for name in ("history.jsonl", "clients.jsonl"):
-        lines = [json.dumps({"round": r, "é": i}) + "\n" for r in (1, 2, 3) for i in range(2)]
+    for name, clients in (("history.jsonl", 1), ("clients.jsonl", 2)):
+        lines = [json.dumps({"round": r, "é": i}) + "\n" for r in (1, 2, 3) for i in range(clients)]
         (tmp_path / name).write_text("".join(lines) + partial, encoding="utf-8")
-    assert len(read_rows(tmp_path / "history.jsonl")) == 6
+    assert len(read_rows(tmp_path / "clients.jsonl")) == 6
     history = History(tmp_path, keep_rounds=2)
     history.log({"round": 3})
     history.log_clients([{"round": 3, "client": 7}])
     history.close()
-    assert [row["round"] for row in read_rows(tmp_path / "history.jsonl")] == [1, 1, 2, 2, 3]
+    assert [row["round"] for row in read_rows(tmp_path / "history.jsonl")] == [1, 2, 3]
+    assert [row["round"] for row in read_rows(tmp_path / "clients.jsonl")] == [1, 1, 2, 2, 3]
     assert read_rows(tmp_path / "clients.jsonl")[-1] == {"round": 3, "client": 7}
     History(tmp_path).close()
     assert read_rows(tmp_path / "history.jsonl") == []

@@ -150,14 +150,13 @@ class Accumulator(ABC):
         self.counts[1] += int(not admitted.valid)
         self.counts[2] += int(admitted.clipped)
         if admitted.vectors is not None:
-            self._take(client, admitted.vectors, update.weight, example_weight)
-            self.counts[0] += 1
+            self.counts[0] += int(self._take(client, admitted.vectors, update.weight, example_weight))
             torch.maximum(self.integer_buffers, integer_buffers, out=self.integer_buffers)
         return admitted.valid
 
     @abstractmethod
-    def _take(self, client: int, vectors: Mapping[str, Tensor], weight: float, example_weight: float) -> None:
-        """Take in the admitted vectors of one client."""
+    def _take(self, client: int, vectors: Mapping[str, Tensor], weight: float, example_weight: float) -> bool:
+        """Take in the admitted vectors of one client; return whether they count."""
 
     def reduce(self, world: World) -> None:
         """Collective. Bring together what all ranks took in."""
@@ -189,13 +188,12 @@ def _largest(vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> flo
 
 
 def _describe(client: int, largest: float, limit: float, loss: float) -> str:
+    fix = "lower local.lr, set local.clip_norm, or choose aggregation.on_invalid_update=skip"
     if not math.isfinite(loss):
         what = f"training loss became {loss}"
     elif not math.isfinite(largest):
         what = "update has NaN or infinite values"
     else:
-        what = f"update reaches {largest:.3g}, beyond {limit:.3g}"
-    return (
-        f"client {client}: its {what}; lower local.lr, set local.clip_norm, or choose "
-        "aggregation.on_invalid_update=skip"
-    )
+        what = f"weighted update reaches {largest:.3g}, beyond the {limit:.3g} that sums hold"
+        fix = f"{fix}, or aggregation.sums=float32" if limit < 2.0**62 else fix
+    return f"client {client}: its {what}; {fix}"

@@ -60,11 +60,12 @@ class Sums(Accumulator):
         self.weights = torch.zeros(2, dtype=torch.int64)
         """Sums of the weights and of the example weights; on the CPU, where they are read every round."""
 
-    def _take(self, client: int, vectors: Mapping[str, Tensor], weight: float, example_weight: float) -> None:
+    def _take(self, client: int, vectors: Mapping[str, Tensor], weight: float, example_weight: float) -> bool:
         """Add the weighted vectors."""
         for name, vector in vectors.items():
             self._add(name, vector, example_weight if name == "buffers" else weight)
         self.weights += torch.tensor([_fixed(weight), _fixed(example_weight)])
+        return True
 
     def _add(self, name: str, vector: Tensor, weight: float) -> None:
         if not vector.numel():

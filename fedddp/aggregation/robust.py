@@ -62,10 +62,13 @@ class UpdateStack(Accumulator):
         self.rows: dict[int, Tensor] = {}
         self.weights: dict[int, float] = {}
 
-    def _take(self, client: int, vectors: Mapping[str, Tensor], weight: float, example_weight: float) -> None:
-        """Keep one client's update and buffers."""
+    def _take(self, client: int, vectors: Mapping[str, Tensor], weight: float, example_weight: float) -> bool:
+        """Keep one client's update and buffers; a client without examples has no vote."""
+        if not example_weight:
+            return False
         self.rows[client] = torch.cat([vectors["update"], vectors["buffers"]])
         self.weights[client] = weight
+        return True
 
     def reduce(self, world: World) -> None:
         """Collective. Bring all updates to the coordinator."""
@@ -209,7 +212,8 @@ class GeometricMedian(RobustAggregation):
         point = _median(rows)
         for _ in range(WEISZFELD_STEPS):
             distances = torch.linalg.vector_norm(rows - point, dim=1)
-            closeness = 1 / distances.clamp_min(1e-12 + 1e-9 * float(distances.max()))
+            # Smoothed by a fraction of the median distance, which a minority of clients cannot choose.
+            closeness = 1 / distances.clamp_min(1e-12 + 1e-9 * float(distances.median()))
             point = (closeness / closeness.sum()) @ rows
         return point
 

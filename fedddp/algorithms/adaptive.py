@@ -109,7 +109,7 @@ class ServerOptimizer(SynchronousAlgorithm):
         try:
             for _ in range(2):
                 self.step(trial, AggregatedUpdate({"update": torch.ones(3)}, 1))
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"optimizer={self.optimizer} cannot step a flat vector with options={self.options}: "

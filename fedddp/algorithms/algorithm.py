@@ -55,8 +55,10 @@ class ClientContext:
     """η, the local learning rate of this round."""
     on_exit: ExitStack
     """Context managers entered here are left when the client is trained, such as a hook on a layer."""
-    initial_loss: float = float("nan")
-    """F_k(x), the mean loss of the dispatched model; known if `Algorithm.needs_initial_loss`."""
+    initial_loss: float
+    """F_k(x), the mean loss of the dispatched model; NaN unless `Algorithm.needs_initial_loss`."""
+    largest_initial_loss: float
+    """The largest F_k(x) of the cohort; likewise."""
     pass_index: int = 0
     """Which of the `Algorithm.passes` of local training this is, from 0."""
     steps: int = 0
@@ -83,9 +85,7 @@ class ClientContext:
 
     def restart(self) -> None:
         """Reset parameters and buffers to the dispatched model."""
-        self.flat.params.copy_(self.start)
-        self.flat.buffers.copy_(self.start_buffers)
-        self.flat.integer_buffers.copy_(self.start_integer_buffers)
+        self.flat.load(self.start, self.start_buffers, self.start_integer_buffers)
 
     def load(self, name: str) -> Tensor:
         """Return the client's vector `name` on the model's device; zeros (P,) before it was stored."""
@@ -159,7 +159,7 @@ class Algorithm(Section, ABC):
     passes: ClassVar[int] = 1
     """How often a client trains in one round; `begin` is called before each pass."""
     needs_initial_loss: ClassVar[bool] = False
-    """Whether F_k(x) is computed before a client trains (`ClientContext.initial_loss`)."""
+    """Whether F_k(x) is computed for the cohort before it trains (`ClientContext.initial_loss`)."""
     mean_only: ClassVar[bool] = False
     """Whether updates mean something only as a plain mean: no robust rule, no clipped updates."""
     because: ClassVar[str] = ""

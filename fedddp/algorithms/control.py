@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 
 from fedddp.algorithms.algorithm import (
     AggregatedUpdate,
@@ -77,8 +79,8 @@ class FedDyn(SynchronousAlgorithm):
     first. Clients keep λ_k (P,). The default α is among the paper's.
     """
 
-    alpha: PositiveFloat = 0.1
-    """Strength of the regularisation α, > 0."""
+    alpha: Annotated[float, Ge(1e-8), "the paper's are 0.01 and 0.1"] = 0.1
+    """Strength of the regularisation α, >= 1e-8."""
 
     uniform = True
     stateful = True

@@ -32,11 +32,17 @@ class FedNova(FedProx):
         return {"optimizer": "sgd", **own, **({"clip_norm": None} if self.mu else {})}
 
     def coefficients(self, context: ClientContext) -> float:
-        """Return a_k: gradients of 1 make −(w − x)/η of the local optimizer the sum of their coefficients."""
-        a = v = 0.0
+        """Return a_k, the sum of the coefficients' absolute values: momentum and μ make some negative.
+
+        The coefficient of a gradient is by how much it has moved −w/η at the end: the response of the local
+        optimizer to a gradient of 1, after as many steps as follow it.
+        """
+        a = moved = 0.0
+        v = 1.0
         for _ in range(context.steps):
-            v = context.local.momentum * v + 1 - context.lr * self.mu * a
-            a += v
+            moved += v
+            a += abs(moved)
+            v = context.local.momentum * v - context.lr * self.mu * moved
         return a
 
     def lengths(self, size: int) -> dict[str, int]:

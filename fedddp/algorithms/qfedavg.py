@@ -27,13 +27,12 @@ class QFedAvg(SynchronousAlgorithm):
 
     With L = 1/η: D_k = F_k^q L(x − y_k);  h_k = q F_k^(q−1) ‖L(x − y_k)‖² + L F_k^q;
     x ← x − Σ_S D_k / Σ_S h_k. F_k is the client's mean loss at x before it trains. Both sums are divided
-    by L F̄^q here, F̄ the mean F_k of the round before, which keeps them near Σ_S Δ_k and m.
+    by L max_S F_k^q here, so that the largest weight is 1 however far the losses lie apart.
     """
 
     q: NonNegativeFloat = 0.1
     """Fairness q, >= 0; 0 is the uniform average, larger is more even; the paper's are 0.1 to 5."""
 
-    sends = ("loss",)
     uniform = True
     mean_only = True
     needs_initial_loss = True
@@ -44,22 +43,18 @@ class QFedAvg(SynchronousAlgorithm):
         return {"optimizer": "sgd"}
 
     def lengths(self, size: int) -> dict[str, int]:
-        """Return the lengths of the scaled update, the scaled h_k, and F_k."""
-        return {"update": size, "h": 1, "loss": 1}
-
-    def start(self, server: ServerState) -> None:
-        """F̄ = 1."""
-        server.vectors["loss"] = torch.ones_like(server.params[:1])
+        """Return the lengths of the scaled update and of the scaled h_k."""
+        return {"update": size, "h": 1}
 
     def finish(self, context: ClientContext) -> ClientUpdate:
-        """Send (F_k/F̄)^q Δ_k, (F_k/F̄)^q (1 + q‖Δ_k‖²/(η F_k)), and F_k."""
-        loss = torch.full_like(context.params[:1], context.initial_loss)
-        square = norm(context.update).square()
-        weight = (loss / context.server_vectors["loss"].clamp_min(SMALLEST_LOSS)) ** self.q
-        h = weight * (1 + self.q * square / (context.lr * loss.clamp_min(SMALLEST_LOSS)))
-        return ClientUpdate({"update": weight * context.update, "h": h, "loss": loss}, self.weight(context))
+        """Send (F_k/F_max)^q Δ_k and (F_k/F_max)^q (1 + q‖Δ_k‖²/(η F_k))."""
+        loss = max(context.initial_loss, SMALLEST_LOSS)
+        weight = (loss / max(context.largest_initial_loss, SMALLEST_LOSS)) ** self.q
+        update = context.update
+        h = weight * (1 + self.q * float(norm(update)) ** 2 / (context.lr * loss))
+        vectors = {"update": weight * update, "h": torch.full_like(context.params[:1], h)}
+        return ClientUpdate(vectors, self.weight(context))
 
     def step(self, server: ServerState, aggregated: AggregatedUpdate) -> None:
         """x ← x − ΣD_k / Σh_k."""
-        server.params.add_(aggregated["update"] / aggregated["h"].clamp_min(SMALLEST_LOSS))
-        server.vectors["loss"].copy_(aggregated["loss"])
+        server.params.add_(aggregated["update"] / aggregated["h"])

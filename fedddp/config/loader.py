@@ -29,9 +29,12 @@ from fedddp.section import (
     settings,
     unknown_key,
 )
+from fedddp.storage.history import read_text
 
 OBJECTS = "objects"
 """Section of a run's config.yaml that describes the user's own module and datasets."""
+
+MOST_VALUES, MOST_LEVELS = 100_000, 50
 
 NULL = ("null", "none", "~", "")
 TRUTH = {"true": True, "false": False}
@@ -98,7 +101,7 @@ def read_sections(target: str) -> dict[str, Any]:
             )
         path = FOLDER / f"{target}.yaml"
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
+        content = read_yaml(read_text(path))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give a recipe or a .yaml file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # encodings, deep nesting too
@@ -140,7 +143,26 @@ def read_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError, ValueError, RecursionError: it is no YAML.
     """
-    return yaml.load(text, Loader=_Loader)
+    value = yaml.load(text, Loader=_Loader)
+    _count(value, 0, 0)
+    return value
+
+
+def _count(value: Any, count: int, depth: int) -> int:
+    """Return how many values `value` holds, on top of `count`; aliases make a short text a long one.
+
+    Raises:
+        ValueError: too many, or too deeply nested.
+    """
+    count += 1
+    if count > MOST_VALUES or depth > MOST_LEVELS:
+        raise ValueError(
+            f"it holds more than {MOST_VALUES:,} values or {MOST_LEVELS} levels, aliases counted"
+        )
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for child in children:
+        count = _count(child, count, depth + 1)
+    return count
 
 
 # ---- flags ----

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict, get_args
+from typing import Annotated, Literal, TypedDict, get_args
+
+from annotated_types import Ge, Le
 
 from fedddp.aggregation import Aggregation, Mean
 from fedddp.algorithms import Algorithm, AsynchronousAlgorithm, FedAvg
@@ -14,7 +16,7 @@ from fedddp.data.datasets import DataConfig
 from fedddp.distributed.topology import TopologyConfig
 from fedddp.evaluation import EvaluationConfig
 from fedddp.models.registry import ModelConfig
-from fedddp.section import ConfigError, NonNegativeInt, PositiveInt, Section
+from fedddp.section import ConfigError, PositiveInt, Section, field_hints, key_of, section_in
 from fedddp.simulation.attacks import Attack, NoAttack
 from fedddp.simulation.clock import Clock, Virtual
 from fedddp.simulation.cohort import CohortConfig
@@ -22,16 +24,17 @@ from fedddp.storage.checkpoint import CheckpointConfig
 from fedddp.tasks import Classification, Task
 from fedddp.tracking.tracker import TrackingConfig
 
-Role = Literal["experiment", "common", "seed", "replay", "budget", "execution", "bookkeeping"]
+Role = Literal["experiment", "common", "seed", "replay", "budget", "bookkeeping"]
 """What a field of `Config` is for.
 
 `experiment`: which algorithm is trained on what; `common`: likewise, and the same in all runs of a
 comparison; `seed`: as common, but runs that differ in it alone are repetitions; `replay`: another run's
-arrivals; `budget`: how long; `execution`: on which ranks; `bookkeeping`: what is evaluated, saved, shown.
+arrivals; `budget`: how long; `bookkeeping`: what is evaluated, saved, shown. Settings inside a section that
+decide no number are marked there (`section.EXECUTION`).
 """
 
 
-EXPERIMENT, COMMON, SEED, REPLAY, BUDGET, EXECUTION, BOOKKEEPING = ({"role": role} for role in get_args(Role))
+EXPERIMENT, COMMON, SEED, REPLAY, BUDGET, BOOKKEEPING = ({"role": role} for role in get_args(Role))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,7 @@ class Config(Section):
     clock: Clock = field(default_factory=Virtual, metadata=COMMON)
     """How long clients take: stragglers in rounds, the order of arrivals in asynchronous training."""
 
-    topology: TopologyConfig = field(default_factory=TopologyConfig, metadata=EXECUTION)
+    topology: TopologyConfig = field(default_factory=TopologyConfig, metadata=EXPERIMENT)
     """Ranks, client groups, coordinator."""
 
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata=BOOKKEEPING)
@@ -80,7 +83,7 @@ class Config(Section):
     rounds: PositiveInt = field(default=10, metadata=BUDGET)
     """Rounds to train, >= 1."""
 
-    seed: NonNegativeInt = field(default=0, metadata=SEED)
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = field(default=0, metadata=SEED)
     """Seed of everything random, >= 0."""
 
     output: str = field(default="runs", metadata=BOOKKEEPING)
@@ -101,6 +104,8 @@ class Config(Section):
                 f"name must be letters, digits and . _ + = -, got {self.name!r}; "
                 "choose the folder around it with output"
             )
+        if self.resume == "never":
+            self.model.check_weights()
         for check in (_check_population, _check_aggregation, _check_local, _check_clock):
             check(self)
         if isinstance(self.algorithm, AsynchronousAlgorithm):
@@ -129,6 +134,18 @@ class ConfigFields(TypedDict, total=False):
     name: str | None
     replay: str | None
     resume: Literal["never", "auto"]
+
+
+def execution_settings() -> set[str]:
+    """Return the keys of the settings that decide no number, such as `data.workers`."""
+    sections = (section_in(hint) for hint in field_hints(Config).values())
+    return {
+        key_of(section, item.name)
+        for section in sections
+        if section is not None
+        for item in dataclasses.fields(section)
+        if item.metadata.get("role") == "execution"
+    }
 
 
 def fields_with(*roles: Role) -> tuple[str, ...]:

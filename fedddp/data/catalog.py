@@ -17,8 +17,10 @@ from torch.utils.data import Dataset, Subset
 from torchvision import datasets as torchvision_datasets
 
 from fedddp.data import decode
+from fedddp.data.image_folder import image_folder
 from fedddp.data.synthetic import SHAPES, render
 from fedddp.rng import stream
+from fedddp.section import local_path
 
 _FLAG: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
 _SPLIT: tuple[dict[str, Any], dict[str, Any]] = ({"split": "train"}, {"split": "test"})
@@ -28,7 +30,7 @@ _WHOLE: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
 
 # Name -> class in torchvision.datasets and its arguments for the training and the test set. Only
 # CIFAR unpickles its files, and its constructor checks their MD5 sums first. `_WHOLE` sets come
-# without a test set; a fifth of them becomes one.
+# without a test set; `data.test_fraction` of them becomes one.
 TORCHVISION: dict[str, tuple[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "mnist": ("MNIST", _FLAG),
     "fashion-mnist": ("FashionMNIST", _FLAG),
@@ -85,6 +87,7 @@ def open_dataset(
     download: bool = False,
     image_size: int | None = None,
     examples: int | None = None,
+    test_fraction: float = 0.2,
 ) -> tuple[Dataset[Any], Dataset[Any]]:
     """Return the training and the test set as map-style torch datasets.
 
@@ -94,23 +97,25 @@ def open_dataset(
         download: download missing files (those of torchvision).
         image_size: height and width of synthetic images; 32 by default.
         examples: synthetic training examples to draw; 10,000 by default.
+        test_fraction: share of every class that is tested, of datasets without a test set.
 
     Raises:
         ValueError: files are missing or corrupt, or the callable cannot be imported or called.
     """
-    folder = Path(root).expanduser()
+    folder = local_path(root, "data.root")
     if name == "digits":
-        return _split_off_fifth(_digits())
+        return _split(_digits(), test_fraction)
     if name == "shapes":
         count, size = examples or 10_000, image_size or 32
         return _shapes("train", count, size), _shapes("test", max(1, count // 5), size)
     if name == "image_folder":
-        return _image_folder(folder)
+        found = image_folder(folder, test_fraction)
+        return found if isinstance(found, tuple) else _split(found, test_fraction)
     if "." in name:
         return _call(name, root, train=True), _call(name, root, train=False)
     class_name, parts = TORCHVISION[name]
     train, test = (_torchvision(class_name, name, folder, download, part) for part in parts)
-    return _split_off_fifth(train) if parts is _WHOLE else (train, test)
+    return _split(train, test_fraction) if parts is _WHOLE else (train, test)
 
 
 def _digits() -> decode.Arrays:
@@ -126,37 +131,17 @@ def _shapes(part: str, count: int, size: int) -> decode.Arrays:
     return decode.Arrays(pixels, labels, list(SHAPES), ids=cameras)
 
 
-def _split_off_fifth(dataset: Dataset[Any]) -> tuple[Dataset[Any], Dataset[Any]]:
-    """Split off a fifth of every class, always the same, as the test set."""
+def _split(dataset: Dataset[Any], fraction: float) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Split off a fraction of every class, always the same, as the test set."""
     labels = decode.labels(dataset, type(dataset).__name__)
     shuffled = stream("test set").permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    position = np.arange(len(labels))
+    tested = np.floor(position * fraction) > np.floor((position - 1) * fraction)
     return (
-        Subset(dataset, np.sort(by_class[np.arange(len(labels)) % 5 != 0]).tolist()),
-        Subset(dataset, np.sort(by_class[::5]).tolist()),
+        Subset(dataset, np.sort(by_class[~tested]).tolist()),
+        Subset(dataset, np.sort(by_class[tested]).tolist()),
     )
-
-
-def _image_folder(root: Path) -> tuple[Dataset[Any], Dataset[Any]]:
-    held_out = "val" if (root / "val").is_dir() else "test"
-    folders = [root / "train", root / held_out]
-    for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(
-                f"data.root={root} has no folder {folder.name!r}; image_folder reads "
-                "train/CLASS/IMAGE and val/CLASS/IMAGE (or test/...) in it"
-            )
-    try:
-        train, test = (torchvision_datasets.ImageFolder(str(folder)) for folder in folders)
-    except FileNotFoundError as error:
-        raise ValueError(f"data.root={root}: {_line(error)}") from error
-    differing = sorted(set(train.classes) ^ set(test.classes))
-    if differing:
-        raise ValueError(
-            f"data.root={root}: class {differing[0]!r} is only in one of train and {held_out}; "
-            "both need the same class folders"
-        )
-    return train, test
 
 
 def _call(path: str, root: str, *, train: bool) -> Dataset[Any]:
@@ -169,7 +154,7 @@ def _call(path: str, root: str, *, train: bool) -> Dataset[Any]:
             f"data.dataset={path}: {_line(error)}; give the dotted path of a callable "
             "f(root: str, train: bool) that returns a dataset"
         ) from error
-    dataset: Dataset[Any] = make(root=root, train=train)
+    dataset: Dataset[Any] = make(root=str(local_path(root, "data.root")), train=train)
     return dataset
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from annotated_types import Interval
 from numpy.typing import NDArray
 from torch import Tensor
@@ -17,9 +19,15 @@ from fedddp.data.catalog import find, open_dataset
 from fedddp.data.partition import IID, Indices, Partition, Split, holdout_sizes
 from fedddp.data.transforms import Augment, FeatureShift
 from fedddp.rng import stream
-from fedddp.section import NonNegativeInt, PositiveInt, Section
+from fedddp.section import EXECUTION, Fraction, NonNegativeInt, PositiveInt, Section, local_path
 
 Memory = Literal["auto", "device", "stream"]
+
+DIGESTED = 256
+"""Images that a digest covers."""
+
+CACHE = ".fedddp"
+"""Folder in `data.root` with decoded pixels; it may be deleted when no run is starting."""
 
 FITS_BYTES = 2 * 2**30
 """Largest set of pixels that `memory=auto` holds on the device of every rank."""
@@ -40,7 +48,7 @@ class Images:
     pixels: Tensor | None
     """uint8 (examples, C, H, W) when they are held in memory; else None."""
 
-    source: Dataset[tuple[Tensor, int]] | None
+    source: decode.Decoded | None
     """Where pixels come from otherwise: gives a uint8 image of `shape` and its label."""
 
     ids: NDArray[np.int64] | None
@@ -59,6 +67,16 @@ class Images:
         """Return the number of examples."""
         return len(self.labels)
 
+    def digest(self, *, pixels: bool = True) -> str:
+        """Return a digest of labels, owners and shape, and of evenly spaced `pixels` that are in memory."""
+        digest = hashlib.blake2b(repr((self.shape, self.class_names)).encode(), digest_size=8)
+        digest.update(self.labels.tobytes())
+        digest.update(b"" if self.ids is None else self.ids.tobytes())
+        if pixels and self.pixels is not None:
+            chosen = np.linspace(0, len(self) - 1, min(len(self), DIGESTED)).astype(np.int64)
+            digest.update(self.pixels[torch.from_numpy(chosen)].numpy().tobytes())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
@@ -69,10 +87,10 @@ class DataConfig(Section):
     dataset: str = "digits"
     """Name of a dataset, or dotted path of a callable f(root=, train=) that returns one."""
 
-    root: str = "data"
+    root: str = field(default="data", metadata=EXECUTION)
     """Folder with the dataset's files."""
 
-    download: bool = False
+    download: bool = field(default=False, metadata=EXECUTION)
     """Download a missing dataset into `root` (those of torchvision)."""
 
     clients: PositiveInt = 20
@@ -90,14 +108,18 @@ class DataConfig(Section):
     augment: Augment = "none"
     """Random changes of training images: mirrored, or moved by up to an eighth of their size."""
 
-    image_size: PositiveInt | None = None
+    image_size: Annotated[int, Interval(ge=1, le=16384)] | None = None
     """Height and width that images are resized and cropped to; needed where they differ in size."""
 
-    memory: Memory = "auto"
+    memory: Memory = field(default="auto", metadata=EXECUTION)
     """Hold all pixels on each rank's device, or stream them; `auto` holds up to 2 GiB."""
 
-    workers: NonNegativeInt = 2
+    workers: NonNegativeInt = field(default=2, metadata=EXECUTION)
     """Processes per rank that read and decode streamed images, >= 0."""
+
+    test_fraction: Fraction = 0.2
+    """Share of every class that is tested, of datasets without a test set (`digits`, `eurosat`, `semeion`,
+    an image folder without train/ and val/), in [0, 1)."""
 
     examples: PositiveInt | None = None
     """Use only so many training and so many test examples, drawn at random, >= 1; for trials."""
@@ -125,11 +147,18 @@ def load(data: DataConfig) -> tuple[Images, Images]:
     """
     name = find(data.dataset)
     train, test = open_dataset(
-        name, data.root, download=data.download, image_size=data.image_size, examples=data.examples
+        name,
+        data.root,
+        download=data.download,
+        image_size=data.image_size,
+        examples=data.examples,
+        test_fraction=data.test_fraction,
     )
     # A user's callable may decode the same files in its own way.
-    cache = None if "." in name else Path(data.root).expanduser() / ".fedddp"
+    cache = None if "." in name else local_path(data.root, "data.root") / CACHE
     options = (data.image_size, data.memory, cache)
+    for dataset in (train, test):
+        decode.check_map_style(dataset, name)
     images = _images(_some(train, data.examples), f"{name} (train)", None, *options)
     return images, _images(_some(test, data.examples), f"{name} (test)", images, *options)
 
@@ -138,7 +167,7 @@ def from_dataset(
     dataset: Dataset[Any],
     *,
     like: Images | None = None,
-    image_size: PositiveInt | None = None,
+    image_size: int | None = None,
     memory: Memory = "auto",
     examples: int | None = None,
 ) -> Images:
@@ -159,7 +188,9 @@ def from_dataset(
     Raises:
         ValueError: no examples, images of different shapes, or labels out of range.
     """
-    some, name = _some(dataset, examples), type(dataset).__name__
+    name = type(dataset).__name__
+    decode.check_map_style(dataset, name)
+    some = _some(dataset, examples)
     return _images(some, name, like, image_size, memory, cache=None)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,19 +13,21 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
-from torchvision.transforms.v2 import functional
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
+from fedddp.data.pixels import channels_first, to_bytes, to_uint8
 from fedddp.data.transforms import resize
+from fedddp.rng import drawing_from
 
-v2: Any = functional  # its functions are not typed as exported
+logger = logging.getLogger(__name__)
 
 _CHUNK = 1024
+KEPT = 4
+"""Files of decoded pixels that a data folder keeps: the training and test sets of two ways to read them."""
 ZEROS = bytes(1 << 20)
 _SAMPLED = 4096
-"""Examples, evenly spaced, that the normalisation is computed from; 256 if they are streamed."""
+"""Examples, evenly spaced, that the normalisation is computed from."""
 
 
 class Arrays(Dataset[tuple[Tensor, int]]):
@@ -57,12 +61,17 @@ class Decoded(Dataset[tuple[Tensor, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Read one example.
+        """Read one example; raises as `read`."""
+        return self.read(index), int(self.labels[index])
+
+    def read(self, index: int, pass_seed: int = 0) -> Tensor:
+        """Return the pixels of one example; the dataset's own random draws follow from the arguments.
 
         Raises:
             ValueError: the image cannot be read or has another shape.
         """
-        image = self._read(index)
+        with drawing_from("item", pass_seed, index):
+            image = self._read(index)
         if image.shape[0] == 1:
             image = image.expand(self.shape[0], -1, -1)
         if image.shape != self.shape:
@@ -70,19 +79,15 @@ class Decoded(Dataset[tuple[Tensor, int]]):
                 f"{self._where(index)} has shape {tuple(image.shape)}, but the first image "
                 f"{self.shape}; set data.image_size, or give all images the same channels"
             )
-        return image, int(self.labels[index])
+        return image
 
     def _read(self, index: int) -> Tensor:
-        try:
-            image, label = self.dataset[index]
-            image = to_uint8(image, self._where(index))
-        except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
-            problem, gone = " ".join(str(error).split()), getattr(error, "errno", None)
-            fix = "bring its disk back and resume with --resume auto" if gone else "replace or delete it"
-            raise ValueError(f"{self._where(index)} cannot be read as an image ({problem}); {fix}") from error
-        if int(label) != self.labels[index]:
+        where = self._where(index)
+        image, label = as_pair(read_item(self.dataset, index, where), where)
+        image = to_uint8(image, where)
+        if label_of(label, self._where(index)) != self.labels[index]:
             raise ValueError(
-                f"{self._where(index)} has label {int(label)}, but its list of labels has "
+                f"{self._where(index)} has label {label}, but its list of labels has "
                 f"{self.labels[index]}; correct the list or remove it"
             )
         return resize(image, self.size)
@@ -112,7 +117,7 @@ class Decoded(Dataset[tuple[Tensor, int]]):
 
     def _fill(self, pixels: NDArray[np.uint8]) -> None:
         for index in range(len(self)):
-            pixels[index] = self[index][0].numpy()
+            pixels[index] = self.read(index).numpy()
 
     def _fingerprint(self) -> str:
         """Return a file name that changes when an image file, or the shape, does."""
@@ -127,46 +132,14 @@ class Decoded(Dataset[tuple[Tensor, int]]):
 
         They are taken from evenly spaced examples; streamed ones have to be read for it.
         """
-        count = min(len(self), _SAMPLED if pixels is not None else 256)
+        count = min(len(self), _SAMPLED)
         spaced = torch.arange(count) * len(self) // count
-        some = torch.stack([self[i][0] for i in spaced.tolist()]) if pixels is None else pixels[spaced]
+        some = torch.stack([self.read(i) for i in spaced.tolist()]) if pixels is None else pixels[spaced]
         values = some.transpose(0, 1).flatten(1).double() / 255
         # A channel without contrast is centred, not blown up.
         std = values.std(dim=1, correction=0)
         std = torch.where(std > 1e-3, std, 1.0)
         return tuple(values.mean(dim=1).tolist()), tuple(std.tolist())
-
-
-def to_uint8(image: Any, where: str) -> Tensor:
-    """Return one image as uint8 (C, H, W)."""
-    if isinstance(image, Image.Image):
-        image = v2.pil_to_tensor(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.array(image))  # a copy: torch wants writable memory
-    if not isinstance(image, Tensor) or image.dim() not in (2, 3):
-        kind = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(f"{where} is {kind}; expected a PIL image or a tensor (C, H, W)")
-    return _bytes(_channels_first(image[None]), where)[0]
-
-
-def _bytes(images: Tensor, where: str) -> Tensor:
-    if images.dtype == torch.uint8:
-        return images
-    if not images.is_floating_point() or images.min() < 0 or images.max() > 1:
-        low, high = images.min().item(), images.max().item()
-        raise ValueError(
-            f"{where} has {str(images.dtype).removeprefix('torch.')} values from {low:g} to "
-            f"{high:g}; give uint8, or floating values 0..1 without Normalize (fedddp normalises)"
-        )
-    return (images * 255).round().to(torch.uint8)
-
-
-def _channels_first(images: Tensor) -> Tensor:
-    """Return a stack of images (n, H, W), (n, H, W, C) or (n, C, H, W) as (n, C, H, W)."""
-    if images.dim() == 3:
-        return images[:, None]
-    channels_last = images.shape[1] not in (1, 3) and images.shape[3] in (1, 3)
-    return images.permute(0, 3, 1, 2).contiguous() if channels_last else images
 
 
 def _array(dataset: Any) -> Tensor | None:
@@ -189,7 +162,8 @@ def _array(dataset: Any) -> Tensor | None:
     fits = isinstance(images, Tensor) and images.dim() in (3, 4) and len(images) == len(dataset)
     if not fits or not (images.dtype == torch.uint8 or isinstance(dataset, TensorDataset)):
         return None
-    return _bytes(_channels_first(images), type(dataset).__name__)
+    name = type(dataset).__name__
+    return to_bytes(channels_first(images, name), name)
 
 
 def _files(dataset: Any) -> list[str]:
@@ -205,6 +179,56 @@ def _files(dataset: Any) -> list[str]:
     return []
 
 
+def read_item(dataset: Any, index: int, where: str) -> Any:
+    """Return an item of a dataset; any error of a decoder or of the user's own code becomes one line.
+
+    Raises:
+        ValueError: it cannot be read; the message names it.
+    """
+    try:
+        return dataset[index]
+    except MemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and where in str(error):  # a line of ours already
+            raise
+        text = " ".join(str(error).split())
+        problem = text if isinstance(error, OSError | SyntaxError) else f"{type(error).__name__}: {text}"
+        gone = isinstance(error, OSError) and error.errno
+        fix = "bring its disk back and resume with --resume auto" if gone else "replace or delete it"
+        raise ValueError(f"{where} cannot be read as an image ({problem}); {fix}") from error
+
+
+def as_pair(item: Any, where: str) -> tuple[Any, Any]:
+    """Return the image and the label in an item of a dataset.
+
+    Raises:
+        ValueError: it is no pair.
+    """
+    if isinstance(item, tuple | list) and len(item) == 2:
+        return item[0], item[1]
+    kind = type(item).__name__
+    if isinstance(item, dict):
+        kind = f"a dict with {', '.join(map(str, item))}"
+    elif isinstance(item, tuple | list):
+        kind = f"a {kind} of {len(item)}"
+    raise ValueError(f"{where} is {kind}; a dataset must return (image, label) pairs")
+
+
+def check_map_style(dataset: Any, name: str) -> None:
+    """Refuse a dataset without a length and items by index.
+
+    Raises:
+        ValueError: it is iterable only, or no dataset at all.
+    """
+    indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not indexed or isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"{name} is not a map-style dataset; it needs __len__, and __getitem__ that"
+            " returns (image, label) pairs"
+        )
+
+
 def labels(dataset: Any, name: str) -> NDArray[np.int64]:
     """Return the class of every example, (examples,), from the dataset's own list if it has one.
 
@@ -214,16 +238,23 @@ def labels(dataset: Any, name: str) -> NDArray[np.int64]:
     listed = None if getattr(dataset, "target_transform", None) else _listed_labels(dataset)
     if listed is not None:
         return listed
-    values = [dataset[index][1] for index in range(len(dataset))]
-    for index, value in enumerate(values):
-        integer = isinstance(value, int | np.integer) or (
-            isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point()
-        )
-        if not integer:
-            raise ValueError(
-                f"{name}: label of example {index} is {value!r}; give integers 0, 1, ... per class"
-            )
-    return np.array([int(value) for value in values], dtype=np.int64)
+    found = np.empty(len(dataset), dtype=np.int64)
+    for index in range(len(dataset)):
+        where = f"{name}: example {index}"
+        found[index] = label_of(as_pair(read_item(dataset, index, where), where)[1], where)
+    return found
+
+
+def label_of(value: Any, where: str) -> int:
+    """Return a label as an integer: an integer, a truth value, a whole float, or an array of one of these.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    array = np.asarray(value)
+    if array.size == 1 and array.dtype.kind in "iubf" and float(array.reshape(())) == int(array.reshape(())):
+        return int(array.reshape(()))
+    raise ValueError(f"{where} has the label {value!r}; give integers 0, 1, ... per class")
 
 
 def _listed_labels(dataset: Any) -> NDArray[np.int64] | None:
@@ -247,8 +278,13 @@ def _integers(values: Any, count: int) -> NDArray[np.int64] | None:
     """Return `values` as integers (count,) if that is what they are, else None."""
     if values is None or callable(values):
         return None
-    array = np.asarray(values)
-    if array.shape != (count,) or not np.issubdtype(array.dtype, np.integer):
+    try:
+        array = np.asarray(values)
+    except ValueError:  # a list of lists of different lengths
+        return None
+    if array.shape == (count, 1):
+        array = array[:, 0]
+    if array.shape != (count,) or array.dtype.kind not in "iub":
         return None
     return array.astype(np.int64)
 
@@ -279,11 +315,30 @@ def ids(dataset: Any, name: str) -> NDArray[np.int64] | None:
     return np.unique(owners, return_inverse=True)[1].astype(np.int64)
 
 
+def _remove_old(folder: Path) -> None:
+    """Remove all but the newest files of decoded pixels, and what killed processes of this host left."""
+    files = sorted(folder.glob("pixels-*.npy"), key=lambda file: file.stat().st_mtime_ns)
+    parts = [part for part in folder.glob(f"pixels-*.{socket.gethostname()}-*.part") if not _alive(part)]
+    for file in [*files[:-KEPT], *parts]:
+        file.unlink(missing_ok=True)
+
+
+def _alive(part: Path) -> bool:
+    try:
+        os.kill(int(part.suffixes[-2].rpartition("-")[2]), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _mapped(file: Path, fill: Callable[[NDArray[np.uint8]], None], shape: tuple[int, ...]) -> Tensor:
-    """Return the array in `file`, mapped into memory; if there is none, `fill` it first."""
-    if not file.exists():
+    """Return the array in `file`, mapped into memory; if there is none, or it is corrupt, `fill` it first."""
+    found = _load(file, shape) if file.exists() else None
+    if found is None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
+        part = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}.part")
         try:
             pixels = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
             with part.open("r+b") as allocated:
@@ -293,8 +348,20 @@ def _mapped(file: Path, fill: Callable[[NDArray[np.uint8]], None], shape: tuple[
             part.replace(file)
         finally:
             part.unlink(missing_ok=True)
+        _remove_old(file.parent)
+        found = np.load(file, mmap_mode="c", allow_pickle=False)
     # Copy-on-write, because torch wants writable memory; without a write the pages stay shared.
-    return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
+    return torch.from_numpy(found)
+
+
+def _load(file: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
+    """Return the array in `file`, or None if it is not of that shape."""
+    try:
+        pixels: NDArray[np.uint8] = np.load(file, mmap_mode="c", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        logger.warning("decoded pixels in %s are corrupt (%s); decoding the images again", file, error)
+        return None
+    return pixels if pixels.shape == shape else None
 
 
 def _reserve(file: BinaryIO, start: int, end: int) -> None:

@@ -6,6 +6,7 @@ are held on the device or streamed: everything random is drawn for a pass before
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +21,17 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
 from fedddp.data.datasets import DataConfig, Images
+from fedddp.data.decode import Decoded
 from fedddp.data.transforms import augment
 from fedddp.rng import stream_seed
+from fedddp.section import ConfigError
 
 v2: Any = functional  # its functions are not typed as exported
 
 Indices = NDArray[np.int64]
+
+SOCKET_PATH_BYTES, SOCKET_NAME_BYTES = 104, 40
+"""The longest path of a Unix socket (macOS; Linux: 108), and the part that multiprocessing appends."""
 
 CHUNK_BYTES = 32 * 2**20
 """Batches are converted together up to so many bytes of float pixels; small clients in one go."""
@@ -109,7 +115,8 @@ class ClientLoader:
         if self._pixels is not None:
             read = self._held(examples, parts)
         else:
-            read = self._streamed(examples, parts, batch_size, shard)
+            pass_seed = 0 if rng is None else int(rng.integers(2**62))
+            read = self._streamed(examples, parts, batch_size, shard, pass_seed)
         for some, pixels in read:
             rows = np.concatenate([part.rows for part in some])
             chosen = examples[rows]
@@ -137,14 +144,17 @@ class ClientLoader:
             yield some, self._pixels[torch.from_numpy(chosen).to(self.device)]
 
     def _streamed(
-        self, examples: Indices, parts: list[_Part], batch_size: int, shard: tuple[int, int]
+        self, examples: Indices, parts: list[_Part], batch_size: int, shard: tuple[int, int], pass_seed: int
     ) -> Iterator[tuple[list[_Part], Tensor]]:
-        """Yield batch by batch with its pixels, read by the workers."""
+        """Yield batch by batch with its pixels, read by the workers.
+
+        A dataset that draws at random, as transforms of its own do, draws by `pass_seed` and example.
+        """
         assert self.images.source is not None
         if shard not in self._streams:
             pin = self.device.type == "cuda"
             self._streams[shard] = _Stream(self.images.source, self.data.workers, pin, shard)
-        stream = self._streams[shard].read(examples, batch_size)
+        stream = self._streams[shard].read(examples, batch_size, pass_seed)
         for part, pixels in zip(parts, stream, strict=True):
             yield [part], pixels.to(self.device, non_blocking=True)
 
@@ -167,7 +177,9 @@ def _parts(examples: int, batch_size: int, shard: tuple[int, int]) -> Iterator[_
 class _Stream:
     """A data loader whose workers are kept from pass to pass."""
 
-    def __init__(self, source: Dataset[Any], workers: int, pin_memory: bool, shard: tuple[int, int]) -> None:
+    def __init__(self, source: Decoded, workers: int, pin_memory: bool, shard: tuple[int, int]) -> None:
+        if workers:
+            _check_socket_folder()
         self._sampler = _PartSampler(shard[1])
         loader: DataLoader[Tensor | str] = DataLoader(
             _Readable(source),
@@ -185,13 +197,26 @@ class _Stream:
             )
         self._loader = loader
 
-    def read(self, examples: Indices, batch_size: int) -> Iterator[Tensor]:
-        """Yield the pixels of this rank's part of every batch."""
-        self._sampler.examples, self._sampler.size = examples, batch_size
-        for pixels in self._loader:
-            if isinstance(pixels, str):
-                raise ValueError(pixels)
-            yield pixels
+    def read(self, examples: Indices, batch_size: int, pass_seed: int) -> Iterator[Tensor]:
+        """Yield the pixels of this rank's part of every batch.
+
+        Raises:
+            ValueError: an image cannot be read, or a worker was killed.
+        """
+        sampler = self._sampler
+        sampler.examples, sampler.size, sampler.pass_seed = examples, batch_size, pass_seed
+        try:
+            for pixels in self._loader:
+                if isinstance(pixels, str):
+                    raise ValueError(pixels)
+                yield pixels
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ValueError(
+                f"a worker that reads images ended ({' '.join(str(error).split())[:160]}); if /dev/shm is "
+                "small (Docker: --shm-size), set data.workers=0"
+            ) from error
 
 
 class _PartSampler:
@@ -204,29 +229,38 @@ class _PartSampler:
     """
 
     def __init__(self, ranks: int) -> None:
-        self.ranks, self.size = ranks, 1
+        self.ranks, self.size, self.pass_seed = ranks, 1, 0
         self.examples: Indices = np.empty(0, dtype=np.int64)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         examples, ranks = len(self.examples), range(self.ranks)
         by_rank = [_parts(examples, self.size, (rank, self.ranks)) for rank in ranks]
         for parts in zip(*by_rank, strict=True):
             for part in parts:
-                yield self.examples[part.rows].tolist()
+                yield [(index, self.pass_seed) for index in self.examples[part.rows].tolist()]
 
 
 class _Readable(Dataset[Any]):
     """Pixels of `source`, or why they cannot be read: a worker would turn the error into a traceback."""
 
-    def __init__(self, source: Dataset[Any]) -> None:
+    def __init__(self, source: Decoded) -> None:
         self.source = source
 
-    def __getitem__(self, index: int) -> Tensor | str:
+    def __getitem__(self, item: tuple[int, int]) -> Tensor | str:
+        index, pass_seed = item
         try:
-            pixels: Tensor = self.source[index][0]
+            return self.source.read(index, pass_seed)
         except ValueError as error:
             return str(error)
-        return pixels
+
+
+def _check_socket_folder() -> None:
+    """Refuse a temporary folder in which the workers' sockets cannot be made: they would wait for ever."""
+    folder = tempfile.gettempdir()
+    if len(folder.encode()) + SOCKET_NAME_BYTES > SOCKET_PATH_BYTES:
+        raise ConfigError(
+            f"TMPDIR={folder} is too long for the sockets of data.workers; set TMPDIR=/tmp, or data.workers=0"
+        )
 
 
 def _collate(items: list[Tensor | str]) -> Tensor | str:

@@ -11,25 +11,28 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import numpy as np
-from annotated_types import Gt
+from annotated_types import Interval
 from numpy.random import Generator
 from numpy.typing import NDArray
 
 from fedddp.rng import stream
-from fedddp.section import NonNegativeFloat, NonNegativeInt, PositiveInt, Section
+from fedddp.section import NonNegativeInt, PositiveInt, Section
 
 Indices = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Ids = NDArray[np.generic] | None
+Concentration = Annotated[float, Interval(gt=0, le=1_000_000), "0.1 is strong skew, 100 nearly none"]
 
 __all__ = [
     "IID",
+    "ClientDirichlet",
     "Dirichlet",
     "LabelQuantity",
     "LogNormal",
     "Natural",
     "Partition",
     "PowerLaw",
+    "QuantityDirichlet",
     "Shards",
     "Split",
 ]
@@ -120,10 +123,14 @@ class IID(Partition):
 
 @dataclass(frozen=True, kw_only=True)
 class Dirichlet(Partition):
-    """Label skew: each class spreads over the clients by Dirichlet(alpha) (Hsu et al., 2019)."""
+    """Label and quantity skew: each class spreads over the clients by Dirichlet(alpha).
 
-    alpha: Annotated[float, Gt(0), "0.1 is strong skew, 100 nearly iid"] = 0.3
-    """Concentration, > 0; 0.1 is strong skew, 100 nearly iid."""
+    The convention of Yurochkin et al., 2019 (arXiv:1905.12022) and Li et al., 2022 (arXiv:2102.02079):
+    clients differ in size too. `ClientDirichlet` is that of Hsu et al.
+    """
+
+    alpha: Concentration = 0.3
+    """Concentration, in (0, 1000000]; 0.1 is strong skew, 100 nearly iid."""
 
     min_examples: NonNegativeInt = 1
     """Fewest examples of a client, >= 0; examples move from the largest clients to those with fewer."""
@@ -145,6 +152,49 @@ class Dirichlet(Partition):
             sizes = _share_out(rng.dirichlet(np.full(clients, self.alpha)), len(members))
             owners[members] = np.repeat(np.arange(clients), sizes)
         return Split.from_owners(_fill_up(owners, clients, self.min_examples, rng), clients)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientDirichlet(Partition):
+    """Label skew: each client draws its class proportions from Dirichlet(alpha p), p those of the dataset.
+
+    Hsu et al., 2019 (arXiv:1909.06335). Clients are of equal size, to within one example; the last ones take
+    the classes that are left.
+    """
+
+    alpha: Concentration = 1.0
+    """Concentration, in (0, 1000000]; 0.1 is strong skew, 100 nearly iid."""
+
+    def assign(self, labels: Indices, clients: int, rng: Generator, ids: Ids) -> Split:
+        """Fill client after client, in random order, with draws from its own proportions."""
+        by_class = _by_class(labels, rng)
+        left = np.array([len(members) for members in by_class])
+        sizes = np.full(clients, len(labels) // clients)
+        sizes[: len(labels) % clients] += 1
+        owners = np.empty(len(labels), dtype=np.int64)
+        prior = self.alpha * left / left.sum()
+        for client in rng.permutation(clients).tolist():
+            proportions = rng.dirichlet(prior)
+            for label, taken in enumerate(_drawn(int(sizes[client]), proportions, left, rng).tolist()):
+                members = by_class[label]
+                owners[members[left[label] - taken : left[label]]] = client
+                left[label] -= taken
+        return Split.from_owners(owners, clients)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantityDirichlet(Partition):
+    """Quantity skew: random samples whose sizes are drawn from Dirichlet(alpha); every client has an example.
+
+    Li et al., 2022 (arXiv:2102.02079).
+    """
+
+    alpha: Concentration = 0.5
+    """Concentration, in (0, 1000000]; 0.1 is strong skew, 100 nearly equal sizes."""
+
+    def assign(self, labels: Indices, clients: int, rng: Generator, ids: Ids) -> Split:
+        """Cut a random permutation into pieces of these sizes."""
+        return _random_samples(rng.dirichlet(np.full(clients, self.alpha)), len(labels), rng)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +227,8 @@ class Shards(Partition):
 class LogNormal(Partition):
     """Quantity skew: random samples whose sizes are log-normal; every client has an example."""
 
-    sigma: NonNegativeFloat = 1.0
-    """Standard deviation of the logarithm of the sizes, >= 0; 0 is equal sizes."""
+    sigma: Annotated[float, Interval(ge=0, le=20)] = 1.0
+    """Standard deviation of the logarithm of the sizes, in [0, 20]; 0 is equal sizes."""
 
     def assign(self, labels: Indices, clients: int, rng: Generator, ids: Ids) -> Split:
         """Cut a random permutation into log-normal pieces."""
@@ -190,8 +240,8 @@ class LogNormal(Partition):
 class PowerLaw(Partition):
     """Quantity skew: the i-th largest client has a share ~ i^-exponent, at least one."""
 
-    exponent: NonNegativeFloat = 1.0
-    """Steepness, >= 0; 0 is equal sizes, 1 is Zipf's law."""
+    exponent: Annotated[float, Interval(ge=0, le=20)] = 1.0
+    """Steepness, in [0, 20]; 0 is equal sizes, 1 is Zipf's law."""
 
     def assign(self, labels: Indices, clients: int, rng: Generator, ids: Ids) -> Split:
         """Cut a random permutation into pieces of a power law, in random order."""
@@ -298,6 +348,17 @@ def _by_class(labels: Indices, rng: Generator) -> list[Indices]:
     shuffled = rng.permutation(len(labels))
     order = shuffled[np.argsort(labels[shuffled], kind="stable")]
     return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+
+
+def _drawn(size: int, proportions: Floats, left: Indices, rng: Generator) -> Indices:
+    """Return how many examples of every class a client of `size` draws, of those that are `left`."""
+    taken = np.zeros_like(left)
+    while (missing := size - int(taken.sum())) > 0:
+        available = np.where(taken < left, proportions, 0.0)
+        if not available.sum() > 0:  # none of the client's classes is left
+            available = (left - taken).astype(np.float64)
+        taken = np.minimum(taken + rng.multinomial(missing, available / available.sum()), left)
+    return taken
 
 
 def _share_out(weights: Floats, total: int) -> Indices:

@@ -7,8 +7,18 @@ import socket
 import time
 from dataclasses import dataclass
 
+from fedddp.section import ConfigError
+
 FIRST_ERROR_S = 10.0
 """Seconds a rank stays while another reports the error: a launcher ends the job when one rank leaves."""
+
+
+TASKS = (
+    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("mpiexec", "PMI_SIZE", "PMI_RANK"),
+)
+"""Programs that start several tasks, with the variables that hold their number and rank."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +47,33 @@ class Launch:
             launcher=f"{socket.gethostname()} {os.getppid()} {env.get('TORCHELASTIC_RUN_ID', '')}",
         )
 
+    @classmethod
+    def check(cls) -> None:
+        """Refuse to train a whole run in each of several tasks that no launcher made one world of.
+
+        Raises:
+            ConfigError: the starter, its task, and what to use.
+        """
+        if "WORLD_SIZE" in os.environ:
+            return
+        for starter, size, rank in TASKS:
+            if int(os.environ.get(size, "1")) > 1:
+                raise ConfigError(
+                    f"this is task {os.environ.get(rank, '?')} of {os.environ[size]} of {starter}, but no "
+                    "launcher made one world of them; start ranks with torchrun, or a job with "
+                    "slurm/federated.sbatch"
+                )
+
     @property
     def is_coordinator(self) -> bool:
         """Whether this rank is the coordinator (rank 0)."""
         return self.rank == 0
+
+
+def threads_of_environment() -> int:
+    """Return the threads that OMP_NUM_THREADS gives a rank; 1 where it is not set to a number."""
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return int(text) if text.isdigit() and int(text) else 1
 
 
 def wait_for_first_error() -> None:

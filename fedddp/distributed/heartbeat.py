@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 
@@ -30,8 +31,14 @@ class Heartbeat:
             self._thread.start()
 
     def _beat(self) -> None:
-        rank, failed_since = self.world.rank, None
+        rank, failed_since, launcher = self.world.rank, None, os.getppid()
         while not self._end.wait(HEARTBEAT_S):
+            if os.getppid() != launcher:
+                if self.world.local_rank == 0:
+                    print(
+                        "error: the launcher of this rank is gone; resume with --resume auto", file=sys.stderr
+                    )
+                os._exit(1)
             with contextlib.suppress(RuntimeError):  # a slow store: the next beat counts
                 # Before the beat, so that it is known of every rank whose beat is seen.
                 self.store.set(f"fedddp/waits/{rank}", str(self.world.waiting))

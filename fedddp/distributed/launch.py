@@ -74,6 +74,7 @@ def connect(topology: TopologyConfig) -> World:
         ConfigError: as for `choose_device`.
         ConnectionError: a rank did not start in time.
     """
+    Launch.check()
     launch = Launch.from_environment()
     device, nccl = choose_device(topology, launch)
     if device.type == "cuda":
@@ -93,7 +94,8 @@ def connect(topology: TopologyConfig) -> World:
         # ones. A script's second run uses it too; all ranks start their runs in the same order.
         store = PrefixStore(f"start-{launch.restarts}-{next(_CONNECTIONS)}", store)
         _wait_for_all(launch, store, timeout)
-    if not dist.is_initialized():
+    owns_process_group = not dist.is_initialized()
+    if owns_process_group:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
             store=PrefixStore("groups", store),
@@ -101,7 +103,9 @@ def connect(topology: TopologyConfig) -> World:
             world_size=launch.world_size,
             timeout=timeout,
         )
-    return World(topology, launch, store, device, nccl)
+    world = World(topology, launch, store, device, nccl)
+    world.owns_process_group = owns_process_group
+    return world
 
 
 def _wait_for_all(launch: Launch, store: Store, timeout: timedelta) -> None:

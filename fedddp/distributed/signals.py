@@ -17,10 +17,10 @@ SECOND_SIGINT_S = 2.0
 
 @contextlib.contextmanager
 def stop_on_signals(world: World) -> Iterator[None]:
-    """Turn SIGUSR1, SIGTERM and SIGINT into a request to stop at the next safe point.
+    """Turn SIGUSR1, SIGTERM, SIGHUP and SIGINT into a request to stop at the next safe point.
 
-    A second SIGINT, two seconds after the first, interrupts at once. Does nothing outside the main
-    thread (notebooks' workers).
+    A second SIGINT, two seconds after the first, interrupts at once. A signal that is ignored, as SIGHUP
+    under nohup, stays ignored. Does nothing outside the main thread (notebooks' workers).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -33,9 +33,11 @@ def stop_on_signals(world: World) -> Iterator[None]:
             first[0] = min(first[0], time.monotonic())
             if time.monotonic() - first[0] > SECOND_SIGINT_S:
                 raise KeyboardInterrupt
+            world.interrupted = True
         world.request_stop()
 
-    watched = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    stopping = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    watched = [s for s in stopping if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]
     before = {number: signal.signal(number, on_signal) for number in watched}
     try:
         yield

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from fedddp.section import ConfigError, PositiveFloat, PositiveInt, Section
+from annotated_types import Gt, Le
+
+from fedddp.section import EXECUTION, ConfigError, PositiveInt, Section
+
+YEAR_S = 365 * 24 * 3600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,22 +18,22 @@ class TopologyConfig(Section):
 
     key = "topology"
 
-    ranks_per_client: PositiveInt = 1
+    ranks_per_client: PositiveInt = field(default=1, metadata=EXECUTION)
     """Ranks R that train one client together, data-parallel; >= 1, and it divides the ranks that train."""
 
-    coordinator: Literal["colocated", "dedicated"] = "colocated"
+    coordinator: Literal["colocated", "dedicated"] = field(default="colocated", metadata=EXECUTION)
     """`colocated`: rank 0 coordinates and trains; `dedicated`: rank 0 only coordinates."""
 
-    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    backend: Literal["auto", "nccl", "gloo"] = field(default="auto", metadata=EXECUTION)
     """Communication library; `auto` is NCCL when every rank has its own GPU, gloo otherwise."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=EXECUTION)
     """Where models train; `auto` is the GPU when there is one."""
 
-    threads: PositiveInt = 1
-    """CPU threads of each rank, >= 1; sums in another order, so a model's last bits, depend on it."""
+    threads: PositiveInt | None = None
+    """CPU threads per rank, >= 1; none: OMP_NUM_THREADS, else 1. The last bits of a model depend on it."""
 
-    timeout_s: PositiveFloat = 1800.0
+    timeout_s: Annotated[float, Gt(0), Le(YEAR_S)] = field(default=1800.0, metadata=EXECUTION)
     """Seconds a rank waits for the others before it fails, > 0; longer than the longest round."""
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from fedddp.distributed.environment import Launch
+from fedddp.distributed.environment import Launch, threads_of_environment
 from fedddp.distributed.topology import TopologyConfig
 
 STOP_POLL_S = 0.2
@@ -31,6 +31,9 @@ class World:
     marked "collective" must be called by all ranks of the world (or of the group) in the same order.
     Tensors may be on any device; they are moved to one from which the backend can send them.
     """
+
+    owns_process_group = True
+    """False when the caller's program had initialised torch.distributed before."""
 
     def __init__(
         self, topology: TopologyConfig, launch: Launch, store: Store, device: torch.device, nccl: bool
@@ -63,11 +66,13 @@ class World:
         self.data_rank: int = 0 if cell is None else int(cell[1])
         self._peers = None if cell is None else self.mesh.get_group("data")
         self._threads = torch.get_num_threads()
-        torch.set_num_threads(topology.threads)
+        torch.set_num_threads(topology.threads or threads_of_environment())
         self.waiting = False
         """Whether this rank waits for other ranks; the heartbeat reports it."""
         self.first_to_fail: bool | None = None
         """Whether this rank's error was the first in the world; None while it has none."""
+        self.interrupted = False
+        """Whether this rank was asked to stop by Ctrl-C."""
         self._stopping = self._announced = False
         self._asked_at = 0.0
 
@@ -206,8 +211,10 @@ class World:
         """Count this rank's error in the store, once; return whether no other rank counted one before."""
         if self.first_to_fail is None:
             self.first_to_fail = False
-            with contextlib.suppress(RuntimeError):  # the store's host is gone, and with it the count
+            try:
                 self.first_to_fail = int(self.store.add(ERRORS, 1)) == 1
+            except RuntimeError:  # the store's host is gone, and with it the count: one rank per node reports
+                self.first_to_fail = self.local_rank == 0
         return self.first_to_fail
 
     def group_should_stop(self) -> bool:
@@ -227,7 +234,7 @@ class World:
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"fedddp/left/{self.rank}", "1")
         torch.set_num_threads(self._threads)
-        if dist.is_initialized():
+        if self.owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
 
 

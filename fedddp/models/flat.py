@@ -11,14 +11,15 @@ from torch import Tensor, nn
 class FlatModel:
     """A module whose trainable parameters, gradients and buffers are views into flat vectors.
 
-    Frozen parameters stay in the module. Tied parameters are stored once. Non-persistent buffers
-    and buffers of other dtypes are left alone.
+    Frozen parameters stay in the module. Tied parameters are stored once. Non-persistent buffers, and
+    buffers of other dtypes, are constants: `load` resets them, so that no client sees another's.
 
     Attributes:
         module: the module itself; it trains, and works under DDP, as before.
         params: trainable parameters, shape (P,), their common dtype.
         grad: their gradients, shape (P,); zero it instead of setting gradients to None.
-        buffers: floating-point buffers such as running statistics, shape (B,), float32.
+        buffers: floating-point buffers such as running statistics, shape (B,), float32 (float64 in a
+            float64 model).
         integer_buffers: int64 buffers such as `num_batches_tracked`, shape (I,).
         slices: where each parameter lies in `params`, by name in `module.named_parameters()`.
     """
@@ -45,11 +46,40 @@ class FlatModel:
             assert self.slices[name].stop <= self.params.numel()
             parameter.grad = view
         saved = module.state_dict(keep_vars=True).keys()
+        floating = torch.float64 if self.params.dtype == torch.float64 else torch.float32
         buffers = {name: b for name, b in module.named_buffers() if name in saved}
-        self._floats = {name: b for name, b in buffers.items() if b.dtype == torch.float32}
-        self.buffers = _rehome(list(self._floats.values()), self.params.device)
-        integer_buffers = [b for b in buffers.values() if b.dtype == torch.int64]
-        self.integer_buffers = _rehome(integer_buffers, self.params.device, torch.int64)
+        self._floats = {name: b for name, b in buffers.items() if b.dtype == floating}
+        self.buffers = _rehome(list(self._floats.values()), self.params.device, floating)
+        integers = {name: b for name, b in buffers.items() if b.dtype == torch.int64}
+        self.integer_buffers = _rehome(list(integers.values()), self.params.device, torch.int64)
+        self._constants = {
+            name: (buffer, buffer.detach().clone())
+            for name, buffer in module.named_buffers()
+            if name not in self._floats and name not in integers
+        }
+        self._persistent = saved
+
+    def load(self, params: Tensor, buffers: Tensor, integer_buffers: Tensor) -> None:
+        """Copy a model's state into the module, and reset its constant buffers."""
+        self.params.copy_(params)
+        self.buffers.copy_(buffers)
+        self.integer_buffers.copy_(integer_buffers)
+        for buffer, constant in self._constants.values():
+            buffer.copy_(constant)
+
+    def check_constants(self) -> None:
+        """Refuse a model whose training changes a buffer of a type that is not exchanged.
+
+        Raises:
+            ValueError: the buffer, and its type.
+        """
+        for name, (buffer, constant) in self._constants.items():
+            if name in self._persistent and not torch.equal(buffer, constant):
+                raise ValueError(
+                    f"the model's buffer {name!r}, of type {buffer.dtype}, changes in training, but only "
+                    f"{self.buffers.dtype} and torch.int64 buffers are exchanged between clients; register "
+                    "it as one of these, or with persistent=False"
+                )
 
     def named(self, params: Tensor, buffers: Tensor) -> dict[str, Tensor]:
         """Return `params` (P,) and `buffers` (B,) cut up under the module's names, for `functional_call`."""
@@ -101,6 +131,9 @@ def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def norm(vector: Tensor) -> Tensor:
-    """Return the Euclidean norm of `vector` as a scalar; the one place that will know about shards."""
-    length: Tensor = torch.linalg.vector_norm(vector)
+    """Return the Euclidean norm of `vector` as a float64 scalar, in which no finite float32 vector overflows.
+
+    The one place that will know about shards.
+    """
+    length: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64)
     return length

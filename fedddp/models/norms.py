@@ -43,11 +43,15 @@ class SyncedBatchNorm(_BatchNorm):
     is_padding: bool = False
     """Set to True while this rank's batch is a padding example: it then has weight 0, but takes part."""
 
-    def __init__(self, *args: Any, group_sum: GroupSum | None = None, **kwargs: Any) -> None:
-        """Make the layer with the arguments of `nn.BatchNorm2d`; no `group_sum`: one rank."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make the layer with the arguments of `nn.BatchNorm2d`, for one rank until `synchronize`."""
         super().__init__(*args, **kwargs)
-        # A function, not the bound method of a world: deepcopy must not copy process groups.
-        self._group_sum: GroupSum = lambda tensor: group_sum(tensor) if group_sum else tensor
+        self._group_sum: GroupSum = lambda tensor: tensor
+
+    def synchronize(self, group_sum: GroupSum) -> None:
+        """Share batches by the collective `group_sum`."""
+        # No bound method of a world itself: deepcopy must not copy process groups.
+        self._group_sum = lambda tensor: group_sum(tensor)  # noqa: PLW0108
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input`, (b, C, ...), channel by channel; same shape and dtype."""
@@ -79,10 +83,10 @@ class SyncedBatchNorm(_BatchNorm):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
+        self.num_batches_tracked.add_((count > 1).to(torch.int64))
         momentum = self.momentum
         if momentum is None:
-            momentum = 1.0 / float(self.num_batches_tracked)
+            momentum = 1.0 / max(float(self.num_batches_tracked), 1.0)
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(variance * count / (count - 1).clamp_min(1), momentum)
 
@@ -105,7 +109,7 @@ _KINDS: dict[Norm, tuple[type[nn.Module], ...]] = {
 """Layers that each conversion replaces."""
 
 
-def convert_norm(module: nn.Module, norm: Norm, group_sum: GroupSum | None = None) -> None:
+def convert_norm(module: nn.Module, norm: Norm) -> None:
     """Replace the batch and group norms in `module`, in place, keeping weights and statistics.
 
     Args:
@@ -113,18 +117,27 @@ def convert_norm(module: nn.Module, norm: Norm, group_sum: GroupSum | None = Non
         norm: "batch" for batch norm per rank, "sync" for batch norm over the ranks of the client,
             "group" for group norm, which has no statistics; "keep" for the kinds there are. Batch
             norms that torch refuses a batch of one value become `BatchNorm` in any case.
-        group_sum: for "sync"; None where a client trains on one rank.
     """
     converted: dict[nn.Module, nn.Module] = {}  # so that a layer used twice stays one layer
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
-            if isinstance(child, _KINDS[norm]):
+            # A model that was written for DDP synchronises over the whole world; a client has its own ranks.
+            wanted = "sync" if norm == "keep" and isinstance(child, nn.SyncBatchNorm) else norm
+            if isinstance(child, _KINDS[wanted]):
                 if child not in converted:
-                    converted[child] = _converted(child, norm, group_sum)
+                    converted[child] = _converted(child, wanted)
                 parent._modules[name] = converted[child]
 
 
-def _converted(old: nn.Module, norm: Norm, group_sum: GroupSum | None) -> nn.Module:
+def synchronized(module: nn.Module, group_sum: GroupSum | None) -> nn.Module:
+    """Return `module`, whose synced batch norms share batches by `group_sum`; None: with no other rank."""
+    for layer in module.modules():
+        if group_sum and isinstance(layer, SyncedBatchNorm):
+            layer.synchronize(group_sum)
+    return module
+
+
+def _converted(old: nn.Module, norm: Norm) -> nn.Module:
     channels = old.num_channels if isinstance(old, nn.GroupNorm) else old.num_features
     assert isinstance(channels, int)
     options = {
@@ -136,15 +149,17 @@ def _converted(old: nn.Module, norm: Norm, group_sum: GroupSum | None) -> nn.Mod
     if norm == "group":
         new = nn.GroupNorm(group_count(channels), channels, eps=options["eps"], affine=options["affine"])
     elif norm == "sync":
-        new = SyncedBatchNorm(channels, group_sum=group_sum, **options)
+        new = SyncedBatchNorm(channels, **options)
     else:
         new = BatchNorm(channels, **options)
     state = old.state_dict()
+    floating = next((tensor for tensor in state.values() if tensor.is_floating_point()), None)
+    if floating is not None:
+        new.to(floating.device, floating.dtype)
     new.load_state_dict(state, strict=False)  # what both kinds have
     for name, parameter in old.named_parameters():
         new.get_parameter(name).requires_grad_(parameter.requires_grad)
-    device = next((tensor.device for tensor in state.values()), None)
-    return new.to(device).train(old.training)
+    return new.train(old.training)
 
 
 def group_count(channels: int) -> int:

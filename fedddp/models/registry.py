@@ -6,13 +6,13 @@ import difflib
 import importlib
 import inspect
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from fedddp.models.norms import GroupSum, Norm, convert_norm
+from fedddp.models.norms import GroupSum, Norm, convert_norm, synchronized
 from fedddp.models.weights import (
     load_weights,
     read_weights,
@@ -25,7 +25,7 @@ from fedddp.models.weights import (
 )
 from fedddp.models.zoo import SMALL_MODELS, Maker, Shape
 from fedddp.rng import stream_seed
-from fedddp.section import Section
+from fedddp.section import Section, local_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,15 @@ class ModelConfig(Section):
             return
         if not self.weights.endswith(".safetensors"):
             torchvision_weights(self.name, self.weights)
-        elif not Path(self.weights).is_file():
-            raise ValueError(f"weights={self.weights} is not a file")
+
+    def check_weights(self) -> None:
+        """Raise ValueError when `weights` names a file that is not there."""
+        if (
+            self.weights
+            and self.weights.endswith(".safetensors")
+            and not local_path(self.weights, "model.weights").is_file()
+        ):
+            raise ValueError(f"model.weights={self.weights} is not a file")
 
     def build(self, *, classes: int, shape: Shape, seed: int, sync: GroupSum | None = None) -> nn.Module:
         """Make the model, in training mode on the CPU; a pure function of its arguments.
@@ -80,13 +87,16 @@ class ModelConfig(Section):
                 if "." in self.name:
                     raise
                 raise _cannot_take(self.name, shape, error) from error
-            self._prepare(module, sync)
+            if "." in self.name:
+                _materialize(module, self.name, shape)
+            self._prepare(module)
             # A named model is tried without computing; a user's may not work on the meta device.
             device = None if "." in self.name else torch.device("meta")
-            return _tried(module, self.name, classes, shape, device)
+            _try(module, self.name, classes, shape, device)
+            return synchronized(module, sync)
 
     def adapt(
-        self, module: nn.Module, *, classes: int, shape: Shape, sync: GroupSum | None = None
+        self, module: nn.Module, *, classes: int, shape: Shape, seed: int, sync: GroupSum | None = None
     ) -> nn.Module:
         """Prepare the user's own `module`, in place, as `build` prepares a named one.
 
@@ -94,21 +104,24 @@ class ModelConfig(Section):
         Arguments, result and errors as for `build`.
         """
         with torch.random.fork_rng(devices=[]):
-            self._prepare(module, sync)
-            return _tried(module, type(module).__name__, classes, shape, None)
+            torch.default_generator.manual_seed(stream_seed("model", seed))
+            _materialize(module, type(module).__name__, shape)
+            self._prepare(module)
+            _try(module, type(module).__name__, classes, shape, None)
+            return synchronized(module, sync)
 
-    def _prepare(self, module: nn.Module, sync: GroupSum | None) -> None:
+    def _prepare(self, module: nn.Module) -> None:
         if self.weights is None:
-            convert_norm(module, self.norm, sync)
+            convert_norm(module, self.norm)
         else:
             state = read_weights(self.name, self.weights)
             # A file of a converted model has the statistics that the conversion leaves.
             converted = statistics_of(state) != statistics_of(module.state_dict())
             if converted:
-                convert_norm(module, self.norm, sync)
+                convert_norm(module, self.norm)
             load_weights(module, state, self.weights)
             if not converted:
-                convert_norm(module, self.norm, sync)
+                convert_norm(module, self.norm)
         self._freeze(module)
 
     def _freeze(self, module: nn.Module) -> None:
@@ -155,15 +168,23 @@ def _users_maker(path: str) -> Maker:
     location, _, attribute = path.rpartition(".")
     try:
         factory: Any = getattr(importlib.import_module(location), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"name: cannot import {path!r}: {error}") from error
     if not callable(factory):
         raise ValueError(f"name: {path!r} is not callable; name a class or a function")
 
     def make(classes: int, shape: Shape) -> nn.Module:
         offered = {"num_classes": classes, "in_channels": shape[0], "image_size": shape[1:]}
-        taken = inspect.signature(factory).parameters
-        module = factory(**{key: value for key, value in offered.items() if key in taken})
+        signature = inspect.signature(factory)
+        arguments = {key: value for key, value in offered.items() if key in signature.parameters}
+        try:
+            signature.bind(**arguments)
+        except TypeError as error:
+            raise ValueError(
+                f"model.name={path}: {error}; it is given those of {', '.join(offered)} that it has, and all "
+                "others need a default"
+            ) from error
+        module = factory(**arguments)
         if not isinstance(module, nn.Module):
             raise ValueError(f"model.name={path} returned {type(module).__name__}, not a module")
         return module
@@ -188,32 +209,41 @@ def _torchvision_model(name: str, classes: int, shape: Shape) -> nn.Module:
     return module
 
 
-def _tried(
-    module: nn.Module, name: str, classes: int, shape: Shape, device: torch.device | None
-) -> nn.Module:
-    """Return `module`, in training mode, after one try, so that a misfit shows before training.
+def _materialize(module: nn.Module, name: str, shape: Shape) -> None:
+    """Give lazy layers their parameters, by one pass in evaluation mode."""
+    if any(isinstance(layer, LazyModuleMixin) for layer in module.modules()):
+        device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+        try:
+            with torch.no_grad():
+                module.eval()(torch.zeros(2, *shape, device=device))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise _cannot_take(name, shape, error) from error
 
-    The try is on `device`, with a copy of the state without content; None: with the state itself.
+
+def _try(module: nn.Module, name: str, classes: int, shape: Shape, device: torch.device | None) -> None:
+    """Try `module` in both modes, so that a misfit shows before training; leave it in training mode.
+
+    The try is on `device`, with a copy of the state without content; None: with a copy of the state itself.
     """
     state = dict([*module.named_parameters(), *module.named_buffers()])
-    if device is None:
-        device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
-    else:
-        state = {key: torch.empty_like(tensor, device=device) for key, tensor in state.items()}
-    images = torch.zeros(2, *shape, device=device)
-    module.eval()
-    try:
-        with torch.no_grad():
-            outputs = torch.func.functional_call(module, state, (images,))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise _cannot_take(name, shape, error) from error
-    got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-    if got != (2, classes):
-        raise ValueError(
-            f"model {name} must return logits of shape (batch, classes); for a batch of 2 and "
-            f"{classes} classes it returned {got}"
-        )
-    return module.train()
+    images = torch.zeros(2, *shape, device=device or next((t.device for t in state.values()), None))
+    for mode in ("evaluation", "training"):
+        module.train(mode == "training")
+        copy = {
+            key: tensor.detach().clone() if device is None else torch.empty_like(tensor, device=device)
+            for key, tensor in state.items()
+        }
+        try:
+            with torch.no_grad():
+                outputs = torch.func.functional_call(module, copy, (images,))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise _cannot_take(name, shape, error) from error
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        if got != (2, classes):
+            raise ValueError(
+                f"model {name} must return logits of shape (batch, classes) in {mode} mode; for a batch of 2 "
+                f"and {classes} classes it returned {got}"
+            )
 
 
 def _cannot_take(name: str, shape: Shape, error: Exception) -> ValueError:

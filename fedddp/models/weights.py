@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fedddp.section import local_path
+
 
 def head_of(module: nn.Module) -> tuple[str, nn.Module]:
     """Return name and module of the classifier: the linear layer (or convolution) defined last.
@@ -51,7 +53,7 @@ def read_weights(name: str, weights: str) -> dict[str, Tensor]:
 
     try:
         if weights.endswith(".safetensors"):
-            return load_file(weights)
+            return load_file(local_path(weights, "model.weights"))
         member = torchvision_weights(name, weights)
         # torchvision publishes pickles: only tensors are read from them, after a check of the hash.
         state: dict[str, Tensor] = member.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -70,7 +72,9 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> No
     wanted = module.state_dict()
     head, _ = head_of(module)
     first = next((k for k, m in module.named_modules() if isinstance(m, nn.Conv2d)), None)
-    state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
+    if not source.endswith(".safetensors"):  # torchvision's auxiliary heads
+        state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
+    state = _with_tied(state, wanted)
     stem = f"{first}.weight"
     if stem in state and state[stem].dim() == 4:
         state[stem] = with_channels(state[stem], wanted[stem].shape[1])
@@ -85,6 +89,15 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> No
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"model.weights={source} do not fit the model: {', '.join(wrong[:3])}{more}")
     module.load_state_dict(state)
+
+
+def _with_tied(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state` with every name of a tied tensor of `wanted`, which a file holds once."""
+    by_memory = {wanted[name].data_ptr(): value for name, value in state.items() if name in wanted}
+    tied = {
+        n: by_memory[t.data_ptr()] for n, t in wanted.items() if n not in state and t.data_ptr() in by_memory
+    }
+    return {**state, **{name: value for name, value in tied.items() if value.shape == wanted[name].shape}}
 
 
 def _inside(prefix: str, state: dict[str, Tensor]) -> set[str]:

@@ -107,7 +107,11 @@ def _run_folders(folder: Path) -> list[Path]:
 
 def _variants(target: str, common: dict[str, Any], variants: Any) -> dict[str, dict[str, Any]]:
     """Return the sections of every run that a comparison file describes."""
-    if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
+    if (
+        not isinstance(variants, dict)
+        or not variants
+        or not all(isinstance(v, dict) for v in variants.values())
+    ):
         raise ConfigError(
             f"{target}: compare must hold a name and sections for every run, such as "
             "`FedProx: {algorithm: {name: FedProx, mu: 0.1}}`"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedddp.config.loader import OBJECTS
-from fedddp.config.schema import fields_with
+from fedddp.config.schema import execution_settings, fields_with
 from fedddp.section import RENAMED
 from fedddp.storage.history import Row, flat, read_config, read_rows
 
@@ -128,7 +128,7 @@ def _added(lists: Iterable[list[float]]) -> Floats:
 
 def matters(setting: str) -> bool:
     """Return whether a `setting`, with its dotted key, distinguishes algorithms."""
-    return setting.split(".", maxsplit=1)[0] in COMPARED
+    return setting.split(".", maxsplit=1)[0] in COMPARED and setting not in execution_settings()
 
 
 def differing(curves: list[Curve]) -> list[str]:

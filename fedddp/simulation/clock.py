@@ -190,4 +190,7 @@ def examples_trained(local: LocalConfig, examples: Indices) -> Indices:
     """Return how many examples clients with `examples` (n,) train on in a round, passes included."""
     if local.steps is None:
         return examples * local.epochs
-    return np.minimum(examples, local.batch_size) * local.steps
+    batches = np.maximum(-(-examples // local.batch_size), 1)  # per pass; its last batch may be smaller
+    passes, steps = np.divmod(local.steps, batches)
+    trained: Indices = passes * examples + np.minimum(steps * local.batch_size, examples)
+    return trained

@@ -86,7 +86,8 @@ class Checkpoints:
         files: dict[str, str] = {}
 
         def write_part() -> None:
-            aside.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)  # not the run directory, should it have been deleted
+            aside.mkdir(exist_ok=True)
             files.update({path.name: _digest(path, sync=True) for path in write_shard(aside)})
 
         # Ranks report what they wrote: a network file system may show it to the coordinator too late.
@@ -162,6 +163,7 @@ class Checkpoints:
     def newest(self) -> tuple[Saved | None, list[str]]:
         """Return the newest intact checkpoint, and one line for each corrupt one, which is set aside."""
         corrupt: list[str] = []
+        self._clean()
         for name in reversed(self._names()):
             metadata = _verified(self.folder / name)
             if not isinstance(metadata, str):
@@ -216,8 +218,15 @@ def save_tensors(
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     _order_metadata(aside)
+    aside.chmod(0o666 & ~_umask())  # safetensors makes it readable for the owner only
     _sync(aside)
     aside.replace(path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _order_metadata(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 Row = dict[str, Any]
+HISTORY = "history.jsonl"
 
 
 class History:
@@ -32,7 +34,7 @@ class History:
             OSError: a file cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._files = [_open_after(folder / name, keep_rounds) for name in ("history.jsonl", "clients.jsonl")]
+        self._files = [_open_after(folder / name, keep_rounds) for name in (HISTORY, "clients.jsonl")]
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one round; `row["round"]` is its number, from 1."""
@@ -53,6 +55,18 @@ class History:
             file.close()
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a file; a pipe or a device, which could wait for ever, is an error.
+
+    Raises:
+        OSError: it is no file, or cannot be read.
+        ValueError: it is no UTF-8.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return path.read_text(encoding="utf-8")
+
+
 def read_rows(path: Path) -> list[Row]:
     """Return the rows of a `.jsonl` file of a run, which may still be going.
 
@@ -64,6 +78,8 @@ def read_rows(path: Path) -> list[Row]:
 
 def _complete_lines(path: Path) -> Iterator[tuple[int, Row]]:
     """Yield every row with the offset of its end; a partial last line is left out."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
     end, size = 0, path.stat().st_size
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -84,12 +100,18 @@ def _complete_lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _open_after(path: Path, keep_rounds: int) -> BinaryIO:
-    end = 0
+    end, rounds = 0, []
     if keep_rounds and path.exists():
         for offset, row in _complete_lines(path):
             if row["round"] > keep_rounds:
                 break
             end = offset
+            rounds.append(row["round"])
+    if path.name == HISTORY and rounds != list(range(1, keep_rounds + 1)):
+        raise ValueError(
+            f"{path} does not have one row for each of the rounds 1 to {keep_rounds} that the checkpoint "
+            "follows; restore it, or start another run with another --name"
+        )
     file = path.open("ab", buffering=0)
     file.truncate(end)  # one system call: a kill leaves the file before or after it
     return file
@@ -101,6 +123,8 @@ def write_rows(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         OSError: the disk is full or gone.
     """
+    if not os.path.exists(file.name) or not os.path.samestat(os.stat(file.name), os.fstat(file.fileno())):
+        raise FileNotFoundError(errno.ENOENT, "it was deleted or moved while the run lasted", file.name)
     lines = "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows).encode()
     end = os.fstat(file.fileno()).st_size
     try:
@@ -126,7 +150,7 @@ def read_config(path: Path) -> Row:
     import yaml
 
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates, encodings, deep nesting too
         raise ValueError(" ".join(str(error).split())) from None
     if not isinstance(config, dict):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -12,6 +15,25 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 REFRESH_S = 0.1
 """Seconds between two drawings of the bar while a round lasts."""
+
+
+class QuietConsole(Console):
+    """A console that falls silent when its reader leaves or its disk is full: progress is a convenience."""
+
+    def on_broken_pipe(self) -> None:
+        """Write to nowhere from now on, so that later output of this process does not fail either."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        with contextlib.suppress(OSError, ValueError):  # no file behind standard output
+            os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:  # a full disk, a terminal that is gone
+            self._buffer.clear()
+            self.on_broken_pipe()
 
 
 def show(console: Console, line: str) -> None:

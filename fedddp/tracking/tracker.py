@@ -8,6 +8,7 @@ that fails is reported in one line, and the run continues without it.
 from __future__ import annotations
 
 import logging
+import secrets
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Row = dict[str, Any]
+
+_USED_IDS: set[str] = set()  # of the wandb runs that this process started
 
 WANDB_INIT_TIMEOUT_S = 30.0
 """Seconds the start of a run waits for the wandb server before it logs offline."""
@@ -140,14 +143,12 @@ class Tracker(NullTracker):
             ValueError: a line of the history is corrupt.
             OSError: the run folder cannot be written.
         """
-        from rich.console import Console
-
-        from fedddp.tracking.progress import RoundProgress  # rich stays out of `fedddp --help`
+        from fedddp.tracking.progress import QuietConsole, RoundProgress  # rich stays out of `fedddp --help`
 
         self.run_id = run_id
         self._folder, self._round = folder, resume_round
         self._history = History(folder, resume_round)
-        self._console = console or Console()
+        self._console = console or QuietConsole()
         self._clients: list[Row] = []
         self._trackers: dict[str, Any] = {}
         self._sync: str | None = None
@@ -220,6 +221,9 @@ class Tracker(NullTracker):
             finish_timeout=WANDB_FINISH_TIMEOUT_S,
             finish_timeout_raises=True,
         )
+        # WANDB_RUN_ID is for one run: a second one in this process gets an id of its own.
+        taken = wandb.setup().settings.run_id
+        run_id = self.run_id or (secrets.token_hex(4) if taken in _USED_IDS else None)
         options = {
             "name": name,
             # Not through accelerate's `store_init_configuration`: it writes to wandb's global run.
@@ -227,7 +231,7 @@ class Tracker(NullTracker):
             "group": tracking.group,
             "tags": tracking.tags,
             "dir": str(self._folder),
-            "id": self.run_id,
+            "id": run_id,
             "resume": "allow" if self.run_id else None,
             "reinit": "create_new",  # a run that the caller's own program has open is not ours
             "settings": settings,
@@ -248,6 +252,7 @@ class Tracker(NullTracker):
         else:
             self._show(f"wandb: {run.url}")
         self.run_id = run.id
+        _USED_IDS.add(run.id)
 
     def _start_other(self, kind: str, tracking: TrackingConfig, config: Row, name: str) -> None:
         if kind == "tensorboard":  # events go to RUN/tensorboard; a resume hides what it repeats
@@ -264,14 +269,13 @@ class Tracker(NullTracker):
             tracker.store_init_configuration({"name": name, **texts})
 
     def _finish_wandb(self, run: Any, model_file: Path | None, summary: Row | None, failed: bool) -> None:
-        import wandb
-
         if summary:
             run.summary.update(plain(summary))
         if model_file:
-            artifact = wandb.Artifact(f"model-{run.id}", "model", metadata=plain(summary or {}))
-            artifact.add_file(str(model_file.resolve()), policy="immutable")  # not copied
-            run.log_artifact(artifact)
+            try:
+                _log_model(run, model_file, summary or {})
+            except Exception as error:  # the run itself is still finished properly
+                self._show(f"wandb: {_reason(error)}; the model is not among the run's artifacts")
         try:
             run.finish(exit_code=int(failed))
         except TimeoutError:
@@ -289,6 +293,15 @@ class Tracker(NullTracker):
         from fedddp.tracking.progress import show
 
         show(self._console, line)
+
+
+def _log_model(run: Any, model_file: Path, summary: Row) -> None:
+    """Add the final model to a wandb run as an artifact."""
+    import wandb
+
+    artifact = wandb.Artifact(f"model-{run.id}", "model", metadata=plain(summary))
+    artifact.add_file(str(model_file.resolve()), policy="immutable")  # not copied
+    run.log_artifact(artifact)
 
 
 class _Logger(logging.LoggerAdapter[logging.Logger]):

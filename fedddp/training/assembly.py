@@ -24,8 +24,9 @@ from fedddp.data.loader import ClientLoader
 from fedddp.data.partition import Split, holdout
 from fedddp.distributed.world import World
 from fedddp.models.flat import FlatModel
+from fedddp.section import ConfigError
 from fedddp.simulation.clock import examples_trained
-from fedddp.storage.checkpoint import Checkpoints, write_text
+from fedddp.storage.checkpoint import Checkpoints, Saved, write_text
 from fedddp.storage.client_states import ClientStates
 from fedddp.tracking.tracker import Tracker
 from fedddp.training.client_trainer import ClientTrainer
@@ -41,7 +42,25 @@ WANDB_RUN = ".wandb-run"
 def load_images(objects: Objects, config: Config, world: World) -> tuple[Images, Images | None]:
     """Collective. Return the training and the test images; one rank per node downloads and decodes first."""
     with _one_rank_first(world):
-        return objects.load_images(config)
+        train, test = objects.load_images(config)
+    _check_same_data(world, config, train, test)
+    return train, test
+
+
+def _check_same_data(world: World, config: Config, train: Images, test: Images | None) -> None:
+    """Collective. Refuse to train where ranks hold different data: unsorted lists, splits without a seed.
+
+    Raises:
+        ConfigError: the first rank that differs from rank 0.
+    """
+    digests = world.gather((train.digest(), None if test is None else test.digest()))
+    for rank, own in enumerate(digests):
+        if own != digests[0]:
+            which = "training" if own[0] != digests[0][0] else "test"
+            raise ConfigError(
+                f"rank {rank} holds other {which} data than rank 0 ({config.data.dataset}): other labels, "
+                "owners or images; sort what is listed, seed what is split, and renew old copies"
+            )
 
 
 def assemble(
@@ -65,11 +84,12 @@ def assemble(
     Raises:
         ValueError: the configuration cannot run.
     """
-    # The model, the same on all ranks.
-    flat = FlatModel(_build(config, world, module, train))
+    # The checkpoint to resume from, and the model; the coordinator reads pretrained weights.
+    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, world)
+    saved = _newest_checkpoint(checkpoints, world) if config.resume == "auto" else None
+    built = _build(config, world, module, train, pretrained=saved is None and world.is_coordinator)
+    flat = FlatModel(built)
     config.algorithm.check_model(flat)
-    world.broadcast(*(tensor.detach() for tensor in flat.module.state_dict().values()))
-
     # The clients: their data, speed and honesty.
     split, sizes = config.data.split(train, config.seed)
     malicious = config.attacks.malicious(len(split), config.seed)
@@ -92,20 +112,22 @@ def assemble(
         test=None if test is None else ClientLoader(test, config.data, world.device, seed=config.seed),
         split=split,
         sizes=sizes,
-        checkpoints=Checkpoints(directory / "checkpoints", config.checkpoint.keep, world),
+        checkpoints=checkpoints,
         directory=directory,
         malicious=frozenset(malicious.tolist()),
     )
 
-    # The checkpoint, if there is one, and then the tracker, which resumes the run's history and dashboards.
-    run_id = _resume(session) if config.resume == "auto" else None
-    if world.is_coordinator:
-        _track(session, run_id)
+    if saved is not None:
+        _restore(session, saved)
+    _track(session)
     return session
 
 
-def _track(s: Session, run_id: str | None) -> None:
-    """Start the session's tracker, with the wandb run that it resumes."""
+def _track(s: Session) -> None:
+    """Start the coordinator's tracker, which resumes the run's history and its wandb run."""
+    if not s.world.is_coordinator:
+        return
+    run_id = _wandb_run(s) if s.config.resume == "auto" else None
     s.tracker = Tracker(
         s.config.tracking,
         s.directory,
@@ -119,15 +141,35 @@ def _track(s: Session, run_id: str | None) -> None:
         write_text(s.directory / WANDB_RUN, s.tracker.run_id)
 
 
-def _build(config: Config, world: World, module: nn.Module | None, train: Images) -> nn.Module:
-    """Return the model on this rank's device, in its memory format."""
+def _build(
+    config: Config, world: World, module: nn.Module | None, train: Images, *, pretrained: bool
+) -> nn.Module:
+    """Collective. Return the coordinator's model on this device; its weights are loaded if `pretrained`."""
+    model = config.model if pretrained else dataclasses.replace(config.model, weights=None)
+    model.check_weights()
     properties: dict[str, Any] = {"classes": train.classes, "shape": train.shape, "sync": world.group_sum}
     if module is None:
-        built = config.model.build(seed=config.seed, **properties)
+        built = model.build(seed=config.seed, **properties)
     else:
-        built = config.model.adapt(copy.deepcopy(module), **properties)
+        built = model.adapt(_copied(module), seed=config.seed, **properties)
     built = built.to(world.device)
+    world.broadcast(*(tensor.detach() for tensor in built.state_dict().values()))
     return built.to(memory_format=torch.channels_last) if config.local.channels_last else built
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """Return a copy of the user's module.
+
+    Raises:
+        ConfigError: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(module)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"module {type(module).__name__} cannot be copied ({str(error).splitlines()[0][:100]}); with "
+            "torch.nn.utils.weight_norm, use torch.nn.utils.parametrizations.weight_norm instead"
+        ) from error
 
 
 def _poisoned(config: Config, images: Images, split: Split, malicious: NDArray[np.int64]) -> Images:
@@ -141,21 +183,51 @@ def _poisoned(config: Config, images: Images, split: Split, malicious: NDArray[n
     return dataclasses.replace(images, labels=labels)
 
 
-def _resume(s: Session) -> str | None:
-    """Collective. Restore the newest intact checkpoint if there is one; return its wandb run id."""
-    found, corrupt = s.checkpoints.newest() if s.world.is_coordinator else (None, [])
+def _newest_checkpoint(checkpoints: Checkpoints, world: World) -> Saved | None:
+    """Collective. Return the newest intact checkpoint, if there is one."""
+    found, corrupt = checkpoints.newest() if world.is_coordinator else (None, [])
     for line in corrupt:
         logger.warning(line)
     if corrupt and found is None:
-        logger.warning("no checkpoint of %s is intact; training restarts from scratch", s.directory)
-    name, metadata = s.world.gather((found.folder.name, found.metadata) if found else (None, {}))[0]
-    if name is not None:
-        s.restore(s.checkpoints.open(name, metadata))
-        if s.world.is_coordinator:
-            logger.info("resuming %s from %s", s.directory, name)
-    noted = s.directory / WANDB_RUN  # newer than the checkpoint, if the run was killed before its first one
+        logger.warning("no checkpoint in %s is intact; training restarts from scratch", checkpoints.folder)
+    name, metadata = world.gather((found.folder.name, found.metadata) if found else (None, {}))[0]
+    return None if name is None else checkpoints.open(name, metadata)
+
+
+def _restore(s: Session, saved: Saved) -> None:
+    """Collective. Restore the session from `saved`.
+
+    Raises:
+        ConfigError: the run has done more rounds than it is given, or its data have changed.
+    """
+    s.restore(saved)
+    if s.rounds_done > s.config.rounds:
+        raise ConfigError(
+            f"rounds={s.config.rounds} is less than the {s.rounds_done} rounds that {s.directory} has done; "
+            "raise rounds, or start another run with another --name"
+        )
+    if saved.metadata["data"] != s.train.images.digest(pixels=False):
+        raise ConfigError(
+            f"data: the labels or images are not those that {s.directory} was trained on; restore them, or "
+            "start another run with another --name"
+        )
+    if s.world.is_coordinator:
+        logger.info("resuming %s from %s", s.directory, saved.folder.name)
+        _set_model_aside(s)
+
+
+def _wandb_run(s: Session) -> str | None:
+    """Return the id of the run's wandb run: of its file, which a run killed before a checkpoint has too."""
+    noted = s.directory / WANDB_RUN
     text = noted.read_text(errors="replace") if noted.exists() else ""
-    return text if re.fullmatch(r"\w+", text) else metadata.get("wandb_run_id")
+    return text if re.fullmatch(r"\w+", text) else s.metadata.get("wandb_run_id")
+
+
+def _set_model_aside(s: Session) -> None:
+    """Rename the final model of a finished run that is given more rounds: until its end it has none."""
+    model = s.directory / "model.safetensors"
+    if s.rounds_done < s.config.rounds and model.exists():
+        model.rename(s.directory / f"model-{s.rounds_done:05d}.safetensors")
 
 
 @contextlib.contextmanager

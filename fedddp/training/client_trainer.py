@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,16 +18,18 @@ from fedddp.algorithms import Algorithm, AsynchronousAlgorithm, ClientContext, C
 from fedddp.algorithms.local import LocalConfig
 from fedddp.data.loader import Batch, ClientLoader
 from fedddp.distributed.world import World
+from fedddp.evaluation import NoMemoryError, is_out_of_memory
 from fedddp.models.flat import FlatModel, norm
 from fedddp.rng import DROPOUT, stream, stream_seed
 from fedddp.tasks import Task
 
+logger = logging.getLogger(__name__)
+
+TRIAL_PASSES = 17
+"""Passes that look for parameters without a gradient: one in evaluation mode, the others in training mode."""
+
 OPTIMIZER_STATE = "optimizer."
 """Prefix of the local optimizer's tensors in a client's state."""
-
-
-class NoMemoryError(ValueError):
-    """A client's batch does not fit into memory: one line that names the settings to change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,9 @@ class ClientJob:
     """1 / m, m the cohort's size."""
     lr: float
     """η of this round."""
+    initial_loss: float = float("nan")
+    """F_k(x), where the algorithm needs it; and the largest of the cohort's."""
+    largest_initial_loss: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class ClientResult:
 
     update: ClientUpdate
     buffers: Tensor
-    """The client's float buffers, averaged over the group; (B,)."""
+    """The client's float buffers, averaged over the group; (B,). A view of live state."""
     integer_buffers: Tensor
     """The client's integer buffers, maximum over the group; (I,) int64."""
     loss: Tensor
@@ -89,6 +95,13 @@ class ClientTrainer:
         self.padding_aware = [m for m in modules if hasattr(m, "is_padding")]
         others = (m for m in modules if not hasattr(m, "is_padding"))
         self.restored_buffers = [b for m in others for b in m.buffers(recurse=False)]
+        self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
+        if self.has_batch_norm and local.accumulate > 1 and world.is_coordinator:
+            logger.warning(
+                "local.accumulate=%d: batch norm normalises each micro-batch by itself, so steps differ from "
+                "those of whole batches; model.norm=group does not",
+                local.accumulate,
+            )
         self.loss_sum = torch.zeros(1, dtype=torch.float64, device=world.device)
         self.loss_count = 0
 
@@ -110,10 +123,10 @@ class ClientTrainer:
                 local=self.local,
                 lr=job.lr,
                 on_exit=on_exit,
+                initial_loss=job.initial_loss,
+                largest_initial_loss=job.largest_initial_loss,
             )
             context.restart()
-            if self.algorithm.needs_initial_loss:
-                context.initial_loss = self._mean_loss(job)
             for context.pass_index in range(self.algorithm.passes):
                 self.algorithm.begin(context)
                 self._local_sgd(context, job.indices)
@@ -143,6 +156,7 @@ class ClientTrainer:
             if self._step(scaler):
                 context.steps += 1
                 context.lr_sum += context.lr
+        self.flat.check_constants()
         self._merge_buffers()
         self._store_optimizer(context)
 
@@ -233,11 +247,32 @@ class ClientTrainer:
         module = self.flat.module.eval()
         images = torch.zeros(2, *self.loader.images.shape, device=self.world.device)
         trained = [p for p in module.parameters() if p.requires_grad]
-        grads = torch.autograd.grad(module(images).sum(), trained, allow_unused=True)
-        replica = self.world.replicate(module, some_unused=any(grad is None for grad in grads))
+        replica = self.world.replicate(module, some_unused=self._some_unused(module, images, trained))
         for _ in range(2):
             (replica(images).sum() * 0).backward()
         return replica
+
+    def _some_unused(self, module: nn.Module, images: Tensor, trained: list[nn.Parameter]) -> bool:
+        """Return whether a parameter gets no gradient, in every pass or at random (layers that are skipped).
+
+        Training passes draw and update running statistics, so both are restored.
+        """
+        buffers = [buffer.clone() for buffer in module.buffers()]
+        unused = False
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            for number in range(TRIAL_PASSES):
+                module.train(number > 0)
+                before = torch.default_generator.get_state()
+                grads = torch.autograd.grad(module(images).sum(), trained, allow_unused=True)
+                unused = unused or any(grad is None for grad in grads)
+                drew = not torch.equal(before, torch.default_generator.get_state())
+                if number > 0 and not drew:  # every training pass is alike
+                    break
+        for buffer, value in zip(module.buffers(), buffers, strict=True):
+            buffer.data.copy_(value)
+        module.eval()
+        return unused
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         no_sync = getattr(self.replica, "no_sync", None)
@@ -278,8 +313,9 @@ class ClientTrainer:
     # ---- the initial loss, and errors ----
 
     @torch.no_grad()
-    def _mean_loss(self, job: ClientJob) -> float:
-        """Collective over the group. Return the mean loss of the model over the client's training data."""
+    def mean_loss(self, server: ServerState, job: ClientJob) -> float:
+        """Collective over the group. Return F_k(x), the server model's mean loss on the client's data."""
+        self.flat.load(server.params, server.buffers, server.integer_buffers)
         self.flat.module.eval()
         pair = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for batch in self.loader.batches(
@@ -299,7 +335,7 @@ class ClientTrainer:
         try:
             yield
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            if is_out_of_memory(error):
                 raise NoMemoryError(self._no_memory(job.client, where)) from error
             error.add_note(f"while training client {job.client} in {where}")
             raise
@@ -307,7 +343,8 @@ class ClientTrainer:
     def _no_memory(self, client: int, where: str) -> str:
         local = self.local
         device = "GPU" if self.world.device.type == "cuda" else "CPU"
-        fixes = ["raise local.accumulate (the result stays the same)"]
+        same = "" if self.has_batch_norm else " (the result stays the same)"
+        fixes = [f"raise local.accumulate{same}"]
         if local.precision == "fp32":
             fixes.append("choose local.precision=bf16")
         fixes.append("raise topology.ranks_per_client, or lower local.batch_size")

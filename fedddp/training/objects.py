@@ -6,7 +6,6 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -14,9 +13,6 @@ from fedddp.config.loader import OBJECTS, to_dict
 from fedddp.config.schema import Config
 from fedddp.data.datasets import Images, from_dataset, load
 from fedddp.section import ConfigError
-
-SAMPLED = 4096
-"""Images of a dataset, evenly spaced, that its digest covers; it covers all labels."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +31,14 @@ class Objects:
         """
         if self.train is None:
             return load(config.data)
-        images = from_dataset(self.train)
-        return images, None if self.test is None else from_dataset(self.test, like=images)
+        data = config.data
+        options: dict[str, Any] = {
+            "image_size": data.image_size,
+            "memory": data.memory,
+            "examples": data.examples,
+        }
+        images = from_dataset(self.train, **options)
+        return images, None if self.test is None else from_dataset(self.test, like=images, **options)
 
     def record(self, config: Config, train: Images, test: Images | None) -> dict[str, Any]:
         """Return what the run's config.yaml holds: `config`, with these objects instead of names."""
@@ -79,14 +81,12 @@ def _describe_module(module: nn.Module) -> dict[str, Any]:
 
 
 def _describe_images(dataset: Dataset[Any], images: Images) -> dict[str, Any]:
-    chosen = np.linspace(0, len(images) - 1, min(len(images), SAMPLED)).astype(np.int64)
-    pixels = b"" if images.pixels is None else images.pixels[chosen].numpy().tobytes()
     return {
         "class": _qualified_name(dataset),
         "examples": len(images),
         "shape": list(images.shape),
         "classes": images.classes,
-        "digest": _digest(images.labels.tobytes(), pixels),
+        "digest": images.digest(),
     }
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fedddp.config.loader import dump_yaml
-from fedddp.config.schema import Config, Role, fields_with
+from fedddp.config.schema import Config, Role, execution_settings, fields_with
 from fedddp.distributed.environment import Launch
 from fedddp.distributed.world import World
-from fedddp.section import ConfigError
+from fedddp.section import ConfigError, local_path
 from fedddp.storage.checkpoint import write_text
 from fedddp.storage.history import read_config
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 
 MAY_CHANGE: tuple[Role, ...] = ("budget", "bookkeeping")
-"""Roles of the settings that a resumed run may change, with most of the topology; others make another run."""
+"""Roles of the settings that a resumed run may change; others make another run."""
 
 LOCK_WAIT_S = 100.0
 """Seconds a resumed run waits for the lock: a file server frees that of a dead machine after up to 90."""
@@ -45,7 +45,7 @@ def run_directory(
         config: the configuration.
         default_name: name of the directory when `config.name` is none; numbered when it is taken.
         world: the coordinator makes the directory.
-        record: what config.yaml holds, but for the name.
+        record: what config.yaml holds, but for the name; `write_record` writes it.
 
     Yields:
         The directory, and `config` with its name and with whether it resumes ("auto") or is new ("never").
@@ -62,7 +62,7 @@ def run_directory(
                 lock = _lock(directory, LOCK_WAIT_S if resumes else 0.0)
                 if resumes:
                     check_same(record, directory / CONFIG)
-                write_text(directory / CONFIG, dump_yaml({**record, "name": directory.name}))
+                    _warn_of_schedule(config, directory / CONFIG)
                 write_text(directory / ".launcher", launch.launcher)
             except ValueError as error:
                 problem = str(error)
@@ -85,7 +85,7 @@ def run_directory(
 
 def _find(config: Config, default_name: str, launch: Launch) -> tuple[Path, bool]:
     """Return the run directory, which exists, and whether it holds the run to resume."""
-    output, name = Path(config.output), config.name or default_name
+    output, name = local_path(config.output, "output"), config.name or default_name
     output.mkdir(parents=True, exist_ok=True)
     runs = [p for p in output.iterdir() if re.fullmatch(rf"{re.escape(name)}(-\d+)?", p.name)]
     # A restarted launcher resumes in the directory it had, and never in one that it was refused.
@@ -151,6 +151,33 @@ def _lock(directory: Path, wait_s: float) -> int:
         time.sleep(LOCK_POLL_S)
 
 
+def write_record(directory: Path, record: Mapping[str, Any]) -> None:
+    """Write the run's config.yaml, when it is known that the run can start.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        write_text(directory / CONFIG, dump_yaml({**record, "name": directory.name}))
+    except OSError as error:
+        raise ConfigError(
+            f"output: cannot write {directory / CONFIG}: {error.strerror}; choose another --output"
+        ) from None
+
+
+def _warn_of_schedule(config: Config, earlier: Path) -> None:
+    """Log that another number of rounds changes a schedule that depends on it."""
+    before = read_config(earlier).get("rounds", config.rounds) if earlier.exists() else config.rounds
+    if config.local.schedule == "cosine" and before != config.rounds:
+        logger.warning(
+            "rounds was %s and is %d: local.schedule=cosine continues at another learning rate, so the "
+            "model is not that of a run of %d rounds from the start",
+            before,
+            config.rounds,
+            config.rounds,
+        )
+
+
 def check_replay(config: Config, record: Mapping[str, Any]) -> None:
     """Refuse to repeat the arrivals of a run that had other settings.
 
@@ -162,7 +189,7 @@ def check_replay(config: Config, record: Mapping[str, Any]) -> None:
         ConfigError: `replay` is no run directory, or a setting differs.
     """
     if config.replay is not None:
-        earlier = Path(config.replay) / CONFIG
+        earlier = local_path(config.replay, "replay") / CONFIG
         if not earlier.exists():
             raise ConfigError(
                 f"replay: {config.replay} is no run directory; give that of an asynchronous run"
@@ -182,7 +209,7 @@ def check_same(
     Args:
         record: what config.yaml is to hold now.
         earlier: the config.yaml of the run.
-        may_change: sections that may differ; of the topology all but the threads may.
+        may_change: sections that may differ.
         setting: what asks for the comparison, for errors: "resume" or "replay".
 
     Raises:
@@ -210,13 +237,22 @@ def check_same(
             name, old, new = f"{name}.{key}", old.get(key), new.get(key)
         if old != new:
             raise ConfigError(
-                f"{name}: is {new}, but {earlier} was started with {old}; {setting} with the "
+                f"{name}: is {_text(new)}, but {earlier} was started with {_text(old)}; {setting} with the "
                 "same settings, or start another run with another --name or --output"
             )
 
 
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
 def _comparable(sections: Mapping[str, Any], may_change: tuple[str, ...]) -> dict[str, Any]:
-    """Return the sections that decide the result; of the topology only the threads do."""
-    kept = {name: value for name, value in sections.items() if name not in may_change}
-    topology = kept.get("topology")
-    return {**kept, "topology": {"threads": topology.get("threads")} if isinstance(topology, dict) else None}
+    """Return the sections that decide the result, without the settings that decide no number."""
+    left_out = execution_settings()
+    return {
+        name: {key: item for key, item in value.items() if f"{name}.{key}" not in left_out}
+        if isinstance(value, dict)
+        else value
+        for name, value in sections.items()
+        if name not in may_change
+    }

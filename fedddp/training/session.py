@@ -119,9 +119,7 @@ class Session:
 
     def load_global_model(self) -> None:
         """Copy the server's model into the module."""
-        self.flat.params.copy_(self.server.params)
-        self.flat.buffers.copy_(self.server.buffers)
-        self.flat.integer_buffers.copy_(self.server.integer_buffers)
+        self.flat.load(self.server.params, self.server.buffers, self.server.integer_buffers)
 
     # ---- evaluate ----
 
@@ -234,6 +232,7 @@ class Session:
                 self.load_global_model()
             server = {f"server.{n}": tensor for n, tensor in self.server.vectors.items()}
             common = {
+                "data": self.train.images.digest(pixels=False),
                 "round": self.rounds_done,
                 "version": self.server.version,
                 "wandb_run_id": self.tracker.run_id,

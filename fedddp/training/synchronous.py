@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -97,7 +97,8 @@ def run_round(s: Session) -> Round:
     s.send()  # 2. send
     with s.timed("train"):  # 3. train
         s.states.move(assignment)
-        train_clients(s, current, assignment)
+        losses = initial_losses(s, current) if s.config.algorithm.needs_initial_loss else None
+        train_clients(s, current, assignment, losses)
     with s.timed("aggregate"):  # 4. aggregate
         current.updates.reduce(s.world)
         s.world.sum(*current.results, current.busy)
@@ -138,7 +139,22 @@ def sample(s: Session) -> Round:
     return Round(cohort, waiting, len(sampled), wanted - len(cohort), seconds, updates, results, busy)
 
 
-def train_clients(s: Session, current: Round, assignment: list[list[int]]) -> None:
+def initial_losses(s: Session, current: Round) -> Tensor:
+    """Collective. Return F_k(x) of every client of the cohort, by position; float64, (m,)."""
+    losses = torch.zeros(len(current.cohort), dtype=torch.float64)
+    assignment = assign(current.cohort, s.sizes[current.cohort], s.world.groups)
+    for client in [] if s.world.group is None else assignment[s.world.group]:
+        job = s.job(client, number=s.rounds_done, lr=0.0, weight=0.0, share=0.0)
+        loss = s.trainer.mean_loss(s.server, job)
+        if s.world.leads_group:
+            losses[int(np.searchsorted(current.cohort, client))] = loss
+    s.world.sum(losses)
+    return losses
+
+
+def train_clients(
+    s: Session, current: Round, assignment: list[list[int]], losses: Tensor | None = None
+) -> None:
     """Collective over the group. Train this group's clients, until the run is asked to stop."""
     if s.world.group is None:
         return
@@ -148,21 +164,29 @@ def train_clients(s: Session, current: Round, assignment: list[list[int]]) -> No
     for client in assignment[s.world.group]:
         if s.world.group_should_stop():
             break
-        weight = int(s.sizes[client]) / examples
+        weight, position = int(s.sizes[client]) / examples, int(np.searchsorted(cohort, client))
         job = s.job(client, number=s.rounds_done, lr=lr, weight=weight, share=1 / len(cohort))
+        if losses is not None:
+            job = replace(job, initial_loss=float(losses[position]), largest_initial_loss=float(losses.max()))
         state = s.states.share(client) if s.keeps_state else {}
         result = s.trainer.train(s.server, job, state)
         if s.world.leads_group:
             update = s.received(client, s.rounds_done, result.update)
+            change = buffer_change(result.buffers, s.server.buffers)
             valid = current.updates.add(
-                client, update, result.buffers, weight, result.integer_buffers, float(result.loss[0])
+                client, update, change, weight, result.integer_buffers, float(result.loss[0])
             )
-            current.results.put(int(np.searchsorted(cohort, client)), result, valid=valid)
+            current.results.put(position, result, valid=valid)
             if valid:
                 s.states.keep(client, state)
         s.tracker.client_done(s.world.groups)
     if s.world.leads_group:
         current.busy[s.world.group] = time.perf_counter() - start
+
+
+def buffer_change(buffers: Tensor, start: Tensor) -> Tensor:
+    """Return how training changed float buffers (B,); 0 where it did not, infinite masks included."""
+    return torch.where(buffers == start, 0.0, buffers - start)
 
 
 def step(s: Session, current: Round) -> None:
@@ -175,7 +199,8 @@ def step(s: Session, current: Round) -> None:
         aggregated = current.updates.result()
         if "update" in aggregated.vectors:  # else no client had an example
             algorithm.step(server, aggregated)
-        server.buffers.copy_(aggregated.vectors.get("buffers", server.buffers))
+        if "buffers" in aggregated.vectors:
+            server.buffers.add_(aggregated.vectors["buffers"])
         server.integer_buffers.copy_(current.updates.integer_buffers)
     server.version += 1
 

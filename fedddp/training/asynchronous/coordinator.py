@@ -83,6 +83,8 @@ class Coordinator:
         self.began: dict[int, float] = {}  # group -> when it was last sent a client
         self.busy = [0.0] * self.world.groups  # seconds that each trained, not yet in a row
         self.integer_buffers = s.server.integer_buffers.clone()  # their maximum over the arrivals
+        self.infinite = ~torch.isfinite(s.server.buffers)  # constant masks, which no mean can hold
+        self.infinite_values = s.server.buffers[self.infinite].clone()
         if s.metadata:
             self._restore()
         arrivals = s.rounds_done * s.config.cohort.size + len(self.statistics.cohort)
@@ -202,6 +204,7 @@ class Coordinator:
         s, statistics, server, report = self.s, self.statistics, self.s.server, trained.report
         staleness = server.version - client.version
         *vectors, buffers, integer_buffers = trained.tensors
+        buffers[self.infinite & (buffers == server.buffers)] = 0.0
         names = self.algorithm.lengths(server.params.numel())
         update = ClientUpdate(dict(zip(names, vectors, strict=True)), 1.0)
         update = s.received(client.client, client.dispatch_id, update)
@@ -211,6 +214,7 @@ class Coordinator:
             if self.algorithm.absorb(server, ClientUpdate(admitted.vectors, 1.0), staleness):
                 server.version += 1
                 server.integer_buffers.copy_(self.integer_buffers)
+            server.buffers[self.infinite] = self.infinite_values
         if not admitted.valid:
             logger.warning("NaN, infinity or overflow in the update of client %d", client.client)
         for index, one in enumerate((admitted.vectors is not None, not admitted.valid, admitted.clipped)):

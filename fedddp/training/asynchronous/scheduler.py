@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedddp.rng import stream
+from fedddp.section import local_path
 from fedddp.simulation.clock import Virtual, examples_trained
 from fedddp.storage.history import Row, read_rows, write_rows
 from fedddp.training.session import Indices, Session
@@ -184,7 +185,7 @@ def make_scheduler(s: Session) -> Scheduler:
     """
     config = s.config
     if config.replay is not None:
-        return ReplayScheduler(Path(config.replay), config.rounds * config.cohort.size)
+        return ReplayScheduler(local_path(config.replay, "replay"), config.rounds * config.cohort.size)
     clients = np.flatnonzero(s.sizes)
     if not len(clients):
         raise ValueError("data: no client has a training example; choose another data.partition")
