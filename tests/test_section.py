@@ -190,7 +190,7 @@ def test_a_range_in_the_documentation_of_a_setting_is_checked() -> None:
         if class_name(cls) != cls.__name__:
             continue
         text = documented(cls)[key.rpartition(".")[2]]
-        ranges = re.findall(r">=? -?[\d.]*\d|in [\[(][\d.]+, [\d.]+[\])]", text)
+        ranges = re.findall(r">=? -?[\d.]*\d(?:e-?\d+)?|in [\[(][\d.]+, [\d.]+[\])]", text)
         kinds = [kind for kind, _ in options(hint)]
         inner = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is list), hint)
         assert not ranges or range_of(inner) in ranges, (cls, key, text)

@@ -80,7 +80,7 @@ class FedDyn(SynchronousAlgorithm):
     """
 
     alpha: Annotated[float, Ge(1e-8), "the paper's are 0.01 and 0.1"] = 0.1
-    """Strength of the regularisation α, >= 1e-8."""
+    """Strength of the regularisation α, >= 1e-08."""
 
     uniform = True
     stateful = True
