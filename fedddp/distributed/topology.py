@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from annotated_types import Gt, Le
+from annotated_types import Interval
 
 from fedddp.section import EXECUTION, ConfigError, PositiveInt, Section
 
@@ -33,8 +33,8 @@ class TopologyConfig(Section):
     threads: PositiveInt | None = None
     """CPU threads per rank, >= 1; none: OMP_NUM_THREADS, else 1. The last bits of a model depend on it."""
 
-    timeout_s: Annotated[float, Gt(0), Le(YEAR_S)] = field(default=1800.0, metadata=EXECUTION)
-    """Seconds a rank waits for the others before it fails, > 0; longer than the longest round."""
+    timeout_s: Annotated[float, Interval(gt=0, le=YEAR_S)] = field(default=1800.0, metadata=EXECUTION)
+    """Seconds a rank waits for the others before it fails, in (0, 31536000]; longer than the longest round."""
 
     def __post_init__(self) -> None:
         if self.backend == "nccl" and self.device == "cpu":
