@@ -34,7 +34,7 @@ class TopologyConfig(Section):
     """CPU threads per rank, >= 1; none: OMP_NUM_THREADS, else 1. The last bits of a model depend on it."""
 
     timeout_s: Annotated[float, Interval(gt=0, le=YEAR_S)] = field(default=1800.0, metadata=EXECUTION)
-    """Seconds a rank waits for the others before it fails, in (0, 31536000]; longer than the longest round."""
+    """Seconds a rank waits for the others before it fails, in (0, 31536000]; longer than a round."""
 
     def __post_init__(self) -> None:
         if self.backend == "nccl" and self.device == "cpu":

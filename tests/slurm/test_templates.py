@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -43,8 +46,12 @@ class Submitter:
 
     def await_waiting(self, job_id: str, nodes: int) -> None:
         """Return when all nodes of a job wait to be stopped."""
+        self.await_printed(job_id, "waiting", nodes)
+
+    def await_printed(self, job_id: str, word: str, nodes: int) -> None:
+        """Return when all nodes of a job have printed `word`."""
         deadline = time.monotonic() + 20
-        while (job := self.cluster.job(job_id)) and self.cluster.output(job).count("waiting") < nodes:
+        while (job := self.cluster.job(job_id)) and self.cluster.output(job).count(word) < nodes:
             assert time.monotonic() < deadline, f"{job}\n{self.cluster.output(job)}"
             time.sleep(0.05)
 
@@ -96,6 +103,40 @@ def test_a_failed_run_fails_the_job_without_a_requeue(submitter: Submitter) -> N
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "7:0", "0")
 
 
+def test_a_port_in_use_is_passed_over(submitter: Submitter) -> None:
+    job_id = submitter.submit("--hold", FEDERATED, "digits")
+    port = 20000 + int(job_id) % 10000
+    with socket.create_server(("127.0.0.1", port)):
+        submitter.cluster.call("scontrol", "release", job_id)
+        assert submitter.cluster.end(job_id)["JobState"] == "COMPLETED"
+    (call,) = submitter.calls()
+    assert f"--master-port={port + 1}" in call["arguments"]
+
+
+def test_the_ranks_get_the_environment_of_the_script_where_jobs_start_without_one(
+    submitter: Submitter,
+) -> None:
+    torchrun = submitter.folder / ".venv/bin/torchrun"
+    torchrun.parent.mkdir(parents=True)
+    calls = f"CALLS={submitter.calls_file} DO=end"
+    torchrun.write_text(f'#!/bin/bash\n{calls} exec {sys.executable} {HERE}/bin/torchrun "$@"\n')
+    torchrun.chmod(0o755)
+    job_id = submitter.submit("--export=NONE", FEDERATED, "digits")
+    assert submitter.cluster.end(job_id)["JobState"] == "COMPLETED"
+    (call,) = submitter.calls()
+    assert call["environment"]["PATH"].startswith(str(torchrun.parent))
+    assert call["environment"]["MASTER_PORT"]
+
+
+def test_a_signal_before_the_ranks_listen_is_sent_again(submitter: Submitter) -> None:
+    job_id = submitter.submit("--nodes=2", FEDERATED, "digits", do="start slowly")
+    submitter.await_printed(job_id, "starting", 2)
+    submitter.cluster.call("scancel", "--signal=USR1", "--batch", job_id)
+    (submitter.folder / "calls.listen").touch()
+    job = submitter.cluster.end(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
+
+
 def test_a_missing_recipe_and_a_missing_torchrun_are_reported(submitter: Submitter) -> None:
     without_recipe = submitter.submit(FEDERATED)
     without_torchrun = submitter.cluster.call(
@@ -142,11 +183,13 @@ def test_a_cancelled_run_is_not_requeued(submitter: Submitter) -> None:
 
 
 def test_a_sweep_runs_every_line_and_then_compares(submitter: Submitter) -> None:
-    lines = ["--algorithm FedAvg", "--seed=3 --name 'by hand'", "--algorithm FedProx --seed 1"]
-    (submitter.folder / "lines.txt").write_text("\n".join(lines) + "\n")
+    lines = ["--algorithm FedAvg", "--seed=3 --name 'by hand'\r", "--algorithm FedProx --seed 1"]
+    (submitter.folder / "lines.txt").write_text("\n".join(lines))  # an editor's: no end of the last line
+    sweep = submitter.folder / "a folder" / "sweep.sbatch"
+    shutil.copytree(TEMPLATES, sweep.parent)
     common = ("lines.txt", "digits", "--rounds", "5")
     # The last task's own id is the array's, and it is the one that is requeued.
-    job_id = submitter.submit("--array=1-3", SWEEP, *common, do="stop", ONLY_TASK="3")
+    job_id = submitter.submit("--array=1-3", str(sweep), *common, do="stop", ONLY_TASK="3")
     compare_id = submitter.submit(
         f"--dependency=afterok:{job_id}", COMPARE, f"runs/sweep-{job_id}", "--accuracy", "0.9"
     )
@@ -172,7 +215,7 @@ def test_a_sweep_runs_every_line_and_then_compares(submitter: Submitter) -> None
 
 
 def test_an_array_longer_than_its_file_is_reported(submitter: Submitter) -> None:
-    (submitter.folder / "lines.txt").write_text("--seed 0\n")
+    (submitter.folder / "lines.txt").write_text("--seed 0")
     job = submitter.cluster.end(submitter.submit("--array=2-2", SWEEP, "lines.txt", "digits"))
     assert job["ExitCode"] == "2:0"
     assert "lines.txt has no line 2; use --array=1-1" in submitter.cluster.output(job)
