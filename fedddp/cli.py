@@ -26,17 +26,20 @@ if TYPE_CHECKING:
 STOPPED = 75
 """Exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL)."""
 
+PRINT = "--print_config"
+"""Prints all settings of the configuration as YAML, and trains nothing."""
+
 USAGE = """\
 fedddp: federated learning on DDP groups, in one torchrun.
 
   fedddp run RECIPE|FILE [--section.key value ...]    train; under torchrun on many ranks
   fedddp compare RECIPE|FILE|RUN ... [...]            train what is not trained yet; one table, one picture
-  fedddp plan RECIPE|FILE [--section.key value ...]   dry run: groups, bytes, memory
+  fedddp plan RECIPE|FILE [--ranks N] [...]           dry run: groups, bytes, memory
   fedddp partition RECIPE|FILE [...]                  how the data are split over the clients
   fedddp recipes                                      the configurations that ship with fedddp
   fedddp runs [OUTPUT]                                the runs in a folder (default: runs)
 
-  fedddp run --help lists every setting. Examples:
+  fedddp run --help lists every setting, fedddp run RECIPE|FILE --print_config all their values. Examples:
     fedddp run digits
     torchrun --standalone --nproc-per-node 4 -m fedddp run digits --topology.ranks_per_client 2
 """
@@ -169,18 +172,21 @@ def _stop(command: str) -> NoReturn:
 
 def _show(table: Table) -> None:
     """Print `table`, on one rank."""
-    from rich.console import Console
+    from fedddp.tracking.progress import QuietConsole
 
     if _is_coordinator():
-        Console().print(table)
+        QuietConsole().print(table)
 
 
 # ---- commands ----
 
 
-def _load(rest: list[str]) -> tuple[Config, str]:
-    """Return the configuration of a command line, and the default name of its run."""
-    from fedddp.config.loader import load_config
+def _load(rest: list[str], ranks: int = 0) -> tuple[Config, str]:
+    """Return the configuration of a command line, and the default name of its run.
+
+    With `ranks` it is for another world than this one, whose devices are not looked at.
+    """
+    from fedddp.config.loader import load_config, to_yaml
     from fedddp.distributed.launch import choose_device
 
     if "-h" in rest or "--help" in rest:
@@ -193,19 +199,28 @@ def _load(rest: list[str]) -> tuple[Config, str]:
     if target is None:
         _fail("give a recipe or a .yaml file, e.g. `fedddp run digits`; `fedddp recipes` lists them")
     try:
-        config = load_config(target, rest[1:])
-        choose_device(config.topology, Launch.from_environment())
+        printed = PRINT in rest
+        config = load_config(target, [word for word in rest[1:] if word != PRINT])
+        if not ranks:
+            choose_device(config.topology, Launch.from_environment())
     except ValueError as error:
         _fail(str(error))
+    if printed:
+        if _is_coordinator():
+            print(to_yaml(config), end="")
+        sys.exit(0)
     return config, Path(target).stem
 
 
 def _run(rest: list[str]) -> None:
     config, name = _load(rest)
-    from fedddp.federation import Federation
+    from fedddp.federation import Federation, Interrupted
 
     with _reporting():
-        result = Federation(config, default_name=name).run()
+        try:
+            result = Federation(config, default_name=name).run()
+        except Interrupted as interruption:
+            result = interruption.result
     if not result.finished:
         _stop(f"run {shlex.join(_with_flags(rest, name=result.folder.name, resume='auto'))}")
     if _is_coordinator():
@@ -227,10 +242,10 @@ def _with_flags(rest: list[str], **flags: str) -> list[str]:
 
 
 def _compare(rest: list[str]) -> None:
-    from rich.console import Console
-
     from fedddp.distributed.launch import choose_device
+    from fedddp.federation import Interrupted
     from fedddp.reporting import compare
+    from fedddp.tracking.progress import QuietConsole
 
     options = argparse.ArgumentParser(
         prog="fedddp compare",
@@ -259,10 +274,13 @@ def _compare(rest: list[str]) -> None:
     except (ValueError, argparse.ArgumentError) as error:
         _fail(str(error))
     with _reporting():
-        finished = compare.train(comparison)
+        try:
+            finished = compare.train(comparison)
+        except Interrupted:
+            finished = False
         if finished and _is_coordinator():
-            for path in compare.report(comparison, Console()):
-                print(path)
+            for path in compare.report(comparison, QuietConsole()):
+                _say(str(path))
     if not finished:
         _stop(f"compare {shlex.join(rest)}")
 
@@ -281,16 +299,31 @@ def _partition(rest: list[str]) -> None:
 
 
 def _plan(rest: list[str]) -> None:
-    config, name = _load(rest)
+    rest, ranks = _ranks(rest)
+    config, name = _load(rest, ranks)
     from fedddp.reporting.dry_run import dry_run
 
     try:
         table = dry_run(
-            dataclasses.replace(config, name=config.name or name), Launch.from_environment().world_size
+            dataclasses.replace(config, name=config.name or name),
+            ranks or Launch.from_environment().world_size,
         )
     except (ValueError, OSError) as error:
         _fail(str(error))
     _show(table)
+
+
+def _ranks(rest: list[str]) -> tuple[list[str], int]:
+    """Return the arguments without `--ranks N`, and N, or 0 where it is not given."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("--ranks", type=int)
+    try:
+        own, others = options.parse_known_args(rest)
+    except argparse.ArgumentError as error:
+        _fail(f"--ranks: {error.message}")
+    if own.ranks is not None and own.ranks < 1:
+        _fail(f"--ranks must be >= 1, got {own.ranks}; it is how many ranks the launcher will start")
+    return others, own.ranks or 0
 
 
 def _recipes(_: list[str]) -> None:

@@ -93,6 +93,7 @@ class Federation:
         Raises:
             ConfigError: the configuration cannot run.
             AnotherRankFailedError: the error is another rank's, which reports it.
+            Interrupted: Ctrl-C stopped the run, after it wrote a checkpoint.
         """
         with joined(self.config.topology) as world:
             with _rejecting():
@@ -111,7 +112,20 @@ class Federation:
                         loop(s)
                     except Stopped:
                         finished = False
-                    return _result(s, train, finished=finished)
+                    result = _result(s, train, finished=finished)
+                    interrupted = not finished and any(world.gather(world.interrupted))
+        if interrupted:
+            raise Interrupted(result)
+        return result
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C stopped a run at a checkpoint: it ends a loop over several runs, as it ends any program."""
+
+    def __init__(self, result: Result) -> None:
+        """Take the `result` of the run, which is not finished."""
+        super().__init__(f"stopped by Ctrl-C; resume {result.folder} with resume='auto'")
+        self.result = result
 
 
 def _result(s: Session, train: Images, *, finished: bool) -> Result:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -17,11 +20,14 @@ import pytest
 import yaml
 from launching import type_on_this_rank
 from PIL import Image
+from rich.console import Console
 
 from fedddp.algorithms import AggregatedUpdate, FedAvg, ServerState
 from fedddp.cli import STOPPED, main
+from fedddp.reporting.compare import prepare
 from fedddp.reporting.curves import differing, over_seeds, read
-from fedddp.reporting.render import cells, target_of, write
+from fedddp.reporting.render import cells, target_of, terminal, write
+from fedddp.section import ConfigError
 from fedddp.testing import run_world
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +136,63 @@ def test_runs_that_differ_in_the_seed_alone_become_one_curve(tmp_path: Path) -> 
     np.testing.assert_allclose([large.low[0], large.high[0]], [0.5, 0.7])
     twice = over_seeds([curves[0], curves[0]])
     assert len(twice) == 2, "the same seed twice is not a mean over seeds"
+
+
+def test_of_two_runs_with_one_seed_the_last_counts(tmp_path: Path) -> None:
+    measured = [(0, 0.5), (1, 0.7), (0, 0.9)]
+    runs = [make_run(tmp_path / f"{n}", [row(a)], seed=seed) for n, (seed, a) in enumerate(measured)]
+    (curve,) = over_seeds([read(run) for run in runs])
+    assert curve.accuracy.tolist() == [0.8]
+    assert sorted(curve.seeds) == [0, 1]
+
+
+def test_finished_runs_are_compared_where_no_configuration_was_read_before(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs/a", [row(0.5)], local={"lr": 0.1})
+    make_run(tmp_path / "runs/b", [row(0.7)], local={"lr": 0.2})
+    command = [sys.executable, "-m", "fedddp", "compare", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_run_of_a_file_is_trained_with_each_of_its_seeds() -> None:
+    Path("my.yaml").write_text(SMALL.replace("compare:", "seeds: [0, 3]\ncompare:") + "  FedAvg: {}\n")
+    compare("my.yaml", "--rounds", "1")
+    seeds = {
+        path.parent.name: yaml.safe_load(path.read_text())["seed"]
+        for path in Path("runs/my").glob("*/config.yaml")
+    }
+    assert seeds == {"FedAvg-seed=0": 0, "FedAvg-seed=3": 3}
+    assert "FedAvg |" in Path("runs/my/comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("seeds", "words"),
+    [
+        ("[0, 0]", "my.yaml: seeds must be different whole numbers, as in [0, 1, 2], got [0, 0]"),
+        ("[]", "my.yaml: seeds must be different whole numbers"),
+        ("[a]", "my.yaml: seeds[0] must be a whole number, got a"),
+        ("3", "my.yaml: seeds must be a list"),
+    ],
+)
+def test_seeds_that_are_none_are_refused(seeds: str, words: str) -> None:
+    Path("my.yaml").write_text(f"seeds: {seeds}{SMALL}  FedAvg: {{}}\n")
+    with pytest.raises(ConfigError) as refused:
+        prepare(["my.yaml"], [])
+    assert str(refused.value).startswith(words)
+
+
+@pytest.mark.parametrize("width", [80, 100, 119, 120])
+def test_the_table_fits_the_terminal_and_shows_every_number_whole(tmp_path: Path, width: int) -> None:
+    rows = [row(0.5, **{"train/examples": 1_234_567, "time/idle": [1.0]}), row(0.91)]
+    names = ["FedBuff-of-ten-with-a-rather-long-name-of-its-own", "FedAvg"]
+    curves = [read(make_run(tmp_path / name, rows, local={"lr": n})) for n, name in enumerate(names)]
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(terminal(curves, 0.9, width))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    for shown in ("91.00 %", "3.00 kB", "accuracy", "rounds", "bytes", "virtual s", "wall s"):
+        assert shown in text
+    assert "…" not in text
 
 
 def test_runs_of_different_modules_of_the_users_are_no_repetitions(tmp_path: Path) -> None:

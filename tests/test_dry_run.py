@@ -19,6 +19,7 @@ from fedddp import (
     ModelConfig,
     TopologyConfig,
     TrackingConfig,
+    load_config,
 )
 from fedddp.algorithms import SCAFFOLD, ClientContext, ClientUpdate, FedAvg, FedBuff
 from fedddp.algorithms.algorithm import Algorithm
@@ -36,6 +37,30 @@ CONFIG = Config(
     tracking=TrackingConfig(trackers=[], progress=False),
     rounds=2,
 )
+
+
+def test_a_plan_is_for_any_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "digits", "--ranks", "8", "--topology.ranks_per_client", "2"])
+    assert ended.value.code == 0
+    assert "8 ranks: 4 client groups of 2" in capsys.readouterr().out
+    for ranks, words in (("0", "--ranks must be >= 1, got 0"), ("a", "--ranks: invalid int value: 'a'")):
+        with pytest.raises(SystemExit) as refused:
+            main(["plan", "digits", "--ranks", ranks])
+        assert refused.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+def test_print_config_prints_every_setting_and_trains_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "digits", "--print_config", "--local.lr", "0.3"])
+    assert ended.value.code == 0
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    assert load_config("printed.yaml") == load_config("digits", ["--local.lr", "0.3"])
+    assert [path.name for path in tmp_path.iterdir()] == ["printed.yaml"]
 
 
 def rows(config: Config, world_size: int) -> dict[str, str]:

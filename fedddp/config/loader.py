@@ -233,7 +233,7 @@ def _section(cls: Any, given: Mapping[str, Any]) -> Any:
             raise ConfigError(unknown_key(cls, str(name)))
         kind = section_in(hints[name])
         if kind is None:
-            values[name] = _typed(value, hints[name])
+            values[name] = typed(value, hints[name])
             continue
         optional = any(option is type(None) for option, _ in options(hints[name]))
         if is_null(value):
@@ -275,7 +275,7 @@ def _not_a_section(kind: Any, key: str, value: object) -> str:
     return f"{key} has settings of its own, got {value}; set one of them: {key}.{names}"
 
 
-def _typed(value: Any, hint: Any) -> Any:
+def typed(value: Any, hint: Any) -> Any:
     """Return YAML's `value` as the type `hint` reads it; where it does not fit, the section refuses it."""
     kinds = [kind for kind, _ in options(hint)]
     if is_null(value) and type(None) in kinds:
@@ -311,9 +311,9 @@ def _read(value: Any, kind: Any) -> tuple[bool, Any]:
 
 def _read_container(value: Any, origin: Any, inner: tuple[Any, ...]) -> tuple[bool, Any]:
     if origin is list and isinstance(value, list):
-        return True, [_typed(item, inner[0]) for item in value]
+        return True, [typed(item, inner[0]) for item in value]
     if origin is dict and isinstance(value, dict):
-        return True, {str(key): _typed(item, inner[1]) for key, item in value.items()}
+        return True, {str(key): typed(item, inner[1]) for key, item in value.items()}
     return False, value
 
 

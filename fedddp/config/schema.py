@@ -16,7 +16,7 @@ from fedddp.data.datasets import DataConfig
 from fedddp.distributed.topology import TopologyConfig
 from fedddp.evaluation import EvaluationConfig
 from fedddp.models.registry import ModelConfig
-from fedddp.section import ConfigError, PositiveInt, Section, field_hints, key_of, section_in
+from fedddp.section import ConfigError, PositiveInt, Section, complete, field_hints, key_of, section_in
 from fedddp.simulation.attacks import Attack, NoAttack
 from fedddp.simulation.clock import Clock, Virtual
 from fedddp.simulation.cohort import CohortConfig
@@ -138,14 +138,12 @@ class ConfigFields(TypedDict, total=False):
 
 def execution_settings() -> set[str]:
     """Return the keys of the settings that decide no number, such as `data.workers`."""
-    sections = (section_in(hint) for hint in field_hints(Config).values())
-    return {
-        key_of(section, item.name)
-        for section in sections
-        if section is not None
-        for item in dataclasses.fields(section)
-        if item.metadata.get("role") == "execution"
-    }
+    keys: set[str] = set()
+    for section in filter(None, map(section_in, field_hints(Config).values())):
+        complete(section)
+        fields = dataclasses.fields(section)
+        keys |= {key_of(section, item.name) for item in fields if item.metadata.get("role") == "execution"}
+    return keys
 
 
 def fields_with(*roles: Role) -> tuple[str, ...]:

@@ -11,14 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
-from fedddp.config.loader import build, read_sections
+from fedddp.config.loader import build, read_sections, typed
 from fedddp.config.schema import Config, fields_with
 from fedddp.data.datasets import load as load_images
 from fedddp.distributed.environment import Launch
 from fedddp.federation import Federation
 from fedddp.reporting.curves import over_seeds, read
 from fedddp.reporting.render import target_of, terminal, write
-from fedddp.section import ConfigError
+from fedddp.section import ConfigError, NonNegativeInt, checked
 from fedddp.simulation.clock import examples_trained
 
 logger = logging.getLogger(__name__)
@@ -60,18 +60,22 @@ def prepare(
         raise ConfigError(f"--accuracy must be in (0, 1], got {accuracy:g}")
     finished: list[Path] = []
     configured: dict[str, Any] = {}
+    seeded: set[str] = set()  # runs whose file gives seeds: they keep their own
     stem = "comparison"
     for target in targets:
         if Path(target).is_dir():
             finished += _run_folders(Path(target))
             continue
         sections = read_sections(target)
-        variants = sections.pop("compare", None)
+        variants, seeds = sections.pop("compare", None), sections.pop("seeds", None)
         if len(targets) == 1:
             stem = Path(target).stem
         described = (
             {Path(target).stem: sections} if variants is None else _variants(target, sections, variants)
         )
+        if seeds is not None:
+            described = _seeded(target, described, seeds)
+            seeded |= described.keys()
         for name in configured.keys() & described.keys():
             raise ConfigError(f"{target}: there is a run {name} already; give it another name")
         configured |= described
@@ -85,7 +89,9 @@ def prepare(
     for name, sections in configured.items():
         try:
             config = build(sections, flags)
-            configs[name] = _alike(config, name, next(iter(configs.values()), config), folder)
+            first = next(iter(configs.values()), config)
+            seed = config.seed if name in seeded else first.seed
+            configs[name] = dataclasses.replace(_alike(config, name, first, folder), seed=seed)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
     return Comparison(folder, configs, finished, accuracy)
@@ -124,6 +130,21 @@ def _variants(target: str, common: dict[str, Any], variants: Any) -> dict[str, d
                     f"seed, clock and budget; set {key} at the top (rounds are those of the first run)"
                 )
     return {str(name): _merged(common, sections) for name, sections in variants.items()}
+
+
+def _seeded(target: str, described: dict[str, dict[str, Any]], seeds: Any) -> dict[str, dict[str, Any]]:
+    """Return every run once for each of `seeds`."""
+    try:
+        numbers = checked(typed(seeds, list[NonNegativeInt]), list[NonNegativeInt], "seeds")
+    except ConfigError as error:
+        raise ConfigError(f"{target}: {error}") from None
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ConfigError(f"{target}: seeds must be different whole numbers, as in [0, 1, 2], got {numbers}")
+    return {
+        f"{name}-seed={seed}": {**sections, "seed": value}
+        for name, sections in described.items()
+        for value, seed in zip(seeds, numbers, strict=True)
+    }
 
 
 def _merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

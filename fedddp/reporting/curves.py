@@ -139,15 +139,18 @@ def differing(curves: list[Curve]) -> list[str]:
 
 
 def over_seeds(curves: list[Curve]) -> list[Curve]:
-    """Return one curve for all runs that differ in the seed alone, in the order of the first of each."""
+    """Return one curve for all runs that differ in the seed alone, in the order of the first of each.
+
+    Of several runs with one seed the last counts; runs that are all of one seed stay apart.
+    """
     keys = differing(curves)
     alike: dict[str, list[Curve]] = {}
     for curve in curves:
         alike.setdefault(repr([curve.settings.get(key) for key in keys]), []).append(curve)
     merged: list[Curve] = []
     for runs in alike.values():
-        once = len({run.seeds for run in runs}) == len(runs)
-        merged += [_mean(runs, keys)] if once and len(runs) > 1 else runs
+        by_seed = {run.seeds: run for run in runs}
+        merged += [_mean([*by_seed.values()], keys)] if len(by_seed) > 1 else runs
     return merged
 
 

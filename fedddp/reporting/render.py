@@ -27,6 +27,9 @@ LINES = ("-", (0, (4, 1.5)))
 WIDE = 120
 """Columns of a terminal in which all columns of the table fit."""
 
+NAME_WIDTH = 24
+"""Columns that a run's name may take before other columns are left out for it."""
+
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
@@ -103,18 +106,38 @@ def _seconds(value: float) -> str:
 
 
 def terminal(curves: Sequence[Curve], target: float, width: int) -> Table:
-    """Return the table for a terminal of `width` columns; a narrow one has no room for the totals."""
+    """Return the table for a terminal of `width` columns.
+
+    A narrow one has no room for the totals, nor for columns that no run has a value in; names are wrapped.
+    """
     from rich.table import Table
 
     totals = width >= WIDE
     header, *rows = cells(curves, target, totals=totals)
     caption = note(target, totals=totals)
     table = Table(box=None, header_style="bold", caption=caption, caption_justify="left", pad_edge=False)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    shown = _fitting([header, *rows], width)
+    for index in shown:
+        if index:
+            table.add_column(header[index], justify="right", no_wrap=True)
+        else:
+            table.add_column(header[index], overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[index] for index in shown))
     return table
+
+
+def _fitting(rows: Cells, width: int) -> list[int]:
+    """Return the columns of `rows` that fit `width` characters: the least telling ones go first."""
+    header, *body = rows
+    widths = [max(len(row[i]) for row in rows) + 2 for i in range(len(header))]
+    widths[0] = min(widths[0], NAME_WIDTH + 2)
+    empty = [i for i in range(2, len(header)) if all(row[i] in (UNKNOWN, "0 %") for row in body)]
+    shown = list(range(len(header)))
+    for index in [*empty, *(header.index(name) for name in ("idle", "stale", "examples"))]:
+        if index in shown and sum(widths[i] for i in shown) - 2 > width:
+            shown.remove(index)
+    return shown
 
 
 def markdown(rows: Cells) -> str:
