@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fedddp.distributed.environment import Launch, wait_for_first_error
+from fedddp.distributed.signals import stop_signals_held
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,8 +75,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(USAGE, end="")
         sys.exit(0)
     sys.path.insert(0, os.getcwd())  # so that the dotted path of a class beside the user is found
-    with _logging():
-        commands[command](rest)
+    try:
+        with _logging(), stop_signals_held() if command in ("run", "compare") else contextlib.nullcontext():
+            commands[command](rest)
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(0)
 
 
@@ -134,8 +138,6 @@ def _reporting() -> Iterator[None]:
     except AnotherRankFailedError:
         wait_for_first_error()
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except Exception as error:
         _report(error)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C in a program that trains several runs, and what the command line makes of it."""
+"""Signals at odd times: Ctrl-C in a program that trains several runs, and signals while a command starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedddp import CohortConfig, Config, DataConfig, Federation, ModelConfig, TrackingConfig
+from fedddp import CohortConfig, Config, DataConfig, Federation, ModelConfig, TrackingConfig, load_config
 from fedddp.cli import STOPPED, main
 from fedddp.distributed.world import World
 from fedddp.federation import Interrupted
@@ -83,3 +83,38 @@ def test_the_command_line_prints_how_to_resume(
         main(["run", "digits", "--rounds", "2", "--tracking.progress", "false"])
     assert stopped.value.code == STOPPED
     assert "Stopped. Resume with the same launcher and: fedddp run digits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_run_starts_stops_it_at_its_first_safe_point(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def load_later(*arguments: object) -> Config:
+        os.kill(os.getpid(), number)
+        return load_config(*arguments)  # type: ignore[arg-type]
+
+    handler = signal.getsignal(number)
+    command = ["run", "digits", "--rounds", "1", "--tracking.progress", "false"]
+    with monkeypatch.context() as patch:
+        patch.setattr("fedddp.config.loader.load_config", load_later)
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+    assert stopped.value.code == STOPPED
+    assert Path("runs/digits/history.jsonl").read_text() == ""
+    assert signal.getsignal(number) == handler
+    with pytest.raises(SystemExit) as finished:
+        main([*command, "--name", "next"])
+    assert finished.value.code == 0, "the signal was for the command before"
+
+
+def test_ctrl_c_before_the_run_starts_ends_the_command_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> Config:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedddp.config.loader.load_config", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "digits"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == ""

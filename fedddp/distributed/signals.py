@@ -8,11 +8,44 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from fedddp.distributed.world import World
+if TYPE_CHECKING:
+    from fedddp.distributed.world import World
 
 SECOND_SIGINT_S = 2.0
 """A terminal and torchrun both forward one Ctrl-C: within these seconds it is the same one."""
+
+
+_HELD: set[int] = set()  # the signals that came before a run listened to them
+
+
+@contextlib.contextmanager
+def stop_signals_held() -> Iterator[None]:
+    """Keep SIGUSR1, SIGTERM and SIGHUP for the runs of the block: one that starts stops at a safe point.
+
+    Without a handler they would end Python while it imports torch, or be lost where they are ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    watched = _heeded(signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, _: _HELD.add(number)) for number in watched}
+    try:
+        yield
+    finally:
+        _restore(before)
+        _HELD.clear()
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def _heeded(*numbers: signal.Signals) -> list[signal.Signals]:
+    """Return the signals but for SIGHUP where it is ignored, as under nohup."""
+    return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 @contextlib.contextmanager
@@ -36,11 +69,11 @@ def stop_on_signals(world: World) -> Iterator[None]:
             world.interrupted = True
         world.request_stop()
 
-    stopping = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    watched = [s for s in stopping if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]
+    watched = _heeded(signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     before = {number: signal.signal(number, on_signal) for number in watched}
+    if _HELD:
+        world.request_stop()
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _restore(before)
