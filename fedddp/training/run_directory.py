@@ -53,13 +53,13 @@ def run_directory(
     Raises:
         ConfigError: it cannot be written, another run holds it, or it is of another run.
     """
-    directory, problem, lock, resumes = None, None, None, False
+    directory, problem, locks, resumes = None, None, [], False
     try:
         if world.is_coordinator:
             launch = Launch.from_environment()
             try:
                 directory, resumes = _find(config, default_name, launch)
-                lock = _lock(directory, LOCK_WAIT_S if resumes else 0.0)
+                locks = _lock(directory, LOCK_WAIT_S if resumes else 0.0)
                 if resumes:
                     check_same(record, directory / CONFIG)
                     _warn_of_schedule(config, directory / CONFIG)
@@ -79,8 +79,8 @@ def run_directory(
             dataclasses.replace(config, name=directory.name, resume="auto" if resumes else "never"),
         )
     finally:
-        if lock is not None:
-            os.close(lock)
+        for descriptor in locks:
+            _unlock(descriptor)
 
 
 def _find(config: Config, default_name: str, launch: Launch) -> tuple[Path, bool]:
@@ -122,26 +122,33 @@ def _numbered(name: str) -> Iterator[str]:
         number += 1
 
 
-def _lock(directory: Path, wait_s: float) -> int:
-    """Return the descriptor of the directory's lock, which ends with it or with the process.
+def _lock(directory: Path, wait_s: float) -> list[int]:
+    """Return the descriptors of the directory's locks, which end with them or with the process.
 
-    The lock is a POSIX one, which network file systems know; closing any other descriptor of the
-    file would end it.
+    The lock of the file `.lock` is a POSIX one, which network file systems know; closing any other
+    descriptor of the file would end it. The lock of the directory itself holds where `.lock` is deleted.
     """
-    descriptor = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    file = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    folder = os.open(directory, os.O_RDONLY)
     deadline = time.monotonic() + wait_s
     logged = False
     while True:
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno == errno.EAGAIN:  # else a network file system, which locks files only
+                    raise
+            return [file, folder]
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 # Some file systems know no locks.
                 logger.warning("cannot lock %s (%s); use it for one run only", directory, error.strerror)
-                return descriptor
+                return [file, folder]
         if time.monotonic() >= deadline:
-            os.close(descriptor)
+            for descriptor in (file, folder):
+                os.close(descriptor)
             raise ConfigError(
                 f"name: another run is writing to {directory}; wait for it or choose another --name"
             )
@@ -149,6 +156,13 @@ def _lock(directory: Path, wait_s: float) -> int:
             logger.info("waiting up to %.0f s for another run to leave %s", wait_s, directory)
         logged = True
         time.sleep(LOCK_POLL_S)
+
+
+def _unlock(descriptor: int) -> None:
+    """End a lock, also where a forked worker of the loader still holds the descriptor."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def write_record(directory: Path, record: Mapping[str, Any]) -> None:
