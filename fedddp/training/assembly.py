@@ -211,6 +211,13 @@ def _restore(s: Session, saved: Saved) -> None:
             f"data: the labels or images are not those that {s.directory} was trained on; restore them, or "
             "start another run with another --name"
         )
+    threads = saved.metadata["threads"], torch.get_num_threads()
+    if threads[0] != threads[1] and s.world.is_coordinator:
+        logger.warning(
+            "%s was trained with %d threads per rank and resumes with %d: its last bits depend on it; set "
+            "topology.threads or OMP_NUM_THREADS to %d for those of an uninterrupted run",
+            *(s.directory, *threads, threads[0]),
+        )
     if s.world.is_coordinator:
         logger.info("resuming %s from %s", s.directory, saved.folder.name)
         _set_model_aside(s)

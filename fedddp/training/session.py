@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -233,6 +234,7 @@ class Session:
             server = {f"server.{n}": tensor for n, tensor in self.server.vectors.items()}
             common = {
                 "data": self.train.images.digest(pixels=False),
+                "threads": torch.get_num_threads(),
                 "round": self.rounds_done,
                 "version": self.server.version,
                 "wandb_run_id": self.tracker.run_id,
