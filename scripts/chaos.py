@@ -3,9 +3,15 @@
 
     .venv/bin/python scripts/chaos.py --runs 10 --faults 50 --output chaos
 
-A fault hits a random rank, the coordinator included, at a random moment: `kill -9`, SIGSTOP (a rank that
-hangs), SIGUSR1 (Slurm's notice), or a file of the newest checkpoint that is cut short or has a flipped bit,
-followed by a kill of all ranks. Runs differ in algorithm, ranks per client and seed. A run fails if torchrun
+A fault hits a random rank, the coordinator included, at a random moment:
+
+- `kill -9`, SIGSTOP (a rank that hangs), SIGUSR1 (Slurm's notice) or SIGHUP (a lost terminal);
+- `kill -9` of torchrun, which leaves its ranks to themselves, or of a worker of a rank's loader;
+- a file of the newest checkpoint that is cut short or has a flipped bit, followed by a kill of all ranks;
+- a run directory that is moved away, for which one line must be printed, and then back;
+- files of the coordinator that cannot grow, as on a full disk, and a pipe that closes.
+
+Runs differ in algorithm, ranks per client and seed. A run fails if torchrun
 gives up on it after fewer faults than it may restart the ranks for. `--table FILE` writes the results as the
 Markdown table of docs/reliability.md. Exit code 0: every run ended with the bits of an uninterrupted run.
 """
@@ -17,9 +23,12 @@ import contextlib
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +40,12 @@ from safetensors.torch import load_file
 
 from fedddp.storage.history import read_rows
 
-FAULTS = ("kill -9", "SIGSTOP", "SIGUSR1", "cut checkpoint", "flipped bit")
+FAULTS = (
+    *("kill -9", "SIGSTOP", "SIGUSR1", "SIGHUP", "cut checkpoint", "flipped bit"),
+    *("killed torchrun", "killed worker", "moved directory", "full disk", "closed pipe"),
+)
+SURVIVED = ("SIGUSR1", "SIGHUP", "killed torchrun", "moved directory", "closed pipe")
+"""Faults that are no failure of a rank, so that torchrun does not count them."""
 ROUNDS = 12
 RANKS = 4
 RESTARTS = 3
@@ -65,6 +79,8 @@ class FaultyRun:
     """The faults so far, in words."""
     next_after: int | None = None
     """The round after which the next fault comes; None until it is drawn."""
+    pipe_open: bool = True
+    """Whether what torchrun prints is read."""
     launches: int = 0
     result: str = ""
     """How the run ended; empty before."""
@@ -80,6 +96,7 @@ class FaultyRun:
             *("digits", "--rounds", str(ROUNDS), "--seed", str(self.number)),
             *("--local.epochs", "4", "--local.lr", "0.02"),
             *("--topology.ranks_per_client", str(self.ranks_per_client), *self.case),
+            *("--data.memory", "stream", "--data.workers", "1"),
             *("--topology.timeout_s", str(TIMEOUT_S), "--checkpoint.every", "1", "--tracking.trackers", "[]"),
             *("--output", str(self.output), "--name", name, "--resume", "auto"),
         ]
@@ -99,24 +116,64 @@ def launch(run: FaultyRun, name: str, ranks: int, restarts: int) -> subprocess.P
     }
     ignoring = ["bash", "-c", 'trap "" USR1; exec "$@"', "torchrun"]
     with (run.output / f"{name}.log").open("ab") as log:
-        return subprocess.Popen(
-            [*ignoring, *command], env=environment, stdout=log, stderr=log, start_new_session=True
+        launcher = subprocess.Popen(
+            [*ignoring, *command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
         )
+    run.pipe_open = True
+    threading.Thread(target=copy, args=(run, launcher, run.output / f"{name}.log"), daemon=True).start()
+    return launcher
+
+
+def copy(run: FaultyRun, launcher: subprocess.Popen[bytes], log: Path) -> None:
+    """Append what a launcher prints to `log`, until its pipe is to be closed."""
+    assert launcher.stdout is not None
+    with launcher.stdout as pipe, log.open("ab", buffering=0) as file:
+        for line in pipe:
+            if not run.pipe_open:
+                return
+            file.write(line)
 
 
 def ranks_of(launcher: int) -> list[int]:
     """Return the process ids of the ranks that `launcher` started, by rank."""
     found: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            if not entry.name.isdigit() or f"\nPPid:\t{launcher}\n" not in (entry / "status").read_text():
-                continue
-            rank = re.search(rb"(?:^|\0)RANK=(\d+)\0", (entry / "environ").read_bytes())
-        except OSError:
-            continue
-        if rank:
-            found[int(rank[1])] = int(entry.name)
+    for child in children_of(launcher):
+        with contextlib.suppress(OSError):
+            rank = re.search(rb"(?:^|\0)RANK=(\d+)\0", Path(f"/proc/{child}/environ").read_bytes())
+            if rank:
+                found[int(rank[1])] = child
     return [found[rank] for rank in sorted(found)]
+
+
+def children_of(process: int) -> list[int]:
+    """Return the process ids of the children of a process."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and f"\nPPid:\t{process}\n" in (entry / "status").read_text():
+                found.append(int(entry.name))
+    return found
+
+
+def move_away_and_back(run: FaultyRun, launcher: subprocess.Popen[bytes]) -> str:
+    """Move the run directory away until the run has failed with one line; return how that went."""
+    log, elsewhere = run.output / f"{run.directory.name}.log", run.directory.with_suffix(".moved")
+    before = log.stat().st_size
+    run.directory.rename(elsewhere)
+    deadline = time.monotonic() + 2 * TIMEOUT_S
+    line = b""
+    while not line and time.monotonic() < deadline and launcher.poll() is None:
+        time.sleep(0.05)
+        line = b"".join(re.findall(rb"error: .*deleted or moved.*", log.read_bytes()[before:])[:1])
+    kill_all(launcher)
+    if run.directory.exists():  # torchrun had restarted the ranks by then
+        shutil.rmtree(run.directory)
+    elsewhere.rename(run.directory)
+    return "one line" if line else "NO LINE"
 
 
 def rounds_done(directory: Path) -> int:
@@ -146,23 +203,55 @@ def inject(run: FaultyRun, launcher: subprocess.Popen[bytes], kind: str, rng: ra
     if len(ranks) < RANKS or launcher.poll() is not None:
         return False
     rank = rng.randrange(len(ranks))
-    number = {"SIGSTOP": signal.SIGSTOP, "SIGUSR1": signal.SIGUSR1}.get(kind, signal.SIGKILL)
-    where = f"rank {rank}"
+
+    def send(number: int, processes: list[int], where: str) -> str | None:
+        for process in processes[:1]:
+            os.kill(process, number)
+        return where if processes else None
+
+    actions: dict[str, Callable[[], str | None]] = {
+        "cut checkpoint": lambda: corrupt_and_kill(run, ranks, kind, rng),
+        "flipped bit": lambda: corrupt_and_kill(run, ranks, kind, rng),
+        "killed torchrun": lambda: send(signal.SIGKILL, [launcher.pid], "its ranks end by themselves"),
+        "killed worker": lambda: send(signal.SIGKILL, children_of(ranks[rank]), f"of rank {rank}"),
+        "moved directory": lambda: move_away_and_back(run, launcher),
+        "full disk": lambda: fill_disk(ranks[0]),
+        "closed pipe": lambda: close_pipe(run),
+    }
+    number = getattr(signal, kind, signal.SIGKILL)
+    action = actions.get(kind, lambda: send(number, [ranks[rank]], f"rank {rank}"))
+    done = rounds_done(run.directory)
     try:
-        if kind in ("cut checkpoint", "flipped bit"):
-            for process in ranks:  # no rank writes or reads while the file is changed
-                os.kill(process, signal.SIGSTOP)
-            file = corrupt_newest(run.directory, kind, rng)
-            for process in ranks:
-                os.kill(process, signal.SIGKILL)
-            where = file or "no checkpoint yet; ranks killed"
-        else:
-            os.kill(ranks[rank], number)
+        where = action()
     except ProcessLookupError:
         return False
-    run.faults.append(f"{kind} ({where}) after round {rounds_done(run.directory)}")
+    if where is None:
+        return False
+    run.faults.append(f"{kind} ({where}) after round {done}")
     run.next_after = None
     return True
+
+
+def corrupt_and_kill(run: FaultyRun, ranks: list[int], kind: str, rng: random.Random) -> str:
+    """Corrupt the newest checkpoint while no rank writes or reads, and kill the ranks."""
+    for process in ranks:
+        os.kill(process, signal.SIGSTOP)
+    file = corrupt_newest(run.directory, kind, rng)
+    for process in ranks:
+        os.kill(process, signal.SIGKILL)
+    return file or "no checkpoint yet; ranks killed"
+
+
+def fill_disk(rank: int) -> str:
+    """Let no file of a rank grow: a write fails as on a full disk."""
+    resource.prlimit(rank, resource.RLIMIT_FSIZE, (1, 1))
+    return "rank 0"
+
+
+def close_pipe(run: FaultyRun) -> str:
+    """Close the pipe that torchrun prints to, after its next line."""
+    run.pipe_open = False
+    return "of torchrun"
 
 
 def train(run: FaultyRun, rng: random.Random, kinds: list[str], report: Callable[[], None]) -> None:
@@ -192,7 +281,7 @@ def train(run: FaultyRun, rng: random.Random, kinds: list[str], report: Callable
             kill_all(launcher)
         if launcher.returncode == 0 and not stopped.exists():
             return
-        fatal = [fault for fault in run.faults[before:] if not fault.startswith("SIGUSR1")]
+        fatal = [fault for fault in run.faults[before:] if not fault.startswith(SURVIVED)]
         if launcher.returncode > 0 and len(fatal) <= RESTARTS:
             run.result = f"FAILED after {len(fatal)} faults since its launch, see {name}.log"
             return
@@ -250,6 +339,8 @@ def compare(run: FaultyRun) -> None:
     same = ours.keys() == theirs.keys() and all(ours[n].equal(theirs[n]) for n in ours)
     if not same:
         run.result = "OTHER BITS"
+    elif "NO LINE" in " ".join(run.faults):
+        run.result = "NO LINE for a moved directory"
     elif rounds != list(range(1, ROUNDS + 1)):
         run.result = f"HISTORY {rounds}"
     else:
