@@ -109,7 +109,7 @@ def local_path(text: str, key: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{key}={text}: {error}; write the folder out") from None
+        raise ConfigError(f"{key}={text}: {str(error).rstrip('.')}; write the folder out") from None
 
 
 def complete(cls: Any) -> None:
