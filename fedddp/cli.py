@@ -61,18 +61,18 @@ def main(arguments: list[str] | None = None) -> None:
         "runs": _runs,
     }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        _say(USAGE, end="")
         sys.exit(0 if arguments else 2)
     if arguments[0] == "--version":
         from fedddp import __version__
 
-        print(__version__)
+        _say(__version__)
         sys.exit(0)
     command, *rest = arguments
     if command not in commands:
         _fail(f"unknown command '{command}'; choose one of {', '.join(commands)} (see fedddp --help)")
     if command in ("recipes", "runs") and rest in (["-h"], ["--help"]):
-        print(USAGE, end="")
+        _say(USAGE, end="")
         sys.exit(0)
     sys.path.insert(0, os.getcwd())  # so that the dotted path of a class beside the user is found
     try:
@@ -95,10 +95,10 @@ class _PrintHandler(logging.Handler):
         _say(f"{level}{record.getMessage()}")
 
 
-def _say(line: str) -> None:
-    """Print a line on standard output; a reader that has left is no reason to fail."""
+def _say(text: str, end: str = "\n") -> None:
+    """Print on standard output; a reader that has left is no reason to fail."""
     try:
-        print(line, flush=True)
+        print(text, end=end, flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
 
@@ -195,7 +195,7 @@ def _load(rest: list[str], ranks: int = 0) -> tuple[Config, str]:
         from fedddp.config.reference import help_text
 
         if _is_coordinator():
-            print(help_text(), end="")
+            _say(help_text(), end="")
         sys.exit(0)
     target = rest[0] if rest and not rest[0].startswith("-") else None
     if target is None:
@@ -209,7 +209,7 @@ def _load(rest: list[str], ranks: int = 0) -> tuple[Config, str]:
         _fail(str(error))
     if printed:
         if _is_coordinator():
-            print(to_yaml(config), end="")
+            _say(to_yaml(config), end="")
         sys.exit(0)
     return config, Path(target).stem
 
@@ -263,7 +263,7 @@ def _compare(rest: list[str]) -> None:
     )
     if "-h" in rest or "--help" in rest:
         if _is_coordinator():
-            options.print_help()
+            _say(options.format_help(), end="")
         return
     targets = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
     if not targets:
@@ -345,9 +345,13 @@ def _recipes(_: list[str]) -> None:
 def _runs(rest: list[str]) -> None:
     from rich.table import Table
 
+    from fedddp.section import local_path
     from fedddp.storage.history import read_rows
 
-    output = Path(rest[0] if rest else "runs").expanduser()
+    try:
+        output = local_path(rest[0] if rest else "runs", "output")
+    except ValueError as error:
+        _fail(str(error))
     if not output.is_dir():
         _fail(f"{output} is not a folder; give the --output of your runs")
     table = Table("run", "rounds", "loss", "accuracy", "state", box=None, header_style="bold")
@@ -361,7 +365,7 @@ def _runs(rest: list[str]) -> None:
         for row in rows:
             last |= {key: value for key, value in row.items() if value is not None}
         scores = [last.get("train/loss"), last.get("eval/accuracy")]
-        cells = ["-" if score is None else f"{score:.4f}" for score in scores]
+        cells = [f"{score:.4f}" if isinstance(score, int | float) else "-" for score in scores]
         state = "finished" if (folder / "model.safetensors").exists() else "unfinished"
         table.add_row(folder.name, str(len(rows)), *cells, state)
     _show(table)

@@ -21,7 +21,7 @@ from fedddp.data.loader import normalized
 from fedddp.data.pixels import to_uint8
 from fedddp.data.transforms import resize
 from fedddp.evaluation import Metrics
-from fedddp.section import ConfigError
+from fedddp.section import ConfigError, local_path
 from fedddp.storage.checkpoint import load_into
 from fedddp.tasks import Task
 
@@ -90,7 +90,7 @@ def load_model(run: str | Path, module: nn.Module | None = None) -> TrainedModel
     Raises:
         ConfigError: there is no final model, or it needs `module`.
     """
-    directory = Path(run).expanduser()
+    directory = local_path(str(run), "run")
     file = directory / WEIGHTS
     if not file.is_file():
         raise ConfigError(f"{directory} has no {WEIGHTS}; give the directory of a finished run")

@@ -41,6 +41,17 @@ def prepare(folder: Path) -> None:
     (folder / "file").write_text("not a folder")
     (folder / "empty").mkdir()
     (folder / "two-datas.yaml").write_text("compare: {a: {}, b: {data: {clients: 5}}}\n")
+    (folder / "no-runs.yaml").write_text("compare: {}\n")
+    (folder / "null-runs.yaml").write_text("compare:\n")
+    (folder / "list-of-runs.yaml").write_text("compare: [FedAvg, FedProx]\n")
+    (folder / "outside.yaml").write_text("compare: {..: {}}\n")
+    (folder / "deeper.yaml").write_text("compare: {a: {}, a/b: {}}\n")
+    (folder / "aliases.yaml").write_text(
+        "\n".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9) if n else 'x'}]" for n in range(12))
+    )
+    (folder / "deep.yaml").write_text("data: " + "[" * 400 + "]" * 400)
+    (folder / "twice.yaml").write_text("local: {lr: 1}\nrounds: 3\nlocal: {epochs: 2}\n")
+    os.mkfifo(folder / "pipe.yaml")
     (folder / "one-word.yaml").write_text("compare: {a: FedAvg}\n")
     (folder / "never-trained").mkdir()
     (folder / "never-trained" / "config.yaml").write_text("seed: 0\n")
@@ -67,6 +78,16 @@ TABLE: list[tuple[str, int, tuple[str, ...]]] = [
     ("compare torn --rounds 3", 2, ("--rounds is for runs that are trained", "leave it out")),
     ("compare two-datas.yaml", 2, ("compare.b.data is set for one run", "set data at the top")),
     ("compare one-word.yaml", 2, ("compare must hold a name and sections", "FedProx")),
+    ("compare no-runs.yaml", 2, ("compare must hold a name and sections", "FedProx")),
+    ("compare null-runs.yaml", 2, ("compare must hold a name and sections", "FedProx")),
+    ("compare list-of-runs.yaml", 2, ("compare must hold a name and sections", "FedProx")),
+    ("run no-runs.yaml", 2, ("describes several runs", "fedddp compare no-runs.yaml")),
+    ("compare outside.yaml", 2, ("name must be letters, digits", "'..'", "output")),
+    ("compare deeper.yaml", 2, ("name must be letters, digits", "'a/b'", "output")),
+    ("compare digits --name ..", 2, ("name must be letters, digits", "'..'")),
+    ("compare digits --output ~nosuchuser/x", 2, ("output=~nosuchuser/x", "write the folder out")),
+    ("compare aliases.yaml", 2, ("aliases.yaml is not valid YAML", "100,000 values")),
+    ("compare pipe.yaml", 2, ("cannot read pipe.yaml", "it is no file")),
     ("compare digits digits", 2, ("there is a run digits already", "another name")),
     ("compare digits --accuracy 95", 2, ("--accuracy must be in (0, 1]", "95")),
     (
@@ -143,6 +164,25 @@ TABLE: list[tuple[str, int, tuple[str, ...]]] = [
     ("run digits --topology.device cuda", 2, ("topology.device=cuda", "no GPU")),
     ("run digits --tracking.trackers [wandbb]", 2, ("tracking.trackers", "wandbb")),
     ("run digits --output file", 2, ("file", "--output")),
+    ("run aliases.yaml", 2, ("aliases.yaml is not valid YAML", "100,000 values", "50 levels")),
+    ("run deep.yaml", 2, ("deep.yaml is not valid YAML",)),
+    ("run twice.yaml", 2, ("twice.yaml", "local stands twice (lines 1 and 3)", "join them")),
+    ("run pipe.yaml", 2, ("cannot read pipe.yaml", "it is no file")),
+    ("run digits --name ..", 2, ("name must be letters, digits", "'..'", "output")),
+    ("run digits --name=../x", 2, ("name must be letters, digits", "'../x'", "output")),
+    ("run digits --output ~nosuchuser/x", 2, ("output=~nosuchuser/x", "write the folder out")),
+    (
+        "run digits --data.dataset mnist --data.root ~nosuchuser/x",
+        2,
+        ("data.root=~nosuchuser/x", "write the folder out"),
+    ),
+    ("run digits --topology.timeout_s 1e300", 2, ("topology.timeout_s must be", "got")),
+    ("run digits --data.image_size 99999999", 2, ("data.image_size must be in [1, 16384]", "99999999")),
+    ("run digits --local.batch_size 1" + "0" * 30, 2, ("local.batch_size must be <= 2147483647",)),
+    ("run digits --local.steps 9999999999", 2, ("local.steps must be <= 2147483647", "9999999999")),
+    ("run digits --algorithm ..a", 2, ("algorithm: cannot import '..a'",)),
+    ("run digits --model.name ..x", 2, ("model.name", "'..x'")),
+    ("run digits --model.name torch.nn.Linear", 2, ("model.name", "torch.nn.Linear")),
     ("run digits --name a/b", 2, ("name", "a/b", "output")),
     ("run digits --checkpoint.every 0", 2, ("checkpoint.every must be >= 1, got 0",)),
     (f"run digits {TRIAL} --local.lr 1e30", 1, ("client", "local.lr")),

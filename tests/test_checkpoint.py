@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import shutil
@@ -58,6 +59,20 @@ def test_the_newest_checkpoint_is_found_and_old_ones_are_deleted(checkpoints: Ch
     assert found.tensors("state.safetensors")["server.v"].tolist() == [3.0] * 3
     assert found.tensors("model.safetensors")["weight"].eq(3).all()
     assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["round-00002", "round-00003"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664), (0o027, 0o640)])
+def test_every_file_of_a_checkpoint_is_for_whom_the_umask_lets_read_it(
+    checkpoints: Checkpoints, mask: int, mode: int
+) -> None:
+    before = os.umask(mask)
+    try:
+        save(checkpoints, "round-00001", 1)
+        assert os.umask(mask) == mask, "saving leaves it as it was"
+    finally:
+        os.umask(before)
+    files = {file.name: file.stat().st_mode & 0o777 for file in checkpoints.folder.glob("round-00001/*")}
+    assert files == dict.fromkeys(("model.safetensors", "state.safetensors", "state.json"), mode)
 
 
 def test_a_round_stopped_in_the_middle_is_newer_than_the_round_before(

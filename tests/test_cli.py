@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from fedddp.config.reference import documented
 from fedddp.section import class_name, section_in, settings
 from fedddp.storage.history import read_rows
 
+ROOT = Path(__file__).parent.parent
 RUN = "run digits --rounds 4 --data.examples 200 --tracking.trackers [] --tracking.progress false"
 
 
@@ -31,28 +36,47 @@ class StopsInTheSecondRound(FedAvg):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def typed(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[object, list[str]]:
-    """Return the exit code and the printed lines of `fedddp COMMAND`."""
+def exit_code(command: str) -> object:
+    """Return the exit code of `fedddp COMMAND`."""
     with pytest.raises(SystemExit) as stop:
         main(shlex.split(command))
+    return stop.value.code
+
+
+def typed(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[object, list[str]]:
+    """Return the exit code and the printed lines of `fedddp COMMAND`."""
+    code = exit_code(command)
     printed = capsys.readouterr()
     assert printed.err == ""
-    return stop.value.code, printed.out.splitlines()
+    return code, printed.out.splitlines()
 
 
-def test_a_stopped_run_prints_the_command_that_resumes_it(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out = typed(f"{RUN} --algorithm {__name__}.StopsInTheSecondRound --name 'a+b'", capsys)
+@pytest.mark.parametrize(
+    ("options", "name", "again"),
+    [
+        ("--name 'a+b'", "a+b", "--name a+b --resume auto"),
+        ("--resume never", "digits", "--name digits --resume auto"),
+        ("--resume=never --name=one", "one", "--name one --resume auto"),
+        ("--name=--x --seed 3", "--x", "--seed 3 --name=--x --resume auto"),
+        ("--name one --output 'two words'", "one", "--output 'two words' --name one --resume auto"),
+    ],
+)
+def test_a_stopped_run_prints_the_command_that_resumes_it(
+    options: str, name: str, again: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = typed(f"{RUN} --algorithm {__name__}.StopsInTheSecondRound {options}", capsys)
     assert code == STOPPED == 75
     start, command = out[-1].split(": fedddp ")
     assert start == "Stopped. Resume with the same launcher and"
-    assert command.endswith("--name a+b --resume auto")
-    history = Path("runs/a+b/history.jsonl")
-    assert [row["round"] for row in read_rows(history)] == [1, 2]
+    assert command.endswith(again)
+    assert command.count("--name") == command.count("--resume") == 1
+    directory = Path("two words" if "two words" in options else "runs") / name
+    assert [row["round"] for row in read_rows(directory / "history.jsonl")] == [1, 2]
     code, out = typed(command, capsys)
     assert code == 0
-    assert out[0].startswith("resuming runs/a+b from round-00002")
-    assert out[-1] == "run directory: runs/a+b"
-    assert [row["round"] for row in read_rows(history)] == [1, 2, 3, 4]
+    assert out[0].startswith(f"resuming {directory} from round-00002")
+    assert out[-1] == f"run directory: {directory}"
+    assert [row["round"] for row in read_rows(directory / "history.jsonl")] == [1, 2, 3, 4]
 
 
 def test_a_batch_script_learns_of_a_stopped_run_from_a_file(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,6 +89,18 @@ def test_a_batch_script_learns_of_a_stopped_run_from_a_file(capsys: pytest.Captu
         code, _ = typed(out[-1].split(": fedddp ")[1], capsys)
     assert code == 0
     assert not Path("stopped").exists()
+
+
+def test_a_stopped_run_whose_file_cannot_be_made_says_so_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("FEDDDP_STOPPED_FILE", "missing/stopped")
+        assert exit_code(f"{RUN} --algorithm {__name__}.StopsInTheSecondRound") == STOPPED
+    printed = capsys.readouterr()
+    assert printed.err == "error: FEDDDP_STOPPED_FILE=missing/stopped: No such file or directory\n"
+    assert printed.out.splitlines()[-1].startswith("Stopped. Resume with the same launcher and: fedddp run")
+    assert not Path("missing").exists()
 
 
 @pytest.mark.parametrize("option", ["--help", "help", "run --help", "run digits -h", "--version"])
@@ -91,6 +127,122 @@ def test_help_has_every_setting_with_its_meaning(capsys: pytest.CaptureFixture[s
     assert "FedProx: " in text
     assert "with_" not in text
     assert max(map(len, out)) <= 110
+
+
+# ---- where the output goes ----
+
+
+@pytest.mark.timeout(180)
+def test_a_reader_that_leaves_does_not_end_the_run(tmp_path: Path) -> None:
+    """As in `fedddp run digits | head -1`."""
+    command = [sys.executable, "-m", "fedddp", *shlex.split(RUN), "--tracking.progress", "true"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("round 1/4")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 0
+    assert [row["round"] for row in read_rows(tmp_path / "runs/digits/history.jsonl")] == [1, 2, 3, 4]
+    assert (tmp_path / "runs/digits/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("progress", ["true", "false"])
+@pytest.mark.parametrize("command", ["run digits", "compare digits"])
+def test_output_that_cannot_be_written_does_not_end_the_run(
+    command: str, progress: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    options = RUN.removeprefix("run digits").replace("progress false", f"progress {progress}")
+    with monkeypatch.context() as patch, open(writer, "w") as stream:
+        patch.setattr(sys, "stdout", stream)
+        assert exit_code(f"{command} {options} --output out") == 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # for what is left in the buffer
+        if sys.stdout is not stream:
+            sys.stdout.close()
+    (model,) = Path("out").glob("*/model.safetensors")
+    assert len(read_rows(model.parent / "history.jsonl")) == 4
+    assert Path("out/comparison.html").exists() == command.startswith("compare")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "run --help",
+        "recipes",
+        "runs .",
+        "plan digits",
+        "partition digits --data.clients 30 --data.examples 300",
+    ],
+)
+def test_a_terminal_that_cannot_show_a_letter_shows_a_question_mark(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert exit_code(command) == 0
+        print("\nη")  # as what a library prints later
+    stream.flush()
+    assert stream.buffer.getvalue().endswith(b"\n?\n")
+    assert len(stream.buffer.getvalue().splitlines()) > 2
+
+
+def test_an_error_is_reported_where_its_letters_cannot_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        assert exit_code("run größe") == 2
+    assert stream.buffer.getvalue().startswith(b"error: unknown recipe 'gr??e'")
+
+
+# ---- runs in a folder ----
+
+
+def make_history(folder: str, *rows: bytes) -> Path:
+    """Write a run directory in `runs` with these lines."""
+    path = Path("runs") / folder / "history.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"".join(row + b"\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"rou', "line 2 is corrupt"),
+        (b"\xff\xfe", "line 2 is corrupt"),
+        (b"[1]", "line 2 is corrupt"),
+        (b'{"loss": 1}', "line 2 is corrupt"),
+        (b'{"round": "x"}', "line 2 is corrupt"),
+        (b'{"round": 1, "train/loss": "y"}', "unfinished"),
+        (b"", "line 2 is corrupt"),
+        (None, "it is no file"),
+    ],
+)
+def test_a_corrupt_run_does_not_keep_the_others_from_the_list(
+    content: bytes | None, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = b'{"round": 1, "train/loss": 1.5}'
+    for name in ("a", "c"):
+        make_history(name, row)
+    path = make_history("b", row, content or b"", row)
+    if content is None:
+        path.unlink()
+        os.mkfifo(path)
+    with monkeypatch.context() as patch:
+        patch.setenv("COLUMNS", "300")
+        code, out = typed("runs", capsys)
+    assert code == 0
+    rows = {line.split()[0]: line for line in out[1:]}
+    assert sorted(rows) == ["a", "b", "c"]
+    assert all(rows[name].split() == [name, "1", "1.5000", "-", "unfinished"] for name in ("a", "c"))
+    assert ("corrupt: " in rows["b"]) == (words != "unfinished")
+    assert words in rows["b"]
 
 
 # ---- run directories that fedddp wrote before 0.1.0 ----
@@ -163,3 +315,42 @@ def test_a_run_written_before_0_1_0_is_neither_resumed_nor_repeated(
     assert line.startswith(f"error: {key}: runs/before/config.yaml was written by fedddp before 0.1.0")
     assert "cannot" in line
     assert {path: path.read_bytes() for path in files} == files
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["runs ~nosuchuser/x", "compare ~nosuchuser/x", "compare digits --output ~nosuchuser/x"],
+)
+def test_a_home_folder_that_is_not_known_is_one_line(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(command.split())
+    assert refused.value.code == 2
+    assert re.fullmatch(r"error: \w+=~nosuchuser/x: .*; write the folder out\n", capsys.readouterr().err)
+
+
+def test_a_comparison_is_written_and_read_below_the_home_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "--rounds 1 --tracking.trackers [] --tracking.progress false"
+    with monkeypatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path / "home"))
+        codes = []
+        for command in (f"compare digits --output ~/runs {small}", "compare ~/runs"):
+            with pytest.raises(SystemExit) as ended:
+                main(command.split())
+            codes.append(ended.value.code)
+    assert codes == [0, 0]
+    assert capsys.readouterr().out.count(str(tmp_path / "home/runs/comparison.md")) == 2
+
+
+@pytest.mark.parametrize("command", ["--help", "run --help", "run digits --print_config", "compare --help"])
+def test_a_reader_that_has_left_does_not_fail_a_command(command: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -m fedddp {command} | true"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
@@ -17,6 +19,7 @@ from fedddp import (
     Federation,
     LocalConfig,
     ModelConfig,
+    TopologyConfig,
     TrackingConfig,
     load_config,
 )
@@ -24,6 +27,7 @@ from fedddp.algorithms import FedAsync, FedAvg, FedAvgM, FedBuff, FedProx, Hinge
 from fedddp.config.loader import digest, to_dict, to_yaml
 from fedddp.data.partition import Dirichlet, Shards
 from fedddp.recipes import recipes
+from fedddp.section import options, settings
 from fedddp.simulation.attacks import LabelFlip
 from fedddp.simulation.clock import SpeedTable, Virtual
 
@@ -131,6 +135,133 @@ def test_a_key_that_stands_twice_is_refused(text: str, key: str, lines: str) -> 
     line = refusal(text)
     assert f"{key} stands twice ({lines})" in line
     assert line.startswith("run.yaml ")
+
+
+def test_a_section_may_take_over_the_settings_of_another() -> None:
+    """Of merged settings the section's own counts, then the first of several."""
+    config = read("local: {<<: [{lr: 0.3, epochs: 3}, {lr: 0.4, momentum: 0.5}], lr: 0.2}\n")
+    assert config.local == LocalConfig(lr=0.2, epochs=3, momentum=0.5)
+    shared = "data: &shared {clients: 7}\nclock: {speed: {<<: *shared}}"
+    assert "unknown key 'clock.speed.clients'" in refusal(shared)
+    assert "expected a mapping" in refusal("local: {<<: 3}")
+
+
+def levels(depth: int, opening: str, closing: str) -> str:
+    return "tracking: {tags: " + opening * depth + "x" + closing * depth + "}"
+
+
+LONG = {
+    "aliases of lists": "\n".join(
+        f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9) if n else 'x'}]" for n in range(12)
+    ),
+    "aliases of mappings": "\n".join(
+        f"m{n}: &m{n} {{{', '.join(f'k{k}: *m{n - 1}' for k in range(9)) if n else 'x: 1'}}}"
+        for n in range(12)
+    ),
+    "merged mappings": "m0: &m0 {x: 1}\n"
+    + "\n".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}" for n in range(1, 4)),
+    "nested lists": levels(400, "[", "]"),
+    "nested mappings": levels(400, "{a: ", "}"),
+    "nested a little": levels(51, "[", "]"),
+    "never closed": "[" * 400,
+}
+"""Files of at most a few thousand bytes that describe more than any configuration."""
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_a_file_that_describes_too_much_is_refused_at_once(kind: str) -> None:
+    line = refusal(LONG[kind])
+    assert line.startswith(("run.yaml is not valid YAML: ", "unknown key 'm0'")), line
+    assert len(line) < 200
+    if kind.startswith(("aliases", "nested a little")):
+        assert line.endswith("it holds more than 100,000 values or 50 levels, aliases counted")
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_a_flag_that_describes_too_much_is_refused_at_once(kind: str) -> None:
+    assert len(refusal("", "--tracking.tags", "{" + LONG[kind].replace("\n", ", ") + "}")) < 300
+
+
+def test_aliases_within_the_budget_are_read() -> None:
+    tags = ", ".join(["*tag"] * 1000)
+    assert read(f"name: &tag x\ntracking: {{tags: [{tags}]}}").tracking.tags == ["x"] * 1000
+
+
+def settings_of(kind: type) -> list[Any]:
+    """Return every setting that is a number of that type, or a list of them: its key, and its class."""
+    found = []
+    for key, hint, cls in settings(Config):
+        kinds = [inner for one, _ in options(hint) for inner in (one, *get_args(one))]
+        if kind in kinds and cls.__module__.startswith("fedddp."):
+            found.append(
+                pytest.param(
+                    key, cls, any(get_origin(one) is list for one in kinds), id=f"{cls.__name__} {key}"
+                )
+            )
+    return found
+
+
+def test_numbers_are_found_in_all_sections() -> None:
+    assert len(settings_of(int)) > 30
+    assert len(settings_of(float)) > 60
+
+
+@pytest.mark.parametrize(("key", "cls", "in_list"), settings_of(int))
+def test_no_whole_number_is_larger_than_the_arithmetic_of_a_run(key: str, cls: Any, in_list: bool) -> None:
+    name = key.rpartition(".")[2]
+    for number in (2**63, 10**30, -(10**30)):
+        with pytest.raises(ConfigError) as error:
+            cls(**{name: [number] if in_list else number})
+        assert str(error.value).startswith(f"{key} must be "), error.value
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "cls", "in_list"), settings_of(float))
+def test_no_number_is_infinite_or_undefined(key: str, cls: Any, in_list: bool) -> None:
+    for number in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ConfigError) as error:
+            cls(**{key.rpartition(".")[2]: [number] if in_list else number})
+        assert str(error.value).startswith(key)
+        assert "must be" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("rounds", "2147483648", "rounds must be <= 2147483647, got 2147483648"),
+        ("local.batch_size", "1" + "0" * 99, "local.batch_size must be <= 2147483647, got 1000"),
+        ("local.steps", "3000000000", "local.steps must be <= 2147483647, got 3000000000"),
+        ("data.image_size", "99999999", "data.image_size must be in [1, 16384], got 99999999"),
+        ("topology.timeout_s", "1e300", "topology.timeout_s must be "),
+        ("topology.timeout_s", "0", "topology.timeout_s must be "),
+        ("seed", "9223372036854775808", "seed must be <= 9223372036854775807"),
+        ("rounds", "9" * 5000, "rounds must be a whole number, got "),
+    ],
+)
+def test_huge_numbers_are_refused_in_one_line_that_is_not_long(flag: str, value: str, words: str) -> None:
+    line = refusal("", f"--{flag}", value)
+    assert line.startswith(words)
+    assert len(line) < 200
+
+
+def test_the_longest_time_to_wait_is_one_that_torch_can_wait() -> None:
+    year = TopologyConfig(timeout_s=365 * 24 * 3600)
+    assert timedelta(seconds=year.timeout_s) // timedelta(days=1) == 365
+    assert "topology.timeout_s must be" in refusal("", "--topology.timeout_s", str(365 * 24 * 3600 + 1))
+
+
+@pytest.mark.parametrize("name", [".", "..", "...", "a/b", "../a", "a b", "a\n", "~", "a\\b", "a:b", "ü/"])
+def test_a_name_is_one_folder_in_output(name: str) -> None:
+    with pytest.raises(ConfigError, match="^name must be letters, digits and"):
+        Config(name=name)
+    if name != "~":  # "not set", where it is no text of Python
+        assert refusal("", f"--name={name}").startswith("name must be letters, digits and")
+
+
+@pytest.mark.parametrize("name", ["a..b", "..a", ".a", "a.", "-", "--x", "=", "é", "a=b+c", "-1"])
+def test_a_name_may_look_odd(name: str) -> None:
+    assert load_config(None, [f"--name={name}"]).name == name
 
 
 def test_a_scalar_means_what_the_type_of_its_setting_makes_of_it() -> None:

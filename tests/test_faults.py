@@ -116,7 +116,7 @@ def test_an_error_of_all_ranks_is_reported_once() -> None:
     assert not any("Traceback" in line for _, lines in reports for line in lines)
 
 
-@pytest.mark.parametrize("signal", ["SIGUSR1", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("signal", ["SIGUSR1", "SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_stopped_run_prints_the_command_that_resumes_it(
     tmp_path: Path, command: Command, signal: str
 ) -> None:

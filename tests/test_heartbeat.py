@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -112,3 +114,44 @@ def fail_by_itself() -> list[str]:
 
 def test_an_error_of_its_own_names_no_other_rank() -> None:
     assert run_world(fail_by_itself, size=2, timeout_s=30) == [[], []]
+
+
+RANK = """
+import os, sys, time
+from types import SimpleNamespace
+from torch.distributed import HashStore
+from fedddp.distributed import heartbeat
+heartbeat.HEARTBEAT_S = 0.05
+store, rank = HashStore(), int(sys.argv[1])
+heartbeat.Heartbeat(
+    SimpleNamespace(rank=rank, local_rank=rank, size=2, store=store, waiting=False, first_to_fail=None)
+)
+while not store.check([f"fedddp/heart/{rank}"]):
+    time.sleep(0.01)
+print("beats", flush=True)
+time.sleep(40)
+"""
+LAUNCHER = """
+import subprocess, sys
+for rank in "01":
+    subprocess.Popen([sys.executable, "-c", sys.argv[1], rank])
+sys.stdin.read()
+"""
+
+
+@pytest.mark.timeout(180)
+def test_ranks_whose_launcher_was_killed_end_and_one_of_a_node_says_so() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, RANK],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    ) as launcher:
+        assert launcher.stdout is not None
+        assert [launcher.stdout.readline() for _ in range(2)] == ["beats\n"] * 2
+        launcher.kill()
+        out, err = launcher.communicate()  # until both ranks have ended
+    assert out == ""
+    assert err == "error: the launcher of this rank is gone; resume with --resume auto\n"

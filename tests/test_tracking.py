@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import resource
@@ -25,7 +26,7 @@ from fedddp.distributed.topology import TopologyConfig
 from fedddp.storage.history import History, read_rows
 from fedddp.testing import run_world
 from fedddp.tracking import tracker as module
-from fedddp.tracking.progress import RoundProgress
+from fedddp.tracking.progress import QuietConsole, RoundProgress
 from fedddp.tracking.tracker import NullTracker, Tracker, TrackingConfig
 
 CONFIG = {"seed": 3, "data": {"clients": 20, "partition": {"alpha": 0.3}}, "tags": ["a", "b"]}
@@ -114,6 +115,46 @@ def test_a_corrupt_line_inside_is_reported_and_no_row_is_cut(tmp_path: Path) -> 
     assert (tmp_path / "history.jsonl").read_text() == text
 
 
+@pytest.mark.parametrize(
+    "rounds",
+    [None, [], [1, 2], [2, 3], [1, 3], [1, 2, 2, 3], [1, 1, 2, 3], [0, 1, 2, 3], [1, 3, 2], [1, 2, 3.5], [4]],
+    ids=str,
+)
+def test_a_history_that_does_not_have_every_round_of_the_checkpoint_once_is_refused(
+    tmp_path: Path, rounds: list[float] | None
+) -> None:
+    path = tmp_path / "history.jsonl"
+    if rounds is not None:
+        path.write_text("".join(json.dumps({"round": number}) + "\n" for number in rounds))
+    with pytest.raises(ValueError, match="does not have one row for each of the rounds 1 to 3") as error:
+        History(tmp_path, keep_rounds=3)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert path.exists() == (rounds is not None), "nothing is repaired"
+    if rounds is not None:
+        assert [row["round"] for row in read_rows(path)] == rounds
+
+
+@pytest.mark.parametrize("file", ["history.jsonl", "clients.jsonl"])
+@pytest.mark.parametrize("fate", ["deleted", "moved", "replaced"])
+def test_a_row_is_not_written_to_a_file_that_is_gone(tmp_path: Path, file: str, fate: str) -> None:
+    history = History(tmp_path)
+    history.log({"round": 1})
+    history.log_clients([{"round": 1, "client": 0}])
+    (tmp_path / file).rename(tmp_path / "elsewhere")
+    if fate == "deleted":
+        (tmp_path / "elsewhere").unlink()
+    if fate == "replaced":
+        (tmp_path / file).write_text('{"round": 1}\n')
+    with pytest.raises(FileNotFoundError, match="it was deleted or moved while the run lasted") as error:
+        history.log({"round": 2}) if file == "history.jsonl" else history.log_clients([{"round": 2}])
+    assert error.value.filename == str(tmp_path / file)
+    assert (tmp_path / file).exists() == (fate == "replaced")
+    if fate == "moved":
+        assert len(read_rows(tmp_path / "elsewhere")) == 1
+    history.close()
+
+
 def test_a_killed_run_leaves_every_logged_round(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; from fedddp.storage.history import History\n"
@@ -186,6 +227,46 @@ def test_a_terminal_shows_one_live_line_and_its_cursor_is_restored() -> None:
     assert text.count("\n") == 1
 
 
+class Gone(io.StringIO):
+    """A stream whose reader has left, or whose disk is full."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error, self.lines = error, 0
+
+    def write(self, text: str) -> int:
+        self.lines += 1
+        if self.lines > 2:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EIO, "Input/output error"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_falls_silent_where_it_cannot_be_written(
+    tmp_path: Path, patch: pytest.MonkeyPatch, error: OSError, terminal: bool
+) -> None:
+    patch.setattr(sys, "stdout", io.StringIO())  # which the console would turn away from its file
+    stream = Gone(error)
+    console = QuietConsole(file=stream, width=80, force_terminal=terminal, force_interactive=terminal)
+    tracker = Tracker(
+        TrackingConfig(trackers=[]), tmp_path, CONFIG, name="demo", total_rounds=5, console=console
+    )
+    for index in range(1, 6):
+        tracker.log({"round": index, "train/loss": 1.0})
+    tracker.finish()
+    assert len(read_rows(tmp_path / "history.jsonl")) == 5
+    assert stream.lines == 3, "nothing is written after the error"
+
+
 def test_without_progress_nothing_is_printed(tmp_path: Path) -> None:
     assert track_run(tmp_path, TrackingConfig(trackers=[], progress=False)) == ""
     assert len(read_rows(tmp_path / "clients.jsonl")) == 6
@@ -227,6 +308,48 @@ def test_an_offline_wandb_run_is_complete_and_a_resume_continues_it(tmp_path: Pa
         again,
     }
     assert [row["round"] for row in read_rows(tmp_path / "history.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def wandb_ids(folder: Path) -> list[str]:
+    """Return the id of the wandb run of every session in `folder`."""
+    return [path.name.split("-")[3] for path in folder.glob("wandb/offline-run-*")]
+
+
+def test_two_runs_of_one_process_are_two_wandb_runs_under_one_wandb_run_id(
+    tmp_path: Path, patch: pytest.MonkeyPatch
+) -> None:
+    patch.setenv("WANDB_RUN_ID", "given")
+    patch.setattr(module, "_USED_IDS", set())
+    offline = TrackingConfig(mode="offline", progress=False)
+    for name in ("a", "b", "c"):
+        track_run(tmp_path / name, offline)
+    (first,), (second,), (third,) = (wandb_ids(tmp_path / name) for name in "abc")
+    assert first == "given"
+    assert len({first, second, third}) == 3
+    track_run(tmp_path / "b", offline, rounds=4, resume_round=3, run_id=second)
+    assert wandb_ids(tmp_path / "b") == [second, second], "a resumed run is the same one"
+
+
+def test_a_model_that_wandb_refuses_costs_its_artifact_only(
+    tmp_path: Path, patch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("artifact names must be shorter\nand more")
+
+    patch.setattr(wandb.Run, "log_artifact", refuse)
+    shown = track_run(tmp_path, TrackingConfig(mode="offline")).splitlines()
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    assert shown[-2:] == [
+        "wandb: artifact names must be shorter; the model is not among the run's artifacts",
+        f"To upload the run: wandb sync {folder}",
+    ]
+    records = inspect(folder)
+    assert sum("history" in record for record in records) == 3
+    assert records[-1]["exit"]["exit_code"] == 0
+    summary = {k: v for r in records if "summary" in r for k, v in r["summary"]["update"].items()}
+    assert summary["eval/accuracy"] == 0.75
 
 
 def test_a_wandb_server_unreachable_at_the_start_makes_the_run_offline(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fedddp.distributed.environment import Launch
-from fedddp.distributed.launch import connect, loopback_warning
+from fedddp.distributed.launch import connect, joined, loopback_warning
 from fedddp.distributed.signals import stop_on_signals
 from fedddp.distributed.topology import TopologyConfig
+from fedddp.section import ConfigError
 from fedddp.testing import run_world
 
 
@@ -175,7 +178,7 @@ def test_a_repeated_sigint_counts_once_and_a_later_one_interrupts(
     assert run_world(press_ctrl_c_twice, again_after_s, size=1) == [expected]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signals_request_a_stop_and_their_handlers_are_restored(number: signal.Signals) -> None:
     world, before = connect(TopologyConfig()), signal.getsignal(number)
     with stop_on_signals(world):
@@ -183,6 +186,141 @@ def test_signals_request_a_stop_and_their_handlers_are_restored(number: signal.S
         assert world.stop_requested()
     assert signal.getsignal(number) == before
     world.close()
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    """As under nohup."""
+    world, before = connect(TopologyConfig()), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals(world):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not world.stop_requested()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        world.close()
+
+
+def test_only_ctrl_c_is_an_interruption() -> None:
+    for number, interrupted in ((signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGINT, True)):
+        world = connect(TopologyConfig())
+        with stop_on_signals(world):
+            os.kill(os.getpid(), number)
+        assert (world.stop_requested(), world.interrupted) == (True, interrupted)
+        world.close()
+
+
+# ---- the caller's own program ----
+
+
+def use_a_group_of_its_own() -> tuple[list[float], bool]:
+    """Join two worlds while a process group of the caller's is there; return sums, and whether it is kept."""
+    dist.init_process_group("gloo")
+    own, sums = dist.group.WORLD, []
+    for _ in range(2):
+        with joined(TopologyConfig(ranks_per_client=2)) as world:
+            world.sum(total := torch.ones(1))
+        sums.append(float(total))
+    dist.all_reduce(again := torch.ones(1))
+    return [*sums, float(again)], dist.group.WORLD is own
+
+
+def test_a_process_group_of_the_callers_is_used_and_kept() -> None:
+    assert run_world(use_a_group_of_its_own, size=2) == [([2.0, 2.0, 2.0], True)] * 2
+
+
+def test_a_process_group_of_fedddps_own_ends_with_the_run() -> None:
+    with joined(TopologyConfig()):
+        assert dist.is_initialized()
+    assert not dist.is_initialized()
+
+
+def hooks_of_several_runs(own_group: bool) -> list[bool]:
+    """Return whether the hook for uncaught exceptions is the caller's, within and after each run."""
+
+    def hook(*_: object) -> None:
+        pass
+
+    if own_group:
+        dist.init_process_group("gloo")
+    sys.excepthook = hook
+    kept = []
+    for _ in range(3):
+        with joined(TopologyConfig()):
+            kept.append(sys.excepthook is hook)
+        kept.append(sys.excepthook is hook)
+    return kept
+
+
+@pytest.mark.parametrize("own_group", [False, True])
+def test_the_callers_exception_hook_is_the_same_after_several_runs(own_group: bool) -> None:
+    assert run_world(hooks_of_several_runs, own_group, size=2) == [[True] * 6] * 2
+
+
+def test_threads_and_random_numbers_of_the_caller_are_the_same_after_a_run() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    first, threads = torch.rand(1), torch.get_num_threads()
+    with joined(TopologyConfig(threads=threads + 1)):
+        torch.rand(5)
+    assert torch.equal(torch.cat([first, torch.rand(1)]), expected)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("variable", "setting", "threads"),
+    [("3", None, 3), ("3", 2, 2), ("2", 5, 5), (None, None, 1), (None, 4, 4), ("0", None, 1), ("x", None, 1)],
+)
+def test_threads_come_from_the_setting_then_from_the_environment(
+    variable: str | None, setting: int | None, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS")
+        if variable is not None:
+            patch.setenv("OMP_NUM_THREADS", variable)
+        with joined(TopologyConfig(threads=setting)):
+            assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == before
+
+
+# ---- launchers ----
+
+SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
+MPIRUN = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
+MPIEXEC = {"PMI_SIZE": "4", "PMI_RANK": "2"}
+ONE_TASK = {"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1", "PMI_RANK": "0"}
+TORCHRUN = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "starter"),
+    [
+        (SRUN, "srun"),
+        (MPIRUN, "mpirun"),
+        (MPIEXEC, "mpiexec"),
+        ({}, None),
+        (ONE_TASK, None),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, None),  # a batch script is one task of its job
+        (SRUN | TORCHRUN, None),
+        (MPIRUN | TORCHRUN, None),
+    ],
+    ids=str,
+)
+def test_several_tasks_that_no_launcher_made_one_world_of_are_refused(
+    environment: dict[str, str], starter: str | None
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SRUN | MPIRUN | MPIEXEC | TORCHRUN:
+            patch.delenv(name, raising=False)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        if starter is None:
+            connect(TopologyConfig()).close()
+        else:
+            with pytest.raises(ConfigError, match=f"^this is task 2 of 4 of {starter}, but no launcher"):
+                connect(TopologyConfig())
 
 
 SEVERAL_NODES = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}

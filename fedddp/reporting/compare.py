@@ -18,7 +18,7 @@ from fedddp.distributed.environment import Launch
 from fedddp.federation import Federation
 from fedddp.reporting.curves import over_seeds, read
 from fedddp.reporting.render import target_of, terminal, write
-from fedddp.section import ConfigError, NonNegativeInt, checked
+from fedddp.section import ConfigError, NonNegativeInt, checked, local_path
 from fedddp.simulation.clock import examples_trained
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ def prepare(
     """
     if accuracy is not None and not 0 < accuracy <= 1:
         raise ConfigError(f"--accuracy must be in (0, 1], got {accuracy:g}")
+    targets = [str(local_path(t, "compare")) if t.startswith("~") else t for t in targets]
+    output = None if output is None else str(local_path(output, "output"))
     finished: list[Path] = []
     configured: dict[str, Any] = {}
     seeded: set[str] = set()  # runs whose file gives seeds: they keep their own

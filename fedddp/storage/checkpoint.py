@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fedddp.distributed.world import World
 from fedddp.section import PositiveInt, Section
+from fedddp.storage.history import check_file, read_text
 
 METADATA = "state.json"
 
@@ -218,9 +219,14 @@ def save_tensors(
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     _order_metadata(aside)
-    aside.chmod(0o666 & ~_umask())  # safetensors makes it readable for the owner only
+    share(aside)
     _sync(aside)
     aside.replace(path)
+
+
+def share(path: Path) -> None:
+    """Give a file the rights that the umask leaves; safetensors makes it readable for the owner only."""
+    path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:
@@ -268,7 +274,8 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`, atomically: a kill leaves the old file or the new one."""
     aside = path.with_name(f".{path.name}.part")
-    with aside.open("w", encoding="utf-8") as out:
+    aside.unlink(missing_ok=True)
+    with aside.open("x", encoding="utf-8") as out:
         out.write(text)
         out.flush()
         os.fsync(out.fileno())
@@ -279,7 +286,7 @@ def _verified(folder: Path) -> dict[str, Any] | str:
     """Return the metadata of the checkpoint in `folder`, or how it is corrupt; reads all its bytes."""
     changed = "is not as it was written"
     try:
-        written = json.loads((folder / METADATA).read_bytes())
+        written = json.loads(read_text(folder / METADATA))
         if "facts" in written:
             return "it is of fedddp before 0.1.0, which names its parts otherwise"
         metadata: dict[str, Any] = written["metadata"]
@@ -302,6 +309,7 @@ def _digest_json(metadata: Mapping[str, Any]) -> str:
 def _digest(path: Path, *, sync: bool = False) -> str:
     if sync:
         _sync(path)
+    check_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

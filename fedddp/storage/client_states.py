@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedddp.distributed.world import World
+from fedddp.storage.checkpoint import share
 
 State = dict[str, Tensor]
 
@@ -81,6 +82,7 @@ class ClientStates:
         flat = {f"{client}.{n}": t for client, s in self.kept.items() for n, t in s.items()}
         path = folder / f"clients-{self.world.group:05d}.safetensors"
         safetensors.torch.save_file(flat, path)
+        share(path)
         return [path]
 
     def load(self, files: Iterable[Path]) -> None:

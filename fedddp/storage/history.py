@@ -34,7 +34,13 @@ class History:
             OSError: a file cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._files = [_open_after(folder / name, keep_rounds) for name in (HISTORY, "clients.jsonl")]
+        self._files: list[BinaryIO] = []
+        try:
+            for name in (HISTORY, "clients.jsonl"):
+                self._files.append(_open_after(folder / name, keep_rounds))
+        except (ValueError, OSError):
+            self.close()
+            raise
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one round; `row["round"]` is its number, from 1."""
@@ -62,9 +68,18 @@ def read_text(path: Path) -> str:
         OSError: it is no file, or cannot be read.
         ValueError: it is no UTF-8.
     """
+    check_file(path)
+    return path.read_text(encoding="utf-8")
+
+
+def check_file(path: Path) -> None:
+    """Refuse a pipe or a device, which could wait for ever.
+
+    Raises:
+        OSError: it is no file.
+    """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file", str(path))
-    return path.read_text(encoding="utf-8")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -78,8 +93,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def _complete_lines(path: Path) -> Iterator[tuple[int, Row]]:
     """Yield every row with the offset of its end; a partial last line is left out."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no file", str(path))
+    check_file(path)
     end, size = 0, path.stat().st_size
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -88,7 +102,8 @@ def _complete_lines(path: Path) -> Iterator[tuple[int, Row]]:
                 if not line.endswith(b"\n"):
                     raise ValueError("no end of line")
                 row = json.loads(line)
-                row["round"]
+                if type(row["round"]) is not int:
+                    raise ValueError("its round is no whole number")
             except (ValueError, KeyError, TypeError) as error:
                 if end == size:
                     return

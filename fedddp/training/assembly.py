@@ -28,6 +28,7 @@ from fedddp.section import ConfigError
 from fedddp.simulation.clock import examples_trained
 from fedddp.storage.checkpoint import Checkpoints, Saved, write_text
 from fedddp.storage.client_states import ClientStates
+from fedddp.storage.history import read_text
 from fedddp.tracking.tracker import Tracker
 from fedddp.training.client_trainer import ClientTrainer
 from fedddp.training.objects import Objects
@@ -226,7 +227,10 @@ def _restore(s: Session, saved: Saved) -> None:
 def _wandb_run(s: Session) -> str | None:
     """Return the id of the run's wandb run: of its file, which a run killed before a checkpoint has too."""
     noted = s.directory / WANDB_RUN
-    text = noted.read_text(errors="replace") if noted.exists() else ""
+    try:
+        text = read_text(noted) if noted.exists() else ""
+    except (OSError, ValueError):
+        text = ""
     return text if re.fullmatch(r"\w+", text) else s.metadata.get("wandb_run_id")
 
 

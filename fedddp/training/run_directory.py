@@ -20,7 +20,7 @@ from fedddp.distributed.environment import Launch
 from fedddp.distributed.world import World
 from fedddp.section import ConfigError, local_path
 from fedddp.storage.checkpoint import write_text
-from fedddp.storage.history import read_config
+from fedddp.storage.history import read_config, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def _find(config: Config, default_name: str, launch: Launch) -> tuple[Path, bool
 
 def _belongs_to(directory: Path, launch: Launch) -> bool:
     try:
-        return (directory / ".launcher").read_text() == launch.launcher
+        return read_text(directory / ".launcher") == launch.launcher
     except (OSError, ValueError):
         return False
 
