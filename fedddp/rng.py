@@ -29,17 +29,34 @@ def drawing_from(*name: int | str) -> Iterator[None]:
     """Seed the global generators (Python's, NumPy's, torch's on the CPU) by a stream, for the block."""
     import torch  # here: what splits data needs NumPy only
 
-    seed = stream_seed(*name)
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    state = torch.default_generator.get_state()
+    with generators_kept():
+        seed_global(stream_seed(*name))
+        try:
+            yield
+        finally:
+            torch.default_generator.set_state(state)
+
+
+def seed_global(seed: int) -> None:
+    """Seed the global generators: Python's, NumPy's, and torch's on the CPU."""
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
+    # Not `torch.manual_seed`, which without a GPU keeps a stack trace of every call for good.
     torch.default_generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put the global generators of Python and NumPy back after the block."""
+    states = random.getstate(), np.random.get_state()
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
 
 
 def stream(*name: int | str) -> np.random.Generator:

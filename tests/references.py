@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -102,12 +103,18 @@ class Reference:
         self.b0 = self.buffers()
         self.b = self.b0  # after the last local training
         self.round = 0
+        self.losses: list[list[tuple[float, int]]] = [[] for _ in range(ROUNDS)]
+        """Summed loss and examples of every step, by round."""
 
     @property
     def lr(self) -> float:
-        """η of this round."""
-        lr: float = self.local.lr_at(self.round, ROUNDS)
-        return lr
+        """η of this round: the first one trains with all of it."""
+        factors = {
+            "constant": 1.0,
+            "cosine": (1 + math.cos(math.pi * self.round / ROUNDS)) / 2,
+            "step": math.prod([self.local.decay] * (self.round // self.local.decay_every)),
+        }
+        return self.local.lr * factors[self.local.schedule]
 
     def buffers(self) -> Tensor:
         floats = [b.flatten() for b in self.net.buffers() if b.dtype.is_floating_point]
@@ -143,9 +150,11 @@ class Reference:
                 step += 1
             epoch += 1
 
-    def loss(self, w: Tensor, client: int) -> float:
-        self.set(w)
+    def loss(self, w: Tensor, client: int, b: Tensor | None = None) -> float:
+        """Return F_k(w), of the model as it predicts: in evaluation mode."""
+        self.set(w, b)
         chosen = self.split.indices(client)
+        self.net.eval()
         return float(F.cross_entropy(self.net(self.x[chosen]), self.y[chosen]).detach())
 
     def train(
@@ -167,9 +176,12 @@ class Reference:
         for chosen in self.batches(client):
             self.set(weights.detach().clone())
             self.net.train().zero_grad()
-            objective = F.cross_entropy(self.net(self.x[chosen]), self.y[chosen]) + extra(chosen)
-            backward(objective)
+            loss = F.cross_entropy(self.net(self.x[chosen]), self.y[chosen])
+            self.losses[self.round].append((float(loss.detach()) * len(chosen), len(chosen)))
+            backward(loss + extra(chosen))
             weights.grad = gradient(self.net) + correct(weights.detach())
+            if self.local.clip_norm is not None:  # the whole step
+                nn.utils.clip_grad_norm_(weights, self.local.clip_norm)
             optimizer.step()
             steps += 1
         self.b = self.buffers()
@@ -238,7 +250,7 @@ def scaffold(r: Reference, lr: float) -> Tensor:
         for k in cohort:
             c_k = own.get(k, torch.zeros_like(x))
             y, steps = r.train(x, k, pull(0.0, x, c - c_k))
-            own[k] = c_k - c + (x - y) / (steps * r.lr)
+            own[k] = c_k - c + (x - y) / (steps * r.lr) if steps else c_k
             updates.append(y - x)
             changes.append(own[k] - c_k)
         x = x + lr * mean(updates)
@@ -261,6 +273,19 @@ def feddyn(r: Reference, alpha: float) -> Tensor:
     return x
 
 
+def norm_of_coefficients(steps: int, lr: float, rho: float, mu: float) -> float:
+    """Return ‖a‖₁: torch's SGD is linear in the gradients, so each alone gives its own coefficient."""
+    a = 0.0
+    for number in range(steps):
+        w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        optimizer = torch.optim.SGD([w], lr, rho)
+        for step in range(steps):
+            w.grad = mu * w.detach() + float(step == number)
+            optimizer.step()
+        a += abs(float(w.detach()) / lr)
+    return a
+
+
 def fednova(r: Reference, mu: float = 0.0) -> Tensor:
     x, b, rho, eta = r.w0, r.b0, r.local.momentum, r.local.lr
     for cohort in r.cohorts():
@@ -268,11 +293,13 @@ def fednova(r: Reference, mu: float = 0.0) -> Tensor:
         for k in cohort:
             y, steps = r.train(x, k, pull(mu, x), b=b)
             bs.append(r.b)
-            if mu:  # the paper's forms, for momentum and for prox
+            if mu and rho:
+                a_k = norm_of_coefficients(steps, eta, rho, mu)
+            elif mu:  # the paper's forms, for prox and for momentum
                 a_k = sum((1 - eta * mu) ** i for i in range(steps))
             else:
                 a_k = (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
-            directions.append((y - x) / a_k)
+            directions.append((y - x) / a_k if steps else torch.zeros_like(x))
             a.append(a_k)
         p = r.p(cohort)
         x = x + sum(w * a_k for w, a_k in zip(p, a, strict=True)) * mean(directions, p)
@@ -281,16 +308,19 @@ def fednova(r: Reference, mu: float = 0.0) -> Tensor:
 
 
 def qfedavg(r: Reference, q: float) -> Tensor:
-    x = r.w0
+    x, b = r.w0, r.b0
     for cohort in r.cohorts():
-        total, h, lipschitz = torch.zeros_like(x), 0.0, 1 / r.lr
+        total, h, lipschitz, bs = torch.zeros_like(x), 0.0, 1 / r.lr, []
         for k in cohort:
-            loss = r.loss(x, k)
-            step = lipschitz * (x - r.train(x, k)[0])
+            loss = r.loss(x, k, b) if r.n(k) else 0.0
+            step = lipschitz * (x - r.train(x, k, b=b)[0])
+            bs.append(r.b)
             total += loss**q * step
+            if not loss:  # of a client without examples
+                continue
             h += q * loss ** (q - 1) * float(step.square().sum()) + lipschitz * loss**q
-        x = x - total / h
-    return x
+        x, b = x - total / h, mean(bs, r.p(cohort))
+    return torch.cat([x, b])
 
 
 def local_sgd(r: Reference, lr: float, beta: float, adamw: bool = False) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,10 @@ from fedddp.data.loader import ClientLoader
 from fedddp.distributed.launch import connect
 from fedddp.distributed.topology import TopologyConfig
 from fedddp.distributed.world import World
+from fedddp.evaluation import NoMemoryError
 from fedddp.models.flat import FlatModel
 from fedddp.models.norms import convert_norm, synchronized
-from fedddp.rng import stream
+from fedddp.rng import DROPOUT, stream, stream_seed
 from fedddp.tasks.classification import Classification
 from fedddp.testing import run_world
 from fedddp.training.client_trainer import ClientJob, ClientResult, ClientTrainer
@@ -295,3 +298,218 @@ def test_augmentation_does_not_depend_on_the_number_of_ranks() -> None:
     (alone,) = run_world(bits_after, 0, 1, size=1)
     together, _ = run_world(bits_after, 0, 2, size=2)
     assert together == pytest.approx(alone, abs=1e-5)
+
+
+# ---- layers that are skipped at random ----
+
+
+class Skipping(nn.Module):
+    """Two blocks, each skipped in half of the training passes."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+        self.first = nn.Linear(36, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1)).tanh()
+        for block in self.blocks:
+            if not self.training or self.draw() < 0.5:
+                x = block(x).tanh()
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def skipping(kind: str = "torch") -> Skipping:
+    """Return a model whose layers draw from a global generator of this kind."""
+    draws: dict[str, Callable[[], float]] = {
+        "torch": lambda: float(torch.rand(())),
+        "python": random.random,
+        "numpy": np.random.rand,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Skipping(draws[kind])
+
+
+def drawing(kind: str, seed: int) -> Callable[[], float]:
+    """Return the draws of a generator of this kind, of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    draws: dict[str, Callable[[], float]] = {
+        "torch": lambda: float(torch.rand((), generator=generator)),
+        "python": random.Random(seed).random,
+        "numpy": np.random.RandomState(seed % 2**32).rand,
+    }
+    return draws[kind]
+
+
+def trainer_of(world: World, module: nn.Module, local: LocalConfig) -> tuple[ClientTrainer, ServerState]:
+    flat = FlatModel(module)
+    loader = ClientLoader(images(), DataConfig(), world.device, seed=SEED)
+    trainer = ClientTrainer(world, flat, Classification(), loader, local, FedAvg(), seed=SEED)
+    return trainer, ServerState.of(flat, population=10)
+
+
+SKIPPED = case("skipped", local={"epochs": 3, "batch_size": 4}, examples=10)
+
+
+def update_of_skipping(ranks: int, kind: str) -> Tensor:
+    with contextlib.closing(connect(TopologyConfig(ranks_per_client=ranks, device="cpu"))) as world:
+        trainer, server = trainer_of(world, skipping(kind), SKIPPED.local)
+        return train(trainer, server, SKIPPED, {}).update.vectors["update"].clone()
+
+
+def reference_of_skipping(ranks: int, kind: str) -> tuple[Tensor, set[int]]:
+    """Return the update of a loop that plays every rank in turn, and how many blocks the passes used."""
+    model, data, local = skipping(), images(), SKIPPED.local
+    assert data.pixels is not None
+    x, y = (data.pixels.float() / 255 - MEAN) / STD, torch.from_numpy(data.labels)
+    start = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    draws = [drawing(kind, stream_seed(DROPOUT, SEED, ROUND, CLIENT, rank)) for rank in range(ranks)]
+    used: set[int] = set()
+    optimizer = torch.optim.SGD(model.parameters(), lr=local.lr)
+    for epoch in range(local.epochs):
+        permuted = stream("batches", SEED, ROUND, CLIENT, epoch).permutation(np.arange(SKIPPED.examples))
+        for first in range(0, len(permuted), local.batch_size):
+            batch = permuted[first : first + local.batch_size]
+            optimizer.zero_grad()
+            for rank in range(ranks):
+                hidden = model.first(x[batch[rank::ranks]].flatten(1)).tanh()
+                blocks = [b for b in model.blocks if draws[rank]() < 0.5]
+                for block in blocks:
+                    hidden = block(hidden).tanh()
+                loss = F.cross_entropy(model.head(hidden), y[batch[rank::ranks]], reduction="sum")
+                (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
+                used.add(len(blocks))
+            optimizer.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach() - start, used
+
+
+@pytest.mark.parametrize("kind", ["torch", "python", "numpy"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_layers_that_are_skipped_at_random_train_on_any_number_of_ranks(ranks: int, kind: str) -> None:
+    expected, used = reference_of_skipping(ranks, kind)
+    assert len(used) > 1
+    for update in run_world(update_of_skipping, ranks, kind, size=ranks):
+        torch.testing.assert_close(update, expected, atol=1e-5, rtol=1e-4)
+
+
+def state_around_the_trainer(kinds: list[str]) -> list[tuple[bool, bool, bool]]:
+    """Return whether making a trainer of two ranks leaves buffers, generator and gradients alone."""
+    found = []
+    with contextlib.closing(connect(TopologyConfig(ranks_per_client=2, device="cpu"))) as world:
+        for kind in kinds:
+            first: list[nn.Module] = [skipping()] if kind == "skips" else [nn.Flatten(), nn.Linear(36, 4)]
+            module = nn.Sequential(*first, nn.BatchNorm1d(4), nn.Dropout())
+            before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+            generator = torch.random.get_rng_state()
+            trainer, _ = trainer_of(world, module, LocalConfig())
+            same = all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
+            kept = torch.equal(torch.random.get_rng_state(), generator)
+            found.append((same, kept, not trainer.flat.grad.any()))
+    return found
+
+
+def test_looking_for_skipped_layers_leaves_the_model_as_it_was() -> None:
+    for found in run_world(state_around_the_trainer, ["skips", "does not skip"], size=2):
+        assert found == [(True, True, True)] * 2
+
+
+# ---- buffers that are not exchanged ----
+
+
+class Noting(nn.Linear):
+    """A layer whose output depends on buffers that training changes."""
+
+    def __init__(self, dtype: torch.dtype, persistent: bool) -> None:
+        super().__init__(36, 4)
+        self.register_buffer("seen", torch.zeros(1, dtype=dtype), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.get_buffer("seen")
+        if self.training:
+            seen += 1
+        return super().forward(x.flatten(1)) * (1 + seen.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int32])
+def test_a_client_does_not_see_what_another_left_in_a_cache(dtype: torch.dtype) -> None:
+    with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
+        torch.manual_seed(0)
+        trainer, server = trainer_of(world, Noting(dtype, persistent=False), LocalConfig())
+        updates = [train(trainer, server, case("sgd"), {}).update.vectors["update"].clone() for _ in range(2)]
+        assert torch.equal(*updates)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_training_that_changes_a_buffer_which_is_not_exchanged_is_refused(dtype: torch.dtype) -> None:
+    with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
+        trainer, server = trainer_of(world, Noting(dtype, persistent=True), LocalConfig())
+        with pytest.raises(
+            ValueError, match=f"^the model's buffer 'seen', of type {dtype}, changes in training"
+        ):
+            train(trainer, server, case("sgd"), {})
+
+
+class Masked(nn.Linear):
+    """A layer with a constant mask."""
+
+    def __init__(self) -> None:
+        super().__init__(36, 4)
+        self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1))
+
+
+def masks_after(examples: list[int]) -> list[list[float]]:
+    with contextlib.closing(connect(TopologyConfig(ranks_per_client=2, device="cpu"))) as world:
+        trainer, server = trainer_of(world, Masked(), LocalConfig())
+        cases = [case("masked", examples=count) for count in examples]
+        return [train(trainer, server, one, {}).buffers.tolist() for one in cases]
+
+
+@pytest.mark.parametrize("examples", [[0, 5], [1]])
+def test_the_mean_over_ranks_keeps_constant_masks(examples: list[int]) -> None:
+    for masks in run_world(masks_after, examples, size=2):
+        assert masks == [[0.0, float("-inf")]] * len(examples)
+
+
+# ---- batch norm and micro-batches ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "accumulate", "warned"),
+    [("norm", 2, True), ("synced norm", 2, True), ("norm", 1, False), ("plain", 2, False)],
+)
+def test_micro_batches_of_a_model_with_batch_norm_are_warned_of(
+    kind: str, accumulate: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
+        start_training(world, case("micro", kind=kind, local={"accumulate": accumulate}))
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.startswith(f"local.accumulate={accumulate}: batch norm normalises") for line in lines] == [
+        True
+    ] * warned
+
+
+@pytest.mark.parametrize(("kind", "same"), [("plain", " (the result stays the same)"), ("norm", "")])
+def test_running_out_of_memory_names_the_settings(
+    kind: str, same: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
+        trainer, server = start_training(world, case("sgd", kind=kind))
+
+        def fail(*_: Any) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(Classification, "loss", fail)
+        with pytest.raises(NoMemoryError) as caught:
+            train(trainer, server, case("sgd"), {})
+    assert str(caught.value) == (
+        "client 3: out of CPU memory in round 3 with local.batch_size=8, topology.ranks_per_client=1 and "
+        f"local.accumulate=1; raise local.accumulate{same}, choose local.precision=bf16, "
+        "raise topology.ranks_per_client, or lower local.batch_size"
+    )

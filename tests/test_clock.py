@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -37,6 +38,20 @@ def test_a_deadline_ends_the_round_without_late_clients() -> None:
     assert seconds == pytest.approx(2.2)
 
 
+def test_a_client_that_takes_exactly_the_deadline_arrives() -> None:
+    clock = Virtual(speed=SpeedTable(factors=[1, 2, 3], overhead_s=1.0, example_s=0.0), deadline_s=2.0)
+    assert [clock.local_training(client, 9, 0, 0) for client in range(3)] == [
+        (1, True),
+        (2, True),
+        (2, False),
+    ]
+    cohort, seconds = clock.arrivals(np.arange(3), np.ones(3, dtype=np.int64), 2, 0, 0)
+    assert (cohort.tolist(), seconds) == ([0, 1], 2)
+    clock.check(np.ones(3, dtype=np.int64), 2, 0)
+    with pytest.raises(ValueError, match="met by 2 of 3 clients with examples, but 3 must arrive"):
+        clock.check(np.ones(3, dtype=np.int64), 3, 0)
+
+
 def test_clients_drop_out_with_their_probability_and_the_round_waits_until_they_were_due() -> None:
     clock = Virtual(speed=SameSpeed(dropout=0.3, overhead_s=1, example_s=0))
     population = np.arange(20_000)
@@ -67,6 +82,17 @@ def test_examples_trained_counts_epochs_or_steps() -> None:
     sizes = np.array([0, 5, 100])
     assert examples_trained(LocalConfig(epochs=3), sizes).tolist() == [0, 15, 300]
     assert examples_trained(LocalConfig(steps=4, batch_size=10), sizes).tolist() == [0, 20, 40]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 25])
+def test_examples_trained_by_steps_are_those_of_the_batches(steps: int) -> None:
+    """A pass ends with a smaller batch; the next one begins the data again."""
+    sizes = np.array([0, 1, 5, 9, 10, 11, 20, 95, 100])
+    expected = []
+    for size in sizes.tolist():
+        batches = [10] * (size // 10) + [size % 10] * (size % 10 > 0)
+        expected.append(sum(batch for _, batch in zip(range(steps), itertools.cycle(batches))))
+    assert examples_trained(LocalConfig(steps=steps, batch_size=10), sizes).tolist() == expected
 
 
 def test_weights_by_staleness_equal_the_papers() -> None:

@@ -32,6 +32,19 @@ def test_poisson_cohorts_have_the_mean_and_variance_of_independent_draws() -> No
     assert sizes.var() == pytest.approx(100 * 0.1 * 0.9, rel=0.15)
 
 
+def test_a_client_joins_a_poisson_cohort_with_probability_size_over_population() -> None:
+    cohort, counts = CohortConfig(size=2, sampling="poisson"), np.zeros(4)
+    for round_index in range(2000):
+        counts[cohort.sample(4, 0, round_index)] += 1
+    np.testing.assert_allclose(counts / 2000, 2 / 4, atol=5 * np.sqrt(0.25 / 2000))
+    everyone = CohortConfig(size=4, sampling="poisson")
+    assert all(len(everyone.sample(4, 0, round_index)) == 4 for round_index in range(20))
+
+
+def test_extra_clients_are_sampled_beyond_the_size() -> None:
+    assert len(CohortConfig(size=3, extra=2).sample(9, 0, 0)) == 5
+
+
 def test_a_cohort_of_a_million_clients_has_its_size_and_no_client_twice() -> None:
     assert len(set(CohortConfig(size=100).sample(1_000_000, 0, 0).tolist())) == 100
 
@@ -41,6 +54,10 @@ def test_clients_with_most_examples_are_assigned_first_to_the_least_loaded_group
     assignment = assign(clients, load, groups=2)
     assert assignment == [[5, 11], [7, 9, 3]]  # 40 | 30 + 20 | 40 + 15 | 50 + 5
     assert assign(clients, load, 1) == [[5, 7, 9, 11, 3]]
+
+
+def test_a_client_without_examples_costs_as_much_as_one_example() -> None:
+    assert assign(np.arange(6), np.array([3, 0, 0, 0, 0, 0]), groups=2) == [[0, 5], [1, 2, 3, 4]]
 
 
 def test_every_client_is_assigned_once_even_without_examples() -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import errno
 import inspect
 import os
 import pickle
+import random
+import socket
 import struct
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +23,19 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from torchvision import transforms
 
+from fedddp.config.schema import Config
 from fedddp.data.catalog import NAMES, TORCHVISION
 from fedddp.data.datasets import DataConfig, Images, from_dataset, load
 from fedddp.data.synthetic import CAMERAS
+from fedddp.distributed.launch import connect
+from fedddp.distributed.topology import TopologyConfig
+from fedddp.section import ConfigError
+from fedddp.testing import run_world
+from fedddp.training.assembly import load_images
+from fedddp.training.objects import Objects
 
 v2: Any = transforms.v2  # its functions are not typed as exported
 RNG = np.random.default_rng(0)
@@ -416,3 +429,417 @@ def test_a_missing_dataset_is_named_with_a_fix(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load(DataConfig(dataset=name, root="nowhere"))
     assert "\n" not in str(caught.value)
+
+
+# ---- the user's own datasets: settings, statistics, labels, items ----
+
+
+def own(train: Dataset[Any], test: Dataset[Any], **data: Any) -> tuple[Images, Images]:
+    """Return the images of a run with the user's own datasets."""
+    images, tested = Objects(None, train, test).load_images(Config(data=DataConfig(**data)))
+    assert tested is not None
+    return images, tested
+
+
+def level(count: int, value: int, spread: int, size: int = 4) -> Pairs:
+    """Return grey images, half of them darker and half of them lighter than a value."""
+    tones = [value + spread * (-1) ** (i % 2) for i in range(count)]
+    return Pairs([(np.full((size, size), tone, np.uint8), i % 2) for i, tone in enumerate(tones)])
+
+
+@pytest.mark.parametrize("memory", ["device", "stream"])
+def test_an_own_test_set_is_normalised_by_the_training_sets_statistics(memory: str) -> None:
+    train, test = own(level(4, 102, 51), level(6, 204, 25), memory=memory)
+    assert train.mean == test.mean == pytest.approx((0.4,))
+    assert train.std == test.std == pytest.approx((0.2,))
+    assert test.classes == train.classes
+
+
+def test_an_own_test_set_has_the_training_sets_classes_and_channels() -> None:
+    train = Pairs(gray(6), classes=["a", "b", "c"])
+    assert own(train, Pairs(gray(1)))[1].class_names == ("a", "b", "c")
+    with pytest.raises(ValueError, match="Pairs: label of example 1 is 3, but must be between 0 and 2"):
+        own(train, Pairs([(Image.new("L", (6, 6)), label) for label in (0, 3)]))
+    with pytest.raises(ValueError, match=r"Pairs has images of shape \(3, 6, 6\), the training set of \(1,"):
+        own(train, Pairs([(Image.new("RGB", (6, 6)), 0)]))
+
+
+def test_settings_of_the_data_section_hold_for_own_datasets() -> None:
+    sets = Pairs(gray(30)), Pairs(gray(20))
+    train, test = own(*sets, image_size=3, examples=12)
+    assert (len(train), len(test)) == (12, 12)
+    assert train.shape == test.shape == (1, 3, 3)
+    assert [images.pixels is None for images in own(*sets, memory="stream")] == [True, True]
+    assert [images.pixels is None for images in own(*sets, memory="device")] == [False, False]
+    few, _ = own(*sets, examples=12)  # the same examples every time, in their order
+    assert few.labels.tolist() == own(*sets, examples=12)[0].labels.tolist()
+    assert train.pixels is not None
+    assert few.pixels is not None
+    expected = v2.functional.resize(few.pixels, [3], antialias=True)
+    assert torch.equal(train.pixels, expected)
+
+
+def test_statistics_are_those_of_the_same_images_held_and_streamed() -> None:
+    # Dark first, so that a few of the first images would not do.
+    tones = [*[20] * 500, *[200, 100] * 200]
+    dataset = Pairs([(np.full((2, 2), tone, np.uint8), 0) for tone in tones])
+    held, streamed = (from_dataset(dataset, memory=memory) for memory in ("device", "stream"))
+    assert (held.mean, held.std) == (streamed.mean, streamed.std)
+    values = np.array(tones) / 255
+    assert held.mean[0] == pytest.approx(values.mean())
+    assert held.std[0] == pytest.approx(values.std())
+
+
+def test_statistics_of_random_transforms_are_those_of_the_same_draws() -> None:
+    held, streamed = (from_dataset(Noisy(), memory=memory) for memory in ("device", "stream"))
+    assert (held.mean, held.std) == (streamed.mean, streamed.std)
+    assert held.std[0] > 0.1
+
+
+class Noisy(Dataset[Any]):
+    """Images that the three global generators draw."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Any:
+        drawn = [random.random(), np.random.random(), float(torch.rand(()))]
+        return np.array(drawn).reshape(1, 1, 3), index % 2
+
+
+def test_reading_an_example_leaves_the_global_generators_as_they_were() -> None:
+    def draw() -> list[float]:
+        return [random.random(), np.random.random(), float(torch.rand(()))]
+
+    def seed() -> None:
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+
+    seed()
+    expected = draw()
+    images = from_dataset(Noisy(), memory="stream")
+    seed()
+    assert images.source is not None
+    images.source.read(3, 7)
+    assert draw() == expected
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        np.int64(1),
+        np.uint8(1),
+        np.array(1),
+        np.array([1]),
+        np.float32(1.0),
+        torch.tensor(1),
+        torch.tensor([1]),
+        torch.tensor(1.0),
+        1.0,
+        True,
+    ],
+)
+@pytest.mark.parametrize("memory", ["device", "stream"])
+def test_labels_may_be_scalars_of_any_kind(label: Any, memory: Any) -> None:
+    image = np.zeros((2, 2), np.uint8)
+    images = from_dataset(Pairs([(image, 0), (image, label)]), memory=memory)
+    assert images.labels.tolist() == [0, 1]
+    assert images.classes == 2
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [np.array([0, 1, 1]), torch.tensor([0, 1, 1]), [np.int64(0), 1, True], np.array([[0], [1], [1]])],
+)
+def test_lists_of_labels_may_be_arrays_of_any_kind(labels: Any) -> None:
+    image = np.zeros((2, 2), np.uint8)
+    pairs = [(image, label) for label in (0, 1, 1)]
+    assert from_dataset(Pairs(pairs, targets=labels)).labels.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("label", [1.5, np.array([0, 1]), torch.tensor([0.0, 1.0]), None, [0, 1]])
+def test_labels_of_other_kinds_are_refused(label: Any) -> None:
+    image = np.zeros((2, 2), np.uint8)
+    with pytest.raises(ValueError, match=r"^Pairs: example 1 has the label .*; give integers 0, 1, ... per"):
+        from_dataset(Pairs([(image, 0), (image, label)]))
+
+
+@pytest.mark.parametrize("label", [float("nan"), float("inf"), 2**63])
+def test_labels_without_an_integer_are_refused(label: Any) -> None:
+    image = np.zeros((2, 2), np.uint8)
+    with pytest.raises(ValueError, match="^Pairs: example 1 .*label"):
+        from_dataset(Pairs([(image, 0), (image, label)]))
+
+
+PICTURE = Image.new("L", (2, 2))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(
+    ("item", "kind"),
+    [
+        ({"image": PICTURE, "label": 0}, "a dict with image, label"),
+        ((PICTURE, 0, "more"), "a tuple of 3"),
+        ([PICTURE], "a list of 1"),
+        (PICTURE, "Image"),
+        (None, "NoneType"),
+        ("ab", "str"),
+    ],
+)
+def test_items_that_are_no_pairs_are_explained_in_one_line(item: Any, kind: str, listed: bool) -> None:
+    attributes = {"targets": [0, 0]} if listed else {}
+    with pytest.raises(
+        ValueError, match=f"^Pairs: example 0 is {kind}; a dataset must return .image, label."
+    ):
+        from_dataset(Pairs([item, item], **attributes))
+
+
+def generator() -> Any:
+    yield from gray(2)
+
+
+class Stream(IterableDataset[Any]):
+    """A dataset without items by index."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Any:
+        return iter(gray(2))
+
+
+@pytest.mark.parametrize(
+    "dataset", [generator(), Stream(), {1, 2}, 5], ids=["generator", "stream", "set", "int"]
+)
+def test_datasets_without_items_by_index_are_refused(dataset: Any) -> None:
+    name = type(dataset).__name__
+    with pytest.raises(
+        ValueError, match=f"^{name} is not a map-style dataset; it needs __len__, and __getitem"
+    ):
+        from_dataset(dataset)
+
+
+# ---- errors of decoders and of the user's own code ----
+
+
+class Failing(Pairs):
+    """A dataset whose third example raises an error."""
+
+    def __init__(self, error: Exception, **attributes: Any) -> None:
+        super().__init__(gray(4), **attributes)
+        self.error = error
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 2:
+            raise self.error
+        return super().__getitem__(index)
+
+
+ERRORS: list[tuple[Exception, str]] = [
+    (KeyError("image"), r"KeyError: 'image'"),
+    (RuntimeError("two\nlines"), "RuntimeError: two lines"),
+    (Image.DecompressionBombError("too large"), "DecompressionBombError: too large"),
+    (ValueError("odd"), "ValueError: odd"),
+    (OSError("truncated"), "truncated"),
+]
+
+
+@pytest.mark.parametrize(("error", "text"), ERRORS)
+@pytest.mark.parametrize("listed", [False, True])
+def test_any_error_while_reading_an_example_names_it(error: Exception, text: str, listed: bool) -> None:
+    attributes = {"targets": [0, 1, 2, 0]} if listed else {}
+    message = rf"^Failing: example 2 cannot be read as an image \({text}\); replace or delete it$"
+    with pytest.raises(ValueError, match=message) as caught:
+        from_dataset(Failing(error, **attributes))
+    assert caught.value.__cause__ is error
+
+
+def test_a_disk_that_is_gone_is_no_fault_of_the_image() -> None:
+    error = OSError(errno.EIO, "Input/output error")
+    message = r"^Failing: example 2 cannot be read .*Input/output error.; bring its disk back and resume with"
+    with pytest.raises(ValueError, match=message):
+        from_dataset(Failing(error))
+
+
+def test_a_file_of_a_users_dataset_is_named() -> None:
+    dataset = Failing(KeyError("x"), samples=[(f"{name}.png", i % 3) for i, name in enumerate("abcd")])
+    with pytest.raises(ValueError, match=r"^c.png cannot be read as an image \(KeyError: 'x'\)"):
+        from_dataset(dataset)
+
+
+def test_running_out_of_memory_is_no_fault_of_the_image() -> None:
+    with pytest.raises(MemoryError):
+        from_dataset(Failing(MemoryError()))
+
+
+def test_a_file_that_pillow_reads_only_when_its_pixels_are_taken_is_named() -> None:
+    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save("cut.png")
+    Path("cut.png").write_bytes(Path("cut.png").read_bytes()[:2000])
+    with (
+        Image.open("cut.png") as picture,
+        pytest.raises(ValueError, match="example 1 cannot be read as an image"),
+    ):
+        from_dataset(Pairs([(Image.new("RGB", (64, 64)), 0), (picture, 0)]))
+
+
+# ---- ranks that hold different data ----
+
+
+def data_of(rank: int, odd: str) -> Objects:
+    """Return the data of a rank; those of rank 1 differ as named."""
+    odd = odd if rank == 1 else "nothing"
+    pixels = np.random.default_rng(3).integers(0, 256, (8, 3, 3), dtype=np.uint8)
+    labels, owners = np.arange(8) % 3, np.arange(8) % 4
+    if odd == "order":
+        pixels, labels = pixels[::-1], labels[::-1]
+    if odd == "labels":
+        labels[3:5] = labels[4], labels[3]
+    if odd == "owners":
+        owners[3:5] = owners[4], owners[3]
+    if odd == "images":
+        pixels[5, 1, 1] ^= 1
+    if odd == "fewer":
+        pixels, labels, owners = pixels[:6], labels[:6], owners[:6]
+    if odd == "size":
+        pixels = pixels[:, :2]
+    classes = [*"acb"] if odd == "classes" else [*"abc"]
+    train = Pairs(list(zip(pixels, labels, strict=True)), ids=owners, classes=classes)
+    tested = [0, 1, 2, 1 if odd == "test" else 0]
+    return Objects(None, train, Pairs(list(zip(pixels[:4], tested, strict=True))))
+
+
+def errors_of_loading(differences: Sequence[str]) -> list[str]:
+    """Collective. Return the error of loading each rank's data, "" for none."""
+    errors = []
+    with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
+        for odd in differences:
+            try:
+                load_images(data_of(world.rank, odd), Config(), world)
+            except ConfigError as error:
+                errors.append(str(error))
+            else:
+                errors.append("")
+    return errors
+
+
+def test_ranks_that_hold_other_data_are_refused() -> None:
+    differences = ("nothing", "order", "labels", "owners", "images", "fewer", "size", "classes", "test")
+    ours, theirs = run_world(errors_of_loading, differences, size=2)
+    assert ours == theirs
+    assert ours[0] == ""
+    for odd, error in zip(differences[1:], ours[1:], strict=True):
+        which = "test" if odd == "test" else "training"
+        assert error.startswith(f"rank 1 holds other {which} data than rank 0"), (odd, error)
+
+
+# ---- the files of decoded pixels ----
+
+
+CACHE_FOLDER = Path("images/.fedddp")
+FOLDER = DataConfig(dataset="image_folder", root="images")
+
+
+def cut(file: Path, length: int) -> None:
+    file.write_bytes(file.read_bytes()[:length])
+
+
+def garbage(file: Path, length: int) -> None:
+    file.write_bytes(b"\x00" * length)
+
+
+@pytest.mark.parametrize(("spoil", "length"), [(cut, -1), (cut, 300), (cut, 60), (cut, 0), (garbage, 500)])
+def test_a_corrupt_file_of_decoded_pixels_is_rebuilt_with_one_warning(
+    spoil: Any, length: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(Path("images"))
+    before, _ = load(FOLDER)
+    assert before.pixels is not None
+    expected = before.pixels.clone()
+    spoiled = next(file for file in CACHE_FOLDER.iterdir() if file.stat().st_size > 2000)  # of train/
+    intact = spoiled.read_bytes()
+    os.unlink(spoiled)  # what is mapped stays as it is
+    spoiled.write_bytes(intact)
+    spoil(spoiled, length)
+    again, _ = load(FOLDER)
+    assert again.pixels is not None
+    assert torch.equal(again.pixels, expected)
+    assert spoiled.read_bytes() == intact
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"decoded pixels in {spoiled} are corrupt (")
+    assert record.getMessage().endswith("; decoding the images again")
+    caplog.clear()
+    load(FOLDER)
+    assert not caplog.records
+
+
+def spoiled_by(values: NDArray[Any]) -> Images:
+    """Return the training images of a folder whose file of decoded pixels holds other values."""
+    write_folder(Path("images"))
+    load(FOLDER)
+    spoiled = next(file for file in CACHE_FOLDER.iterdir() if file.stat().st_size > 2000)
+    spoiled.unlink()
+    with spoiled.open("wb") as file:
+        np.save(file, values)
+    return load(FOLDER)[0]
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 10, 12), (8, 3, 12, 10), (8, 1, 10, 12), (0,)])
+def test_decoded_pixels_of_another_shape_are_rebuilt(shape: tuple[int, ...]) -> None:
+    images = spoiled_by(np.zeros(shape, np.uint8))
+    assert images.pixels is not None
+    assert images.pixels.shape == (8, 3, 10, 12)
+    assert images.pixels.any()
+
+
+def test_decoded_pixels_of_another_shape_are_rebuilt_with_one_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    spoiled_by(np.zeros((7, 3, 10, 12), np.uint8))
+    assert len(caplog.records) == 1
+
+
+def test_decoded_pixels_of_another_type_are_rebuilt() -> None:
+    images = spoiled_by(np.zeros((8, 3, 10, 12), np.float64))
+    assert images.pixels is not None
+    assert images.pixels.dtype == torch.uint8
+
+
+def test_the_newest_four_files_of_decoded_pixels_are_kept() -> None:
+    write_folder(Path("images"))
+    kept: list[set[str]] = []
+    for size in (3, 4, 5, 6):
+        load(dataclasses.replace(FOLDER, image_size=size))
+        kept.append({file.name for file in CACHE_FOLDER.iterdir()})
+        for age, name in enumerate(kept[-1]):  # filesystems have coarse clocks: older than what follows
+            then = 1_000_000 * size + age
+            if name not in (kept[-2] if len(kept) > 1 else set()):
+                os.utime(CACHE_FOLDER / name, (then, then))
+    assert [len(names) for names in kept] == [2, 4, 4, 4]
+    assert len(kept[3] & kept[2]) == 2
+    assert not kept[3] & kept[1]
+
+
+def test_parts_of_killed_processes_of_this_host_are_removed() -> None:
+    write_folder(Path("images"))
+    CACHE_FOLDER.mkdir()
+    host, no_process = socket.gethostname(), 2**30
+    names = {
+        "dead": f"pixels-a.{host}-{no_process}.part",
+        "alive": f"pixels-a.{host}-{os.getppid()}.part",
+        "elsewhere": f"pixels-a.other-{no_process}.part",
+        "not ours": "notes.part",
+    }
+    for name in names.values():
+        (CACHE_FOLDER / name).write_bytes(b"")
+    load(FOLDER)
+    left = {file.name for file in CACHE_FOLDER.glob("*.part")}
+    assert left == {names[name] for name in ("alive", "elsewhere", "not ours")}
+
+
+def test_no_part_is_left_when_decoding_fails() -> None:
+    write_folder(Path("images"))
+    (Path("images") / "train/dog/2.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load(FOLDER)
+    assert not [*CACHE_FOLDER.iterdir()]

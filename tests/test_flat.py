@@ -92,3 +92,90 @@ def test_ddp_reduces_gradients_into_the_flat_vector() -> None:
     for grad in run_world(gradient_of, 2, size=2):
         torch.testing.assert_close(grad, alone)
     assert norm(alone) > 0
+
+
+# ---- buffers that are not exchanged ----
+
+
+class Buffers(nn.Linear):
+    """A layer with buffers of every kind, whose values are 1."""
+
+    EXCHANGED = ("mean", "count")
+    CONSTANT = ("float64", "float16", "int32", "flags", "uint8", "cache", "cached_count")
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.register_buffer("mean", torch.ones(3))
+        self.register_buffer("count", torch.ones(2, dtype=torch.int64))
+        self.register_buffer("float64", torch.ones(2, dtype=torch.float64))
+        self.register_buffer("float16", torch.ones(2, dtype=torch.float16))
+        self.register_buffer("int32", torch.ones((), dtype=torch.int32))
+        self.register_buffer("flags", torch.ones(2, 2, dtype=torch.bool))
+        self.register_buffer("uint8", torch.ones(2, dtype=torch.uint8))
+        self.register_buffer("cache", torch.ones(2), persistent=False)
+        self.register_buffer("cached_count", torch.ones(2, dtype=torch.int64), persistent=False)
+
+
+def test_float32_and_int64_buffers_are_exchanged_and_others_are_not() -> None:
+    flat = FlatModel(Buffers())
+    assert (flat.buffers.dtype, flat.buffers.tolist()) == (torch.float32, [1, 1, 1])
+    assert (flat.integer_buffers.dtype, flat.integer_buffers.tolist()) == (torch.int64, [1, 1])
+
+
+@pytest.mark.parametrize("name", Buffers.CONSTANT)
+def test_loading_a_model_resets_its_constant_buffers(name: str) -> None:
+    module = Buffers()
+    flat = FlatModel(module)
+    module.get_buffer(name).zero_()
+    flat.load(flat.params.clone(), torch.full((3,), 5.0), torch.tensor([6, 7]))
+    assert module.get_buffer(name).eq(1).all()
+    assert module.get_buffer("mean").eq(5).all()
+    assert module.get_buffer("count").tolist() == [6, 7]
+
+
+@pytest.mark.parametrize("name", ["float64", "float16", "int32", "flags", "uint8"])
+def test_a_buffer_that_changes_but_is_not_exchanged_is_refused(name: str) -> None:
+    module = Buffers()
+    flat = FlatModel(module)
+    flat.check_constants()
+    module.get_buffer(name).view(-1)[-1:].zero_()
+    kind = str(module.get_buffer(name).dtype)
+    message = rf"buffer '{name}', of type {kind}, changes in training, but only torch.float32 and torch.int64"
+    with pytest.raises(ValueError, match=message):
+        flat.check_constants()
+
+
+@pytest.mark.parametrize("name", [*Buffers.EXCHANGED, "cache", "cached_count"])
+def test_exchanged_buffers_and_caches_may_change(name: str) -> None:
+    module = Buffers()
+    flat = FlatModel(module)
+    module.get_buffer(name).zero_()
+    flat.check_constants()
+
+
+def test_float64_statistics_of_a_float64_model_are_exchanged() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).double()
+    module.register_buffer("float32", torch.ones(2))
+    flat = FlatModel(module)
+    assert flat.buffers.dtype == torch.float64
+    assert flat.buffers.tolist() == [0, 0, 1, 1]
+    third = torch.tensor([1 / 3] * 4, dtype=torch.float64)
+    flat.load(flat.params.clone(), third, flat.integer_buffers.clone())
+    assert torch.equal(module[1].get_buffer("running_var"), third[:2])
+    module.get_buffer("float32").zero_()
+    with pytest.raises(ValueError, match=r"'float32', of type torch.float32, .* only torch.float64 and"):
+        flat.check_constants()
+
+
+def test_a_constant_buffer_may_be_an_expanded_tensor() -> None:
+    module = nn.Linear(2, 2)
+    module.register_buffer("mask", torch.ones(1, 4, dtype=torch.bool).expand(3, 4))
+    flat = FlatModel(module)
+    flat.load(flat.params.clone(), flat.buffers.clone(), flat.integer_buffers.clone())
+    assert module.get_buffer("mask").all()
+
+
+def test_the_norm_of_a_finite_vector_is_finite() -> None:
+    assert norm(torch.tensor([3e30, 4e30])).item() == pytest.approx(5e30)
+    assert norm(torch.tensor([3e-30, 4e-30])).item() == pytest.approx(5e-30)
+    assert norm(torch.tensor([1.0, float("inf")])).item() == float("inf")

@@ -232,10 +232,10 @@ def test_settings_that_an_algorithm_cannot_work_with_are_refused_in_one_line(fla
         (FedPer(), ref.Point(), "Point has no linear layer"),
     ],
 )
-def test_models_that_an_algorithm_cannot_train_are_refused(
+def test_models_that_an_algorithm_cannot_train_are_refused_before_the_first_round(
     algorithm: Algorithm, module: nn.Module, words: str
 ) -> None:
     config = rig.config_of(algorithm, rig.LOCAL, data=DataConfig(clients=2), cohort=CohortConfig(size=1))
     images = ref.TwoExamples() if isinstance(module, ref.Point) else ref.Pixels()
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ConfigError, match=words):  # an error while training is of another type
         Federation(config, module=module, train=images).run()

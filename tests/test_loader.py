@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
+import random
+import signal
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from fedddp.data.datasets import DataConfig, Images
 from fedddp.data.decode import Decoded
-from fedddp.data.loader import Batch, ClientLoader
+from fedddp.data.loader import Batch, ClientLoader, _check_socket_folder
 from fedddp.data.transforms import FeatureShift
 from fedddp.rng import stream
+from fedddp.section import ConfigError
 
 CPU = torch.device("cpu")
 COUNT, SHAPE = 23, (3, 8, 10)
@@ -186,3 +193,109 @@ def test_noise_is_a_function_of_the_example_not_of_the_batch() -> None:
     assert torch.equal(one[1], other[1])
     plain = dict(by_label(passes(loader(), [4], 1)))
     assert not torch.equal(one[4], plain[4])
+
+
+# ---- datasets that draw at random, and workers that fail ----
+
+
+class Drawing(Dataset[Any]):
+    """A user's dataset whose images are drawn by the three global generators."""
+
+    def __init__(self, fault: str = "") -> None:
+        self.fault = fault
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 7 and self.fault == "error":
+            raise KeyError("image")
+        if index == 7 and self.fault == "death" and torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        drawn = [random.random(), np.random.random(), float(torch.rand(()))]
+        image = np.broadcast_to(np.array(drawn)[:, None, None], SHAPE)
+        return torch.from_numpy(image.copy()), index
+
+
+def drawing(workers: int, fault: str = "") -> ClientLoader:
+    labels = np.arange(COUNT, dtype=np.int64)
+    streamed = dataclasses.replace(
+        images(streamed=True), source=Decoded(Drawing(fault), labels, "ours", None)
+    )
+    return ClientLoader(streamed, DataConfig(workers=workers), CPU, seed=0)
+
+
+def drawn_in(source: ClientLoader, *, ranks: int = 1, name: int = 0, earlier: int = 0) -> dict[int, Tensor]:
+    """Return the images of a pass over all ranks, after so many `earlier` passes, by label."""
+    for number in range(earlier):
+        passes(source, np.arange(9), 4, rng=stream("earlier", number))
+    found: dict[int, Tensor] = {}
+    for rank in range(ranks):
+        rng = stream("pass", name)
+        found |= by_label(passes(source, np.arange(COUNT), 4, rng=rng, shard=(rank, ranks)))
+    assert len(found) == COUNT
+    return found
+
+
+def equal(one: dict[int, Tensor], other: dict[int, Tensor]) -> list[bool]:
+    return [torch.equal(one[label], other[label]) for label in range(COUNT)]
+
+
+@pytest.mark.parametrize(("workers", "ranks"), [(0, 3), (1, 1), (2, 1), (2, 2)])
+def test_random_transforms_do_not_depend_on_workers_ranks_or_earlier_passes(workers: int, ranks: int) -> None:
+    torch.manual_seed(workers)
+    random.seed(workers)
+    np.random.seed(workers)
+    reference = drawn_in(drawing(0))
+    assert all(equal(drawn_in(drawing(workers), ranks=ranks, earlier=workers), reference))
+
+
+def test_random_transforms_differ_between_passes_and_examples() -> None:
+    source = drawing(0)
+    one, other = drawn_in(source, name=0), drawn_in(source, name=1)
+    assert not any(equal(one, other))
+    # Of the draws of each generator, no two are the same.
+    for channel in range(3):
+        assert len({float(image[channel, 0, 0]) for image in (*one.values(), *other.values())}) > COUNT
+
+
+def test_a_pass_in_order_draws_the_same_every_time() -> None:
+    """As evaluation does, which has no generator."""
+    source = drawing(0)
+    one, other = (dict(by_label(passes(source, np.arange(COUNT), 4))) for _ in range(2))
+    assert all(equal(one, other))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_example_that_cannot_be_read_is_named_by_any_worker(workers: int) -> None:
+    with pytest.raises(ValueError, match=r"^ours: example 7 cannot be read as an image .KeyError: 'image'.;"):
+        passes(drawing(workers, "error"), np.arange(COUNT), 4)
+
+
+def test_a_worker_that_is_killed_is_one_line() -> None:
+    with pytest.raises(
+        ValueError, match=r"^a worker that reads images ended \(.+\); if /dev/shm .*=0$"
+    ) as caught:
+        passes(drawing(1, "death"), np.arange(COUNT), 4)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("length", "refused"), [(64, False), (65, True), (200, True)])
+def test_a_temporary_folder_too_long_for_sockets_is_refused(
+    length: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A socket's path has 104 bytes on macOS; multiprocessing adds /pymp-xxxxxxxx/listener-xxxxxxxx, 32 bytes.
+    folder = "/" + "x" * (length - 1)
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    message = (
+        f"^TMPDIR={folder} is too long for the sockets of data.workers; set TMPDIR=/tmp, or data.workers=0"
+    )
+    with pytest.raises(ConfigError, match=message) if refused else contextlib.nullcontext():
+        _check_socket_folder()
+
+
+def test_without_workers_the_temporary_folder_may_be_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 200)
+    assert len(passes(loader(streamed=True), np.arange(COUNT), COUNT)) == 1
+    with pytest.raises(ConfigError, match="is too long for the sockets of data.workers"):
+        passes(loader(streamed=True, workers=1), np.arange(COUNT), COUNT)

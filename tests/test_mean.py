@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import references as ref
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from fedddp import (
     CohortConfig,
@@ -22,9 +24,10 @@ from fedddp import (
     Result,
     TrackingConfig,
 )
-from fedddp.aggregation import Accumulator, InvalidUpdateError, Mean
+from fedddp.aggregation import Accumulator, Aggregation, InvalidUpdateError, Krum, Mean
 from fedddp.algorithms import ClientContext, ClientUpdate, FedAvg
 from fedddp.data.partition import IID
+from fedddp.tasks import Classification
 
 GOOD = {"update": torch.tensor([1.0, -2.0]), "buffers": torch.tensor([4.0])}
 BAD = [math.nan, math.inf, -math.inf, 3e38]
@@ -68,6 +71,21 @@ def test_an_update_that_is_not_finite_ends_the_run_is_left_out_or_is_clipped(
     assert math.isfinite(value) or clipped[where][-1] == 0
 
 
+@pytest.mark.parametrize(("kind", "limit"), [("exact", 2.0**20), ("float32", 2.0**124)])
+@pytest.mark.parametrize("where", ["update", "buffers"])
+def test_clipping_an_invalid_update_leaves_half_of_what_the_sums_hold_for_a_client(
+    where: str, kind: str, limit: float
+) -> None:
+    """The limit is that of four clients: the sums hold 2^22, or 2^126, in all."""
+    vectors = {name: vector.clone() for name, vector in GOOD.items()}
+    vectors[where][-1] = -3e38
+    clipping = accumulator(clients=4, sums=kind, on_invalid_update="clip")
+    assert not add(clipping, vectors, weight=0.25)
+    clipped = clipping.result()
+    assert 0.25 * float(clipped[where][-1]) == -limit / 2
+    assert clipped["update"][0] == 1.0
+
+
 @pytest.mark.parametrize("value", BAD[:3])
 def test_a_loss_that_is_not_finite_makes_the_update_invalid(value: float) -> None:
     with pytest.raises(InvalidUpdateError, match="its training loss became"):
@@ -92,6 +110,63 @@ def test_a_long_but_finite_update_is_clipped_before_it_is_checked() -> None:
     assert add(sums, {"update": torch.tensor([3e9, 4e9]), "buffers": torch.zeros(1)})
     assert sums.counts.tolist() == [1, 0, 1]
     assert torch.allclose(sums.result()["update"], torch.tensor([0.6, 0.8]))
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e15, 1e19, 1e30, 8e37])
+@pytest.mark.parametrize(
+    "rule", [Mean(clip_norm=2.5), Mean(clip_norm=2.5, sums="float32"), Krum(clip_norm=2.5)]
+)
+def test_an_update_of_any_finite_length_is_clipped_to_the_norm(rule: Aggregation, magnitude: float) -> None:
+    """From about 1e19 an element on the sum of the squares is beyond float32."""
+    update = ClientUpdate({"update": torch.tensor([3 * magnitude, -4 * magnitude])}, 0.5)
+    admitted = rule.admit(7, update, torch.zeros(1), limit=1e6)
+    assert admitted.clipped
+    assert admitted.vectors is not None
+    torch.testing.assert_close(admitted.vectors["update"], torch.tensor([1.5, -2.0]))
+    short = rule.admit(7, ClientUpdate({"update": torch.tensor([1.5, 2.0])}, 0.5), torch.zeros(1))
+    assert (short.valid, short.clipped) == (True, False)
+
+
+class Steep(Classification):
+    """A loss whose gradients are so large that their norm is beyond float32."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(outputs, targets) * 1e25
+
+
+def test_a_gradient_of_any_finite_length_is_clipped_to_the_norm() -> None:
+    config = Config(
+        data=DataConfig(clients=1),
+        task=Steep(),
+        local=LocalConfig(steps=1, batch_size=36, lr=0.5, clip_norm=0.3),
+        cohort=CohortConfig(size=1),
+        rounds=1,
+        tracking=TrackingConfig(trackers=[], progress=False),
+    )
+    before = parameters_to_vector(ref.net().parameters()).detach()
+    result = Federation(config, module=ref.net(), train=ref.Pixels()).run()
+    moved = parameters_to_vector(result.model.parameters()).detach() - before
+    assert float(moved.norm()) == pytest.approx(0.5 * 0.3, rel=1e-5)
+
+
+def test_the_error_of_a_value_beyond_the_exact_sums_names_their_range_and_the_fixes() -> None:
+    with pytest.raises(InvalidUpdateError) as refused:
+        add(accumulator(clients=8), {"update": torch.tensor([1.0, -1.5e6]), "buffers": torch.zeros(1)})
+    assert str(refused.value) == (
+        "client 7: its weighted update reaches 7.5e+05, beyond the 5.24e+05 that sums hold; lower local.lr, "
+        "set local.clip_norm, or choose aggregation.on_invalid_update=skip, or aggregation.sums=float32"
+    )
+    wide = accumulator(clients=8, sums="float32")
+    assert add(wide, {"update": torch.tensor([1.0, -1.5e6]), "buffers": torch.zeros(1)})
+    assert wide.result()["update"].tolist() == [1.0, -1.5e6]
+
+
+def test_exact_sums_round_to_units_of_2_to_the_minus_40() -> None:
+    sums = accumulator(clients=1)
+    unit = 2.0**-40
+    add(sums, {"update": torch.tensor([0.4 * unit, 2.6 * unit]), "buffers": torch.tensor([-0.6 * unit])}, 1.0)
+    assert sums.result()["update"].tolist() == [0.0, 3 * unit]
+    assert sums.result()["buffers"].tolist() == [-unit]
 
 
 class SendsNaN(FedAvg):

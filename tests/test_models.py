@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,16 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
+from fedddp import CohortConfig, ConfigError, DataConfig, Federation, LocalConfig, TrackingConfig
+from fedddp.algorithms import FedAsync, FedAvg, FedBuff
 from fedddp.distributed.launch import connect
 from fedddp.distributed.topology import TopologyConfig
 from fedddp.models.norms import SyncedBatchNorm, convert_norm, norm_parameters, synchronized
 from fedddp.models.registry import ModelConfig
 from fedddp.models.weights import head_of
+from fedddp.storage.checkpoint import save_model
 from fedddp.testing import run_world
 
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
@@ -235,3 +241,254 @@ def test_synced_batch_norm_is_batch_norm_over_the_joined_batch(shares: list[list
             torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
         for name, tensor in reference.state_dict().items():
             torch.testing.assert_close(state[f"0.{name}"], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_batch_norm_of_one_value_is_not_counted_synchronised_or_not() -> None:
+    states = []
+    for norm in ("keep", "sync"):
+        module = nn.Sequential(nn.BatchNorm2d(3, momentum=None))
+        convert_norm(module, norm)
+        for examples in (4, 1, 2, 1):
+            module(torch.randn(examples, 3, 1, 1, generator=torch.Generator().manual_seed(examples)))
+        states.append(module.state_dict())
+    assert states[0]["0.num_batches_tracked"] == states[1]["0.num_batches_tracked"] == 2
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor)
+
+
+def test_synced_batch_norm_computes_in_float64_in_a_float64_model() -> None:
+    reference = nn.BatchNorm2d(3).double()
+    for parameter in reference.parameters():
+        nn.init.uniform_(parameter, 0.1, 0.9)  # not representable in float32
+    reference.get_buffer("running_mean").uniform_()
+    module = nn.Sequential(copy.deepcopy(reference))
+    convert_norm(module, "sync")
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(module.state_dict()[f"0.{name}"], tensor)
+        assert module.state_dict()[f"0.{name}"].dtype == tensor.dtype
+    x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    torch.testing.assert_close(module(x), reference(x), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(module.eval()(x), reference.eval()(x), rtol=1e-13, atol=1e-13)
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[f"0.{name}"], tensor, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind"),
+    [
+        ("keep", "SyncedBatchNorm"),
+        ("sync", "SyncedBatchNorm"),
+        ("batch", "BatchNorm"),
+        ("group", "GroupNorm"),
+    ],
+)
+def test_an_own_sync_batch_norm_becomes_one_over_the_clients_ranks(norm: Any, kind: str) -> None:
+    module = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(72, 2))
+    module.get_parameter("1.weight").data.uniform_()
+    weight = module.get_parameter("1.weight").clone()
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    assert isinstance(module[1], nn.SyncBatchNorm)
+    adapted = ModelConfig(norm=norm).adapt(module, classes=2, shape=(1, 5, 5), seed=0)
+    assert type(adapted.get_submodule("1")).__name__ == kind
+    assert torch.equal(adapted.get_parameter("1.weight"), weight)
+    assert adapted(torch.randn(2, 1, 5, 5)).shape == (2, 2)
+
+
+def test_own_batch_norm_beside_sync_batch_norm_stays_local() -> None:
+    module = nn.Sequential(nn.BatchNorm2d(4), nn.SyncBatchNorm(4))
+    convert_norm(module, "keep")
+    assert [type(layer).__name__ for layer in module] == ["BatchNorm", "SyncedBatchNorm"]
+
+
+# ---- the user's own modules ----
+
+
+class Lazy(nn.Sequential):
+    """Layers that learn their sizes from the first images."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__(
+            nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.Dropout(), nn.LazyLinear(num_classes)
+        )
+
+
+def lazy(seed: int, *, named: bool) -> nn.Module:
+    if named:
+        config = ModelConfig(name=f"{__name__}.Lazy")
+        return config.build(classes=3, shape=(1, 5, 5), seed=seed)
+    return ModelConfig().adapt(Lazy(), classes=3, shape=(1, 5, 5), seed=seed)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_lazy_layers_are_initialised_by_the_seed_of_the_run(named: bool) -> None:
+    states = []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)
+        following = torch.random.get_rng_state()
+        module = lazy(seed, named=named)
+        assert torch.equal(torch.random.get_rng_state(), following)
+        assert module.training
+        states.append({name: t.clone() for name, t in module.state_dict().items()})
+        assert states[-1]["1.num_batches_tracked"] == 0
+        assert not states[-1]["1.running_mean"].any()
+    for name in ("0.weight", "0.bias", "4.weight", "4.bias"):
+        assert torch.equal(states[0][name], states[1][name])
+        assert not torch.equal(states[0][name], states[2][name])
+
+
+def test_lazy_batch_norm_trains_on_one_value_per_channel() -> None:
+    module = nn.Sequential(nn.LazyConv2d(4, 5), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(3))
+    adapted = ModelConfig().adapt(module, classes=3, shape=(1, 5, 5), seed=0)
+    assert adapted(torch.rand(1, 1, 5, 5)).isfinite().all()
+
+
+def test_a_run_takes_a_module_with_lazy_layers() -> None:
+    assert federation(Lazy()).run().finished
+
+
+def test_lazy_layers_that_cannot_take_the_images_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^model Lazy cannot take images of 1x2x2 \(.*\); set another"):
+        ModelConfig().adapt(Lazy(), classes=3, shape=(1, 2, 2), seed=0)
+
+
+class Pair(nn.Linear):
+    """A model that returns more than logits in one of its modes."""
+
+    def __init__(self, mode: str, returns: str = "tuple") -> None:
+        super().__init__(4, 3)
+        self.mode, self.returns = mode, returns
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x.flatten(1))
+        if self.training != (self.mode == "training"):
+            return logits
+        return {"tuple": (logits, logits), "dict": {"logits": logits}, "Tensor": logits[:, :2]}[self.returns]
+
+
+@pytest.mark.parametrize("mode", ["evaluation", "training"])
+@pytest.mark.parametrize(("returns", "got"), [("tuple", "tuple"), ("dict", "dict"), ("Tensor", r"\(2, 2\)")])
+def test_a_model_that_returns_no_logits_in_one_mode_is_refused(mode: str, returns: str, got: str) -> None:
+    message = (
+        r"^model Pair must return logits of shape \(batch, classes\) in "
+        rf"{mode} mode; for a batch of 2 and 3 classes it returned {got}$"
+    )
+    with pytest.raises(ValueError, match=message):
+        ModelConfig().adapt(Pair(mode, returns), classes=3, shape=(1, 2, 2), seed=0)
+
+
+def test_trying_a_model_leaves_its_state_as_it_was() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 3))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    generator = torch.random.get_rng_state()
+    adapted = ModelConfig().adapt(module, classes=3, shape=(1, 2, 2), seed=0)
+    assert torch.equal(torch.random.get_rng_state(), generator)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.state_dict().items())
+
+
+class Tied(nn.Module):
+    """Two layers that share a weight, and a layer whose name torchvision gives to auxiliary heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(4, 4, bias=False)
+        self.first = nn.Linear(4, 4, bias=False)
+        self.first.weight = self.second.weight
+        self.aux_layer = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("mask", torch.zeros(4, dtype=torch.bool))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.aux_layer(self.first(self.second(x.flatten(1)))))
+        logits: Tensor = self.head(hidden)
+        return logits
+
+
+@pytest.mark.parametrize("norm", ["keep", "batch", "sync", "group"])
+def test_weights_that_a_run_saved_are_read_again(norm: Any, tmp_path: Path) -> None:
+    properties: dict[str, Any] = {"classes": 3, "shape": (1, 2, 2), "seed": 0}
+    trained = ModelConfig(norm=norm).adapt(Tied(), **properties)
+    for tensor in trained.state_dict().values():
+        tensor.copy_(torch.rand(tensor.shape) > 0.5)
+    file = tmp_path / "runs" / "x" / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    save_model(trained, file)
+    again = ModelConfig(norm=norm, weights=str(file)).adapt(Tied(), **properties)
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert again.get_parameter("first.weight") is again.get_parameter("second.weight")
+
+
+@pytest.mark.parametrize("missing", ["aux_layer.weight", "second.weight"])
+def test_weights_without_one_of_the_models_own_tensors_are_refused(missing: str, tmp_path: Path) -> None:
+    state = {name: t.clone() for name, t in Tied().state_dict().items() if name != missing}
+    if missing == "second.weight":
+        del state["first.weight"]
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=rf"do not fit the model: .*{missing} is missing"):
+        ModelConfig(weights=str(tmp_path / "w.safetensors")).adapt(Tied(), classes=3, shape=(1, 2, 2), seed=0)
+
+
+def federation(module: nn.Module | None = None, **fields: Any) -> Federation:
+    """Return a run of one round on a few images."""
+    images = TensorDataset(torch.rand(8, 1, 6, 6), torch.arange(8) % 3)
+    quiet = TrackingConfig(trackers=[], progress=False)
+    clients = {"data": DataConfig(clients=2), "cohort": CohortConfig(size=2)}
+    given: dict[str, Any] = {**clients, "rounds": 1, "tracking": quiet, **fields}
+    return Federation(module=module, train=images, test=images, **given)
+
+
+def test_a_finished_runs_weights_start_another_run() -> None:
+    first = federation(model=ModelConfig(name="resnet8-gn", norm="sync"), name="x").run()
+    still = LocalConfig(lr=1e-30)
+    model = ModelConfig(name="resnet8-gn", norm="sync", weights="runs/x/model.safetensors")
+    second = federation(model=model, local=still, name="y").run()
+    for name, parameter in first.model.named_parameters():
+        torch.testing.assert_close(second.model.get_parameter(name), parameter)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_old_weight_norm_is_refused_with_the_new_one() -> None:
+    def net(wrap: Any) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), wrap(nn.Linear(36, 3)))
+
+    with pytest.raises(
+        ConfigError, match=r"^module Sequential cannot be copied \(.*\); .*use torch.nn.utils.par"
+    ) as e:
+        federation(net(nn.utils.weight_norm)).run()
+    assert "\n" not in str(e.value)
+    assert federation(net(nn.utils.parametrizations.weight_norm)).run().finished
+
+
+class Masked(nn.Module):
+    """A linear layer and batch norm beside a constant mask, as attention layers have."""
+
+    def __init__(self, mask: list[float]) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(36)
+        self.linear = nn.Linear(36, 3)
+        self.register_buffer("mask", torch.tensor(mask))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.norm(x.flatten(1)))
+        return logits
+
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "mask"),
+    [
+        (FedAvg(), [0.0, -math.inf, math.inf, -1e9, LOWEST]),
+        (FedAsync(), [0.0, -math.inf, math.inf, -1e9, LOWEST]),
+        (FedBuff(buffer_size=2), [0.0, -math.inf, math.inf, -1e9]),
+        (FedBuff(buffer_size=2), [LOWEST]),
+    ],
+)
+def test_constant_masks_stay_as_they_are(algorithm: Any, mask: list[float]) -> None:
+    result = federation(Masked(mask), algorithm=algorithm, rounds=3).run()
+    assert torch.equal(result.model.get_buffer("mask"), torch.tensor(mask))
+    running = result.model.get_buffer("norm.running_mean")
+    assert running.isfinite().all()
+    assert running.all()  # statistics move on

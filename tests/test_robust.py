@@ -40,7 +40,7 @@ from fedddp.aggregation import (
     TrimmedMean,
 )
 from fedddp.algorithms import ClientUpdate, FedAvg, FedProx
-from fedddp.data.partition import IID, holdout
+from fedddp.data.partition import IID, Partition, Split, holdout
 from fedddp.distributed.launch import connect
 from fedddp.simulation.attacks import GaussianNoise, LabelFlip, ModelReplacement, NoAttack, SignFlip
 from fedddp.testing import run_world
@@ -131,6 +131,100 @@ def test_unit_vectors_from_the_geometric_median_to_the_updates_sum_to_zero() -> 
     on_a_line = torch.tensor([[0.0, 0.0], [1.0, 1.0], [9.0, 9.0]])
     middle = GeometricMedian().aggregate(on_a_line, equal_weights(3)).float()
     torch.testing.assert_close(middle, torch.ones(2), atol=1e-4, rtol=0)
+
+
+# ---- breakdown points: as many malicious clients as a rule promises to stand, at any magnitude ----
+
+PROMISES: dict[str, tuple[RobustAggregation, int, int]] = {
+    "GeometricMedian": (GeometricMedian(), 9, 4),
+    "GeometricMedian, even": (GeometricMedian(), 10, 4),
+    "GeometricMedian, one": (GeometricMedian(), 10, 1),
+    "CoordinateMedian": (CoordinateMedian(), 9, 4),
+    "CoordinateMedian, even": (CoordinateMedian(), 10, 4),
+    "TrimmedMean": (TrimmedMean(beta=0.3), 10, 3),
+    "TrimmedMean, most": (TrimmedMean(beta=0.45), 11, 4),
+    "Krum": (Krum(attackers=2), 7, 2),
+    "MultiKrum": (MultiKrum(attackers=2), 7, 2),
+    "Bulyan": (Bulyan(attackers=1), 7, 1),
+    "Bulyan of 2": (Bulyan(attackers=2), 11, 2),
+}
+"""Rules, with n clients and the most of them that may be malicious."""
+DIRECTIONS: dict[str, Callable[[Rows], Rows]] = {
+    "together": np.ones_like,
+    "apart": np.sign,
+    "one coordinate": lambda signs: np.eye(*signs.shape),
+}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("magnitude", [1e2, 1e12, 1e19, 3e38])
+@pytest.mark.parametrize("name", PROMISES)
+def test_as_many_malicious_clients_as_a_rule_promises_cannot_move_it_far(
+    name: str, magnitude: float, direction: str
+) -> None:
+    rule, clients, malicious = PROMISES[name]
+    rng = np.random.default_rng(clients)
+    rows = (5 + rng.standard_normal((clients, 6))).astype(np.float32)
+    honest = rows[malicious:].astype(np.float64)
+    signs = rng.standard_normal((malicious, 6))
+    rows[:malicious] = (magnitude * DIRECTIONS[direction](signs)).astype(np.float32)
+    stack = rule.accumulator({"update": 6, "buffers": 0}, clients, torch.zeros(6), torch.zeros(0).long())
+    for client, row in enumerate(torch.from_numpy(rows)):
+        assert stack.add(client, ClientUpdate({"update": row}, 0.1), row[:0], 0.1, torch.zeros(0).long())
+    found = stack.result()["update"].double().numpy()
+    centre = honest.mean(0)
+    spread = np.linalg.norm(honest - centre, axis=1).max()
+    # Lopuhaä and Rousseeuw, 1991: a geometric median stays within 2 (n − f)/(n − 2f) of the honest spread.
+    factor = 2 * (clients - malicious) / (clients - 2 * malicious)
+    assert np.linalg.norm(found - centre) <= factor * spread
+    if not isinstance(rule, GeometricMedian):
+        assert (found >= honest.min(0) - 1e-6).all()
+        assert (found <= honest.max(0) + 1e-6).all()
+    else:  # its first-order condition: at the minimum unit vectors to all updates cancel
+        towards = rows.astype(np.float64) - found
+        lengths = np.linalg.norm(towards, axis=1, keepdims=True)
+        assert np.linalg.norm((towards / lengths).sum(0)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "rule", [CoordinateMedian(), TrimmedMean(beta=0.0), GeometricMedian(), Krum(attackers=0)]
+)
+def test_clients_without_examples_have_no_vote(rule: RobustAggregation) -> None:
+    stack = rule.accumulator({"update": 2, "buffers": 1}, 9, torch.zeros(2), torch.zeros(1).long())
+    counter = torch.tensor([3])
+    for client in range(9):
+        learner = client >= 6
+        update = ClientUpdate({"update": torch.full((2,), 2.5 * learner)}, 1 / 9)  # uniform weights
+        stack.add(client, update, torch.full((1,), 1.5 * learner), learner / 3, counter)
+    assert stack.counts.tolist() == [3, 0, 0]
+    aggregated = stack.result()
+    assert aggregated.clients == 3
+    torch.testing.assert_close(aggregated["update"], torch.full((2,), 2.5))
+    assert aggregated["buffers"].tolist() == [1.5]
+
+
+class OneLearner(Partition):
+    """All examples belong to client 1."""
+
+    def min_examples_for(self, clients: int) -> int:
+        return 0
+
+    def assign(self, labels: Any, clients: int, rng: Any, ids: Any) -> Split:
+        return Split.from_owners(np.ones(len(labels), dtype=np.int64), clients)
+
+
+def test_a_model_moves_by_its_only_learner_among_empty_clients() -> None:
+    data = DataConfig(clients=6, partition=OneLearner())
+    config = rig.config_of(FedAvg(), rig.LOCAL, data=data, cohort=CohortConfig(size=6), rounds=1)
+    starts = torch.nn.utils.parameters_to_vector(ref.net().parameters()).detach()
+    moved = []
+    for rule in (Mean(), CoordinateMedian()):
+        run = dataclasses.replace(config, aggregation=rule)
+        result = Federation(run, module=ref.net(), train=ref.Pixels()).run()
+        moved.append(torch.nn.utils.parameters_to_vector(result.model.parameters()).detach() - starts)
+        assert result.history[0]["clients/aggregated"] == (6 if rule == Mean() else 1)
+    assert moved[0].norm() > 0.05
+    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=1e-6)
 
 
 # ---- in rounds: any number of groups, stopped and resumed ----
@@ -270,6 +364,15 @@ def test_malicious_clients_are_a_function_of_the_seed_and_change_their_updates_o
         assert torch.equal(got, update)
     flipped = attack.relabel(np.array([0, 3, 9]), 10).tolist()
     assert flipped == ([9, 6, 0] if name in ("ModelReplacement", "LabelFlip") else [0, 3, 9])
+
+
+def test_model_replacement_scales_by_its_setting_or_by_the_clients_weight_in_the_cohort() -> None:
+    honest = ClientUpdate({"update": torch.tensor([1.0, -2.0])}, 0.125)
+    for attack, factor in ((ModelReplacement(), 8.0), (ModelReplacement(scale=3.0), 3.0)):
+        sent = attack.corrupt(honest, np.random.default_rng(0)).vectors["update"]
+        assert sent.tolist() == [factor, -2 * factor]
+    attacks = (ModelReplacement(), ModelReplacement(scale=3.0), SignFlip(), LabelFlip())
+    assert [attack.needs_cohort for attack in attacks] == [True, False, False, False]
 
 
 def clients_with_flipped_labels(folder: str) -> tuple[list[int], list[int]]:

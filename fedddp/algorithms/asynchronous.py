@@ -121,7 +121,8 @@ class FedBuff(AsynchronousAlgorithm):
     def start(self, server: ServerState) -> None:
         """Start with an empty buffer: sums of updates and of running statistics, and their number."""
         server.vectors["sum"] = torch.zeros_like(server.params)
-        server.vectors["sum_buffers"] = torch.zeros_like(server.buffers)
+        # In float64, in which a sum of float32 constants neither overflows nor is rounded.
+        server.vectors["sum_buffers"] = torch.zeros_like(server.buffers, dtype=torch.float64)
         server.vectors["arrived"] = torch.zeros(1, dtype=torch.int64)
 
     def absorb(self, server: ServerState, update: ClientUpdate, staleness: int) -> bool:

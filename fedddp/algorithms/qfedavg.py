@@ -49,7 +49,11 @@ class QFedAvg(SynchronousAlgorithm):
     def finish(self, context: ClientContext) -> ClientUpdate:
         """Send (F_k/F_max)^q Δ_k and (F_k/F_max)^q (1 + q‖Δ_k‖²/(η F_k))."""
         loss = max(context.initial_loss, SMALLEST_LOSS)
-        weight = (loss / max(context.largest_initial_loss, SMALLEST_LOSS)) ** self.q
+        weight = (
+            0.0
+            if self.q and not context.examples
+            else (loss / max(context.largest_initial_loss, SMALLEST_LOSS)) ** self.q
+        )
         update = context.update
         h = weight * (1 + self.q * float(norm(update)) ** 2 / (context.lr * loss))
         vectors = {"update": weight * update, "h": torch.full_like(context.params[:1], h)}
@@ -57,4 +61,4 @@ class QFedAvg(SynchronousAlgorithm):
 
     def step(self, server: ServerState, aggregated: AggregatedUpdate) -> None:
         """x ← x − ΣD_k / Σh_k."""
-        server.params.add_(aggregated["update"] / aggregated["h"])
+        server.params.add_(aggregated["update"] / aggregated["h"].clamp_min(SMALLEST_LOSS))

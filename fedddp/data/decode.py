@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,8 +84,9 @@ class Decoded(Dataset[tuple[Tensor, int]]):
 
     def _read(self, index: int) -> Tensor:
         where = self._where(index)
-        image, label = as_pair(read_item(self.dataset, index, where), where)
-        image = to_uint8(image, where)
+        with naming(where):  # an image that is opened, but not read, is read here
+            image, label = as_pair(self.dataset[index], where)
+            image = to_uint8(image, where)
         if label_of(label, self._where(index)) != self.labels[index]:
             raise ValueError(
                 f"{self._where(index)} has label {label}, but its list of labels has "
@@ -180,13 +182,20 @@ def _files(dataset: Any) -> list[str]:
 
 
 def read_item(dataset: Any, index: int, where: str) -> Any:
-    """Return an item of a dataset; any error of a decoder or of the user's own code becomes one line.
+    """Return an item of a dataset; errors as for `naming`."""
+    with naming(where):
+        return dataset[index]
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Turn any error of a decoder, or of the user's own code, in the block into one line.
 
     Raises:
-        ValueError: it cannot be read; the message names it.
+        ValueError: an item cannot be read; the message names it.
     """
     try:
-        return dataset[index]
+        yield
     except MemoryError:
         raise
     except Exception as error:
@@ -252,8 +261,10 @@ def label_of(value: Any, where: str) -> int:
         ValueError: it is none of these.
     """
     array = np.asarray(value)
-    if array.size == 1 and array.dtype.kind in "iubf" and float(array.reshape(())) == int(array.reshape(())):
-        return int(array.reshape(()))
+    if array.size == 1 and array.dtype.kind in "iubf" and np.isfinite(array).all():
+        number = int(array.reshape(()))
+        if number == array.reshape(()) and -(2**63) <= number < 2**63:
+            return number
     raise ValueError(f"{where} has the label {value!r}; give integers 0, 1, ... per class")
 
 
@@ -361,7 +372,10 @@ def _load(file: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
     except (ValueError, OSError, EOFError) as error:
         logger.warning("decoded pixels in %s are corrupt (%s); decoding the images again", file, error)
         return None
-    return pixels if pixels.shape == shape else None
+    if pixels.shape == shape and pixels.dtype == np.uint8:
+        return pixels
+    logger.warning("decoded pixels in %s are of another shape or type; decoding the images again", file)
+    return None
 
 
 def _reserve(file: BinaryIO, start: int, end: int) -> None:

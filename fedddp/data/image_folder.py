@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -30,7 +31,7 @@ class ImageFolder(datasets.DatasetFolder):
             ConfigError: there is no class folder, no image, or a class that the training set lacks.
         """
         self.known = class_to_idx
-        super().__init__(str(root), read_rgb, is_valid_file=_is_image, allow_empty=True)
+        super().__init__(str(root), read_rgb, is_valid_file=partial(_is_image, root), allow_empty=True)
         if not self.samples:
             raise ConfigError(f"data.root={root} has no images; put them in CLASS folders, such as cat/1.png")
         self._report()
@@ -56,7 +57,11 @@ class ImageFolder(datasets.DatasetFolder):
         return list(self.known), {name: self.known[name] for name in names}
 
     def _report(self) -> None:
-        """Log the files that are no images by their endings."""
+        """Log the classes without images, and the files that are no images by their endings."""
+        found = {label for _, label in self.samples}
+        empty = sorted(name for name, label in self.class_to_idx.items() if label not in found)
+        if empty:
+            logger.warning("%s has no images of the class %s", self.root, ", ".join(empty))
         taken = {path for path, _ in self.samples}
         files = (p for p in Path(self.root).rglob("*") if p.is_file() and not _hidden(p, Path(self.root)))
         left = Counter(path.suffix.lower() or "no ending" for path in files if str(path) not in taken)
@@ -103,9 +108,8 @@ def read_rgb(path: str) -> Tensor:
         return to_uint8(picture, path).expand(3, -1, -1)
 
 
-def _is_image(path: str) -> bool:
-    file = Path(path)
-    return not file.name.startswith(".") and file.suffix.lower() in Image.registered_extensions()
+def _is_image(root: Path, path: str) -> bool:
+    return not _hidden(Path(path), root) and Path(path).suffix.lower() in Image.registered_extensions()
 
 
 def _hidden(path: Path, root: Path) -> bool:

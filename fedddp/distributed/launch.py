@@ -20,6 +20,7 @@ from fedddp.distributed.heartbeat import Heartbeat
 from fedddp.distributed.signals import stop_on_signals
 from fedddp.distributed.topology import TopologyConfig
 from fedddp.distributed.world import ERRORS, World
+from fedddp.rng import generators_kept
 from fedddp.section import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def joined(topology: TopologyConfig) -> Iterator[World]:
         world = connect(topology)
     heartbeat = Heartbeat(world)
     try:
-        with torch.random.fork_rng(devices=[]), stop_on_signals(world):
+        with torch.random.fork_rng(devices=[]), generators_kept(), stop_on_signals(world):
             try:
                 yield world
             except Exception as error:

@@ -52,6 +52,9 @@ class FlatModel:
         self.buffers = _rehome(list(self._floats.values()), self.params.device, floating)
         integers = {name: b for name, b in buffers.items() if b.dtype == torch.int64}
         self.integer_buffers = _rehome(list(integers.values()), self.params.device, torch.int64)
+        for buffer in module.buffers():
+            if 0 in buffer.stride():  # its elements share memory, which cannot be written
+                buffer.data = buffer.detach().clone(memory_format=torch.contiguous_format)
         self._constants = {
             name: (buffer, buffer.detach().clone())
             for name, buffer in module.named_buffers()

@@ -238,6 +238,11 @@ def _try(module: nn.Module, name: str, classes: int, shape: Shape, device: torch
                 outputs = torch.func.functional_call(module, copy, (images,))
         except (RuntimeError, ValueError, AssertionError) as error:
             raise _cannot_take(name, shape, error) from error
+        except (TypeError, LookupError, AttributeError) as error:
+            raise ValueError(
+                f"model {name} fails on a batch of images ({type(error).__name__}: {error}); its forward "
+                "must take a tensor (batch, C, H, W) and nothing else"
+            ) from error
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         if got != (2, classes):
             raise ValueError(

@@ -164,8 +164,13 @@ def _copied(module: nn.Module) -> nn.Module:
     Raises:
         ConfigError: it cannot be copied.
     """
+    memo: dict[int, Any] = {  # torch cannot copy buffers of lazy layers
+        id(b): nn.parameter.UninitializedBuffer(device=b.device, dtype=b.dtype)  # type: ignore[call-arg]
+        for b in module.buffers()
+        if nn.parameter.is_lazy(b)
+    }
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, memo)
     except RuntimeError as error:
         raise ConfigError(
             f"module {type(module).__name__} cannot be copied ({str(error).splitlines()[0][:100]}); with "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +21,13 @@ from fedddp.data.loader import Batch, ClientLoader
 from fedddp.distributed.world import World
 from fedddp.evaluation import NoMemoryError, is_out_of_memory
 from fedddp.models.flat import FlatModel, norm
-from fedddp.rng import DROPOUT, stream, stream_seed
+from fedddp.rng import DROPOUT, drawing_from, seed_global, stream, stream_seed
 from fedddp.tasks import Task
 
 logger = logging.getLogger(__name__)
 
 TRIAL_PASSES = 17
-"""Passes that look for parameters without a gradient: one in evaluation mode, the others in training mode."""
+"""Most passes that look for parameters without a gradient: one in evaluation mode, others in training."""
 
 OPTIMIZER_STATE = "optimizer."
 """Prefix of the local optimizer's tensors in a client's state."""
@@ -225,12 +226,9 @@ class ClientTrainer:
         return bool(scaler.get_scale() >= before)
 
     def _seed_dropout(self, context: ClientContext) -> None:
-        """Seed torch's global generators, from which dropout draws, for this client and rank.
-
-        Not by `torch.manual_seed`, which without a GPU keeps a stack trace of every call for good.
-        """
+        """Seed the global generators, from which dropout and own layers draw, for this client and rank."""
         seed = stream_seed(DROPOUT, self.seed, context.round, context.client, self.world.data_rank)
-        torch.default_generator.manual_seed(seed)
+        seed_global(seed)
         if self.world.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
@@ -253,26 +251,28 @@ class ClientTrainer:
         return replica
 
     def _some_unused(self, module: nn.Module, images: Tensor, trained: list[nn.Parameter]) -> bool:
-        """Return whether a parameter gets no gradient, in every pass or at random (layers that are skipped).
+        """Collective over the group. Return whether a parameter can be without a gradient, on any rank.
 
-        Training passes draw and update running statistics, so both are restored.
+        A model without dropout that draws in training may skip layers, however seldom; with dropout several
+        passes look for it. Training passes draw and update running statistics, so both are restored.
         """
         buffers = [buffer.clone() for buffer in module.buffers()]
-        unused = False
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
+        dropout = any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in module.modules())
+        with drawing_from("trial", 0):
             for number in range(TRIAL_PASSES):
                 module.train(number > 0)
-                before = torch.default_generator.get_state()
+                before = _drawn()
                 grads = torch.autograd.grad(module(images).sum(), trained, allow_unused=True)
-                unused = unused or any(grad is None for grad in grads)
-                drew = not torch.equal(before, torch.default_generator.get_state())
-                if number > 0 and not drew:  # every training pass is alike
+                drew = _drawn() != before
+                unused = any(grad is None for grad in grads) or (drew and not dropout)
+                if unused or (number > 0 and not drew):  # every training pass is alike
                     break
         for buffer, value in zip(module.buffers(), buffers, strict=True):
             buffer.data.copy_(value)
         module.eval()
-        return unused
+        decision = torch.tensor([int(unused)], device=self.world.device)
+        self.world.group_max(decision)
+        return bool(decision)
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         no_sync = getattr(self.replica, "no_sync", None)
@@ -283,7 +283,11 @@ class ClientTrainer:
         if self.world.ranks_per_client == 1:
             return
         count = torch.full_like(self.loss_sum, self.loss_count)
-        summed = self.world.group_sum(torch.cat([self.flat.buffers.double() * count, count]))
+        # A rank without an example has no weight: zero times an infinite mask would be NaN.
+        buffers = (
+            self.flat.buffers.double() * count if self.loss_count else torch.zeros_like(self.flat.buffers)
+        )
+        summed = self.world.group_sum(torch.cat([buffers.double(), count]))
         if summed[-1] > 0:
             self.flat.buffers.copy_(summed[:-1] / summed[-1])
         if self.flat.integer_buffers.numel():
@@ -388,3 +392,8 @@ def _mixed_precision(local: LocalConfig, device: str) -> tuple[Callable[[], Any]
     # A scaler per local training, which must not depend on the clients trained before; it starts lower
     # than torch's 2^16, at which a short training would lose its first steps to overflow.
     return autocast, lambda: torch.amp.GradScaler(device, init_scale=2.0**12)
+
+
+def _drawn() -> tuple[bytes, object, str]:
+    """Return the states of the global generators on the CPU: they differ once something is drawn."""
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state())

@@ -72,10 +72,12 @@ def check_objects(module: object, train: object, test: object) -> None:
 
 def _describe_module(module: nn.Module) -> dict[str, Any]:
     """Return the class of a module, its size, and a digest of its layers and shapes (not of its weights)."""
-    state = [(name, tuple(t.shape), str(t.dtype)) for name, t in module.state_dict().items()]
+    tensors = module.state_dict(keep_vars=True)
+    lazy = nn.parameter.is_lazy  # a layer that takes its shape from its first input has none yet
+    state = [(name, () if lazy(t) else tuple(t.shape), str(t.dtype)) for name, t in tensors.items()]
     return {
         "class": _qualified_name(module),
-        "parameters": sum(p.numel() for p in module.parameters()),
+        "parameters": sum(p.numel() for p in module.parameters() if not lazy(p)),
         "digest": _digest(repr(module).encode(), repr(state).encode()),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -167,7 +168,9 @@ def train_clients(
         weight, position = int(s.sizes[client]) / examples, int(np.searchsorted(cohort, client))
         job = s.job(client, number=s.rounds_done, lr=lr, weight=weight, share=1 / len(cohort))
         if losses is not None:
-            job = replace(job, initial_loss=float(losses[position]), largest_initial_loss=float(losses.max()))
+            finite = losses[torch.isfinite(losses)]  # another loss is its own client's fault
+            largest = float(finite.max()) if len(finite) else math.nan
+            job = replace(job, initial_loss=float(losses[position]), largest_initial_loss=largest)
         state = s.states.share(client) if s.keeps_state else {}
         result = s.trainer.train(s.server, job, state)
         if s.world.leads_group:

@@ -1,0 +1,101 @@
+"""What is done to images, pixel by pixel: the feature shift's rotation, gains and noise; flips and crops."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedddp.data.transforms import FeatureShift, ImageShift, augment, resize
+
+PLAIN = (1.0, 1.0, 1.0)
+
+
+def draws_of(column: int, values: Tensor) -> Tensor:
+    """Return the draws (b, 3) of an augmentation with `values` in one column, 0.75 in the others."""
+    draws = torch.full((len(values), 3), 0.75)
+    draws[:, column] = values
+    return draws
+
+
+def test_half_of_all_draws_mirror_an_image() -> None:
+    images = torch.arange(4.0).expand(100, 1, 1, 4)
+    mirrored = augment(images, draws_of(0, torch.arange(100) / 100), "flip")[:, 0, 0].tolist()
+    assert mirrored == [[3, 2, 1, 0]] * 50 + [[0, 1, 2, 3]] * 50
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "down", "across"), [(16, 16, 2, 2), (8, 24, 1, 3), (6, 7, 1, 1), (4, 4, 1, 1)]
+)
+def test_a_crop_moves_an_image_by_up_to_an_eighth_and_every_offset_is_equally_likely(
+    height: int, width: int, down: int, across: int
+) -> None:
+    row, column = height // 2, width // 2
+    images = torch.zeros(210, 1, height, width)
+    images[:, :, row, column] = 1
+    values = (torch.arange(210) + 0.5) / 210
+    for column_of_draws, most in ((1, across), (2, down)):
+        where = augment(images, draws_of(column_of_draws, values), "crop").flatten(1).argmax(1)
+        found = where % width - column if column_of_draws == 1 else where // width - row
+        assert Counter(found.tolist()) == dict.fromkeys(range(-most, most + 1), 210 // (2 * most + 1))
+    corner = augment(torch.ones(1, 2, height, width), torch.zeros(1, 3), "crop")
+    assert (
+        corner[0].sum((1, 2)).tolist() == [(height - down) * (width - across)] * 2
+    )  # the rest comes in as 0
+
+
+def test_each_image_is_augmented_by_its_own_draws_and_none_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    images, draws = torch.from_numpy(rng.random((6, 3, 8, 8))), torch.from_numpy(rng.random((6, 3)))
+    together = augment(images, draws, "crop-flip")
+    apart = [augment(images[i : i + 1], draws[i : i + 1], "crop-flip") for i in range(6)]
+    assert torch.equal(together, torch.cat(apart))
+    assert torch.equal(augment(images, draws, "none"), images)
+
+
+@pytest.mark.parametrize(("angle", "row", "column"), [(90, 0, 2), (-90, 4, 2), (180, 2, 0)])
+def test_a_positive_angle_turns_counter_clockwise(angle: float, row: int, column: int) -> None:
+    right = torch.zeros(1, 1, 5, 5)
+    right[:, :, 2, 4] = 1
+    turned = ImageShift(angle, PLAIN, 0.0).apply(right, np.arange(1), 0)[0, 0]
+    assert divmod(int(turned.argmax()), 5) == (row, column)
+    assert float(turned.sum()) == pytest.approx(1)
+
+
+def test_gains_multiply_the_channels_and_values_stay_in_range() -> None:
+    images = torch.tensor([0.25, 0.5, 0.9])[:, None, None].expand(1, 3, 2, 2)
+    shifted = ImageShift(0.0, (0.8, 1.0, 1.2), 0.0).apply(images, np.arange(1), 0)
+    torch.testing.assert_close(shifted[0, :, 1, 1], torch.tensor([0.2, 0.5, 1.0]))
+    grey = ImageShift(0.0, (0.8, 1.0, 1.2), 0.0).apply(images[:, 1:2], np.arange(1), 0)
+    torch.testing.assert_close(grey[0, :, 0, 0], torch.tensor([0.4]))
+
+
+def test_noise_has_its_standard_deviation_and_belongs_to_the_example_and_the_seed() -> None:
+    shift, examples = ImageShift(0.0, PLAIN, 0.05), np.arange(40)
+    images = torch.full((40, 3, 16, 16), 0.5)
+    noise = shift.apply(images, examples, 7) - images
+    assert float(noise.std()) == pytest.approx(0.05, rel=0.02)
+    assert float(noise.mean()) == pytest.approx(0, abs=0.002)
+    assert torch.equal(shift.apply(images[:3], examples[[5, 0, 9]], 7) - images[:3], noise[[5, 0, 9]])
+    assert not torch.equal(shift.apply(images, examples, 8) - images, noise)
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_a_feature_shift_of_zero_changes_nothing() -> None:
+    images = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    shift = FeatureShift().of_client(3, seed=0)
+    assert shift == ImageShift(0.0, PLAIN, 0.0)
+    assert torch.equal(shift.apply(images, np.arange(2), 0), images)
+
+
+@pytest.mark.parametrize("leading", [(), (5,)])
+def test_resizing_scales_the_shorter_side_and_keeps_the_centre(leading: tuple[int, ...]) -> None:
+    wide = torch.arange(8, dtype=torch.uint8).expand(*leading, 3, 4, 8)
+    assert torch.equal(resize(wide, 4), wide[..., 2:6])
+    assert torch.equal(resize(wide.mT, 4), wide.mT[..., 2:6, :])
+    assert resize(wide, 2).shape == (*leading, 3, 2, 2)
+    assert torch.equal(resize(wide, None), wide)
+    assert torch.equal(resize(wide[..., :4], 4), wide[..., :4])
