@@ -236,12 +236,8 @@ def _rule(rule: Any) -> str:
 
 def range_of(hint: Any) -> str:
     """Return the range of a setting in words, such as ">= 1"; empty where there is none."""
-    rules = [
-        rule
-        for _, constraints in options(hint)
-        for rule in constraints
-        if not isinstance(rule, str) and rule != Le(LARGEST)
-    ]
+    rules = [rule for _, constraints in options(hint) for rule in constraints if not isinstance(rule, str)]
+    rules = [rule for rule in rules if not (isinstance(rule, Le) and float(rule.le) >= LARGEST)]  # type: ignore[arg-type]
     return ", ".join(_rule(rule) for rule in rules)
 
 

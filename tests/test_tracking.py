@@ -117,7 +117,7 @@ def test_a_corrupt_line_inside_is_reported_and_no_row_is_cut(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "rounds",
-    [None, [], [1, 2], [2, 3], [1, 3], [1, 2, 2, 3], [1, 1, 2, 3], [0, 1, 2, 3], [1, 3, 2], [1, 2, 3.5], [4]],
+    [None, [], [1, 2], [2, 3], [1, 3], [1, 2, 2, 3], [1, 1, 2, 3], [0, 1, 2, 3], [1, 3, 2], [4]],
     ids=str,
 )
 def test_a_history_that_does_not_have_every_round_of_the_checkpoint_once_is_refused(
