@@ -27,20 +27,14 @@ def stream_seed(*name: int | str) -> int:
 @contextlib.contextmanager
 def drawing_from(*name: int | str) -> Iterator[None]:
     """Seed the global generators (Python's, NumPy's, torch's on the CPU) by a stream, for the block."""
-    import torch  # here: what splits data needs NumPy only
-
-    state = torch.default_generator.get_state()
     with generators_kept():
         seed_global(stream_seed(*name))
-        try:
-            yield
-        finally:
-            torch.default_generator.set_state(state)
+        yield
 
 
 def seed_global(seed: int) -> None:
     """Seed the global generators: Python's, NumPy's, and torch's on the CPU."""
-    import torch
+    import torch  # here: what splits data needs NumPy only
 
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -50,13 +44,16 @@ def seed_global(seed: int) -> None:
 
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
-    """Put the global generators of Python and NumPy back after the block."""
-    states = random.getstate(), np.random.get_state()
+    """Put the global generators (Python's, NumPy's, torch's on the CPU) back after the block."""
+    import torch
+
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
 
 
 def stream(*name: int | str) -> np.random.Generator:

@@ -45,7 +45,7 @@ def joined(topology: TopologyConfig) -> Iterator[World]:
         world = connect(topology)
     heartbeat = Heartbeat(world)
     try:
-        with torch.random.fork_rng(devices=[]), generators_kept(), stop_on_signals(world):
+        with generators_kept(), stop_on_signals(world):
             try:
                 yield world
             except Exception as error:

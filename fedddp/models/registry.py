@@ -24,7 +24,7 @@ from fedddp.models.weights import (
     with_channels,
 )
 from fedddp.models.zoo import SMALL_MODELS, Maker, Shape
-from fedddp.rng import stream_seed
+from fedddp.rng import drawing_from
 from fedddp.section import Section, local_path
 
 
@@ -79,8 +79,7 @@ class ModelConfig(Section):
         Raises:
             ValueError: the model cannot take such images, or the weights do not fit it.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(stream_seed("model", seed))
+        with drawing_from("model", seed):
             try:
                 module = _maker(self.name)(classes, shape)
             except (ValueError, AssertionError) as error:
@@ -103,8 +102,7 @@ class ModelConfig(Section):
         Load `weights`, convert `norm`, apply `freeze`, and try it on images of `shape`.
         Arguments, result and errors as for `build`.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(stream_seed("model", seed))
+        with drawing_from("model", seed):
             _materialize(module, type(module).__name__, shape)
             self._prepare(module)
             _try(module, type(module).__name__, classes, shape, None)
