@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from fedddp.data.pixels import channels_first, to_bytes, to_uint8
 from fedddp.data.transforms import resize
-from fedddp.rng import drawing_from
+from fedddp.rng import generators_kept, seed_global, stream_seed
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,16 @@ class Decoded(Dataset[tuple[Tensor, int]]):
         Raises:
             ValueError: the image cannot be read or has another shape.
         """
-        with drawing_from("item", pass_seed, index):
-            image = self._read(index)
+        with generators_kept():
+            return self.read_seeding(index, pass_seed)
+
+    def read_seeding(self, index: int, pass_seed: int = 0) -> Tensor:
+        """As `read`, but leave the global generators seeded.
+
+        Putting them back takes ten times as long as seeding them: who reads many examples does it once.
+        """
+        seed_global(stream_seed("item", pass_seed, index))
+        image = self._read(index)
         if image.shape[0] == 1:
             image = image.expand(self.shape[0], -1, -1)
         if image.shape != self.shape:
@@ -87,9 +95,9 @@ class Decoded(Dataset[tuple[Tensor, int]]):
         with naming(where):  # an image that is opened, but not read, is read here
             image, label = as_pair(self.dataset[index], where)
             image = to_uint8(image, where)
-        if label_of(label, self._where(index)) != self.labels[index]:
+        if label_of(label, where) != self.labels[index]:
             raise ValueError(
-                f"{self._where(index)} has label {label}, but its list of labels has "
+                f"{where} has label {label}, but its list of labels has "
                 f"{self.labels[index]}; correct the list or remove it"
             )
         return resize(image, self.size)
@@ -118,8 +126,9 @@ class Decoded(Dataset[tuple[Tensor, int]]):
         return torch.from_numpy(pixels)
 
     def _fill(self, pixels: NDArray[np.uint8]) -> None:
-        for index in range(len(self)):
-            pixels[index] = self.read(index).numpy()
+        with generators_kept():
+            for index in range(len(self)):
+                pixels[index] = self.read_seeding(index).numpy()
 
     def _fingerprint(self) -> str:
         """Return a file name that changes when an image file, or the shape, does."""
@@ -136,7 +145,12 @@ class Decoded(Dataset[tuple[Tensor, int]]):
         """
         count = min(len(self), _SAMPLED)
         spaced = torch.arange(count) * len(self) // count
-        some = torch.stack([self.read(i) for i in spaced.tolist()]) if pixels is None else pixels[spaced]
+        with generators_kept():
+            some = (
+                torch.stack([self.read_seeding(i) for i in spaced.tolist()])
+                if pixels is None
+                else pixels[spaced]
+            )
         values = some.transpose(0, 1).flatten(1).double() / 255
         # A channel without contrast is centred, not blown up.
         std = values.std(dim=1, correction=0)

@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional
 from fedddp.data.datasets import DataConfig, Images
 from fedddp.data.decode import Decoded
 from fedddp.data.transforms import augment
-from fedddp.rng import stream_seed
+from fedddp.rng import generators_kept, stream_seed
 from fedddp.section import ConfigError
 
 v2: Any = functional  # its functions are not typed as exported
@@ -246,10 +246,14 @@ class _Readable(Dataset[Any]):
     def __init__(self, source: Decoded) -> None:
         self.source = source
 
-    def __getitem__(self, item: tuple[int, int]) -> Tensor | str:
-        index, pass_seed = item
+    def __getitems__(self, items: list[tuple[int, int]]) -> list[Tensor | str]:
+        """Return the pixels of a batch; the name is the one that torch's loader looks for."""
+        with generators_kept():
+            return [self._read(index, pass_seed) for index, pass_seed in items]
+
+    def _read(self, index: int, pass_seed: int) -> Tensor | str:
         try:
-            return self.source.read(index, pass_seed)
+            return self.source.read_seeding(index, pass_seed)
         except ValueError as error:
             return str(error)
 
