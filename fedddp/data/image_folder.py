@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -31,7 +30,10 @@ class ImageFolder(datasets.DatasetFolder):
             ConfigError: there is no class folder, no image, or a class that the training set lacks.
         """
         self.known = class_to_idx
-        super().__init__(str(root), read_rgb, is_valid_file=partial(_is_image, root), allow_empty=True)
+        # Files beside the class folders; those in them are seen by the scan.
+        beside = (file for file in root.iterdir() if file.is_file() and not _hidden(file.relative_to(root)))
+        self.skipped = Counter(map(_ending, beside))
+        super().__init__(str(root), read_rgb, is_valid_file=self._takes, allow_empty=True)
         if not self.samples:
             raise ConfigError(f"data.root={root} has no images; put them in CLASS folders, such as cat/1.png")
         self._report()
@@ -56,22 +58,29 @@ class ImageFolder(datasets.DatasetFolder):
             )
         return list(self.known), {name: self.known[name] for name in names}
 
+    def _takes(self, path: str) -> bool:
+        """Return whether a file in a class folder is an image; others are counted, but for hidden ones."""
+        file = Path(path).relative_to(self.root)
+        if _hidden(file):
+            return False
+        taken = _ending(file) in Image.registered_extensions()
+        if not taken:
+            self.skipped[_ending(file)] += 1
+        return taken
+
     def _report(self) -> None:
         """Log the classes without images, and the files that are no images by their endings."""
         found = {label for _, label in self.samples}
         empty = sorted(name for name, label in self.class_to_idx.items() if label not in found)
         if empty:
             logger.warning("%s has no images of the class %s", self.root, ", ".join(empty))
-        taken = {path for path, _ in self.samples}
-        files = (p for p in Path(self.root).rglob("*") if p.is_file() and not _hidden(p, Path(self.root)))
-        left = Counter(path.suffix.lower() or "no ending" for path in files if str(path) not in taken)
-        if left:
-            endings = ", ".join(f"{count} × {ending}" for ending, count in left.most_common())
+        if self.skipped:
+            endings = ", ".join(f"{count} × {ending}" for ending, count in self.skipped.most_common())
             logger.warning(
                 "%s: %d images; skipped %d files that are no images by their endings (%s)",
                 self.root,
                 len(self.samples),
-                sum(left.values()),
+                self.skipped.total(),
                 endings,
             )
 
@@ -108,9 +117,9 @@ def read_rgb(path: str) -> Tensor:
         return to_uint8(picture, path).expand(3, -1, -1)
 
 
-def _is_image(root: Path, path: str) -> bool:
-    return not _hidden(Path(path), root) and Path(path).suffix.lower() in Image.registered_extensions()
+def _hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def _ending(file: Path) -> str:
+    return file.suffix.lower() or "no ending"
