@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fedddp.config.loader import OBJECTS, build, read_sections
-from fedddp.data.datasets import Images, from_dataset
-from fedddp.data.loader import normalized
+from fedddp.data.datasets import DataConfig, Images, from_dataset
+from fedddp.data.loader import ClientLoader, normalized
 from fedddp.data.pixels import to_uint8
 from fedddp.data.transforms import resize
-from fedddp.evaluation import Metrics
+from fedddp.evaluation import Metrics, measure
 from fedddp.section import ConfigError, local_path
 from fedddp.storage.checkpoint import load_into
 from fedddp.tasks import Task
@@ -125,7 +125,6 @@ def load_model(run: str | Path, module: nn.Module | None = None) -> TrainedModel
     return TrainedModel(module.eval(), tuple(classes), shape, mean, std, config.task)
 
 
-@torch.no_grad()
 def evaluate(model: TrainedModel, dataset: Dataset[Any], batch_size: int = 500) -> Metrics:
     """Return the metrics of a model on a labelled dataset, as the run's history has them below `eval/`.
 
@@ -151,12 +150,6 @@ def evaluate(model: TrainedModel, dataset: Dataset[Any], batch_size: int = 500) 
     size = model.shape[1] if model.shape[1] == model.shape[2] else None
     images = from_dataset(dataset, like=trained_on, image_size=size, memory="device")
     assert images.pixels is not None
-    totals: dict[str, Tensor] = {}
-    for start in range(0, len(images), batch_size):
-        pixels = images.pixels[start : start + batch_size]
-        targets = torch.from_numpy(images.labels[start : start + batch_size])
-        for name, pair in model.task.measure(
-            model.module(normalized(pixels, model.mean, model.std)), targets
-        ).items():
-            totals[name] = totals.get(name, torch.zeros_like(pair)) + pair
-    return model.task.summarize(totals)
+    loader = ClientLoader(images, DataConfig(), images.pixels.device, seed=0)
+    everything = np.arange(len(images))
+    return model.task.summarize(measure(model.module, model.task, loader, everything, batch_size))

@@ -115,6 +115,7 @@ def assemble(
         sizes=sizes,
         checkpoints=checkpoints,
         directory=directory,
+        data_digest=train.digest(pixels=False),
         malicious=frozenset(malicious.tolist()),
     )
 
@@ -212,7 +213,7 @@ def _restore(s: Session, saved: Saved) -> None:
             f"rounds={s.config.rounds} is less than the {s.rounds_done} rounds that {s.directory} has done; "
             "raise rounds, or start another run with another --name"
         )
-    if saved.metadata["data"] != s.train.images.digest(pixels=False):
+    if saved.metadata["data"] != s.data_digest:
         raise ConfigError(
             f"data: the labels or images are not those that {s.directory} was trained on; restore them, or "
             "start another run with another --name"

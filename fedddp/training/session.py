@@ -52,6 +52,8 @@ class Session:
     checkpoints: Checkpoints
     directory: Path
     """The run directory."""
+    data_digest: str
+    """Of the training examples, without their pixels; what a resume must find again."""
     malicious: frozenset[int] = frozenset()
     """The malicious clients."""
     tracker: NullTracker = field(default_factory=NullTracker)
@@ -233,7 +235,7 @@ class Session:
                 self.load_global_model()
             server = {f"server.{n}": tensor for n, tensor in self.server.vectors.items()}
             common = {
-                "data": self.train.images.digest(pixels=False),
+                "data": self.data_digest,
                 "threads": torch.get_num_threads(),
                 "round": self.rounds_done,
                 "version": self.server.version,

@@ -162,14 +162,14 @@ def train_clients(
     start, cohort = time.perf_counter(), current.cohort
     lr = s.config.local.lr_at(s.rounds_done, s.config.rounds)
     examples = max(int(s.sizes[cohort].sum()), 1)
+    known = torch.empty(0) if losses is None else losses[torch.isfinite(losses)]
+    largest = float(known.max()) if len(known) else math.nan  # another loss is its own client's fault
     for client in assignment[s.world.group]:
         if s.world.group_should_stop():
             break
         weight, position = int(s.sizes[client]) / examples, int(np.searchsorted(cohort, client))
         job = s.job(client, number=s.rounds_done, lr=lr, weight=weight, share=1 / len(cohort))
         if losses is not None:
-            finite = losses[torch.isfinite(losses)]  # another loss is its own client's fault
-            largest = float(finite.max()) if len(finite) else math.nan
             job = replace(job, initial_loss=float(losses[position]), largest_initial_loss=largest)
         state = s.states.share(client) if s.keeps_state else {}
         result = s.trainer.train(s.server, job, state)
