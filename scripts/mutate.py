@@ -54,7 +54,7 @@ NEAREST: dict[str, tuple[tuple[str, ...], str]] = {
     "data/transforms": (("transforms", "partition"), "not million"),
     "data/loader": (("loader",), ""),
     "data": (("datasets", "loader"), ""),
-    "evaluation": (("tasks", "synchronous"), ""),
+    "evaluation": (("evaluation",), ""),
     "tasks": (("tasks",), ""),
 }
 """Test files by module, and which of their tests; the longest beginning of a module's name counts."""

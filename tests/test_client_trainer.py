@@ -417,7 +417,7 @@ def test_looking_for_skipped_layers_leaves_the_model_as_it_was() -> None:
         assert found == [(True, True, True)] * 2
 
 
-# ---- buffers that are not exchanged ----
+# ---- buffers of all types ----
 
 
 class Noting(nn.Linear):
@@ -431,7 +431,7 @@ class Noting(nn.Linear):
         seen = self.get_buffer("seen")
         if self.training:
             seen += 1
-        return super().forward(x.flatten(1)) * (1 + seen.float())
+        return super().forward(x.flatten(1)) * (1 + seen.abs().float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int32])
@@ -443,13 +443,22 @@ def test_a_client_does_not_see_what_another_left_in_a_cache(dtype: torch.dtype) 
         assert torch.equal(*updates)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
-def test_training_that_changes_a_buffer_which_is_not_exchanged_is_refused(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.int64, torch.int32])
+def test_a_buffer_that_training_changes_starts_at_the_servers_value(dtype: torch.dtype) -> None:
     with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
-        trainer, server = trainer_of(world, Noting(dtype, persistent=True), LocalConfig())
-        with pytest.raises(
-            ValueError, match=f"^the model's buffer 'seen', of type {dtype}, changes in training"
-        ):
+        trainer, server = trainer_of(world, Noting(dtype, persistent=True), LocalConfig(steps=3))
+        for start in (0, 5):
+            (server.buffers if dtype.is_floating_point else server.integer_buffers).fill_(start)
+            for _ in range(2):
+                result = train(trainer, server, case("sgd"), {})
+                seen = torch.cat([result.buffers, result.integer_buffers])
+                assert seen.tolist() == [start + 3]
+
+
+def test_a_complex_buffer_that_training_changes_is_refused() -> None:
+    with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
+        trainer, server = trainer_of(world, Noting(torch.complex64, persistent=True), LocalConfig())
+        with pytest.raises(ValueError, match="^the model's buffer 'seen', of type torch.complex64, changes"):
             train(trainer, server, case("sgd"), {})
 
 

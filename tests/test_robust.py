@@ -264,11 +264,11 @@ def test_float_buffers_are_aggregated_by_median_and_integer_buffers_by_maximum()
     updates = Krum(attackers=0).accumulator({"update": 2, "buffers": 1}, 3, like, integer_buffers)
     for client, value in ((7, 1.0), (2, 5.0), (4, 1e9)):
         update = {"update": torch.full((2,), value)}
-        updates.add(client, ClientUpdate(update, 0.1), torch.tensor([value]), 0.1, integer_buffers + client)
+        updates.add(client, ClientUpdate(update, 0.1), torch.tensor([value]), 0.1, integer_buffers - client)
     aggregated = updates.result()
     assert aggregated["buffers"].tolist() == [5.0]
     assert aggregated["update"].tolist() in ([1.0] * 2, [5.0] * 2)
-    assert updates.integer_buffers.tolist() == [7]
+    assert updates.integer_buffers.tolist() == [-2]
     assert aggregated.clients == 3
 
 

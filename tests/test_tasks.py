@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedddp.evaluation import EvaluationConfig, spread
 from fedddp.tasks import Classification
 
 
@@ -68,24 +65,6 @@ def test_metrics_without_examples_are_none() -> None:
     summary = task.summarize(task.measure(torch.empty(0, 3), torch.empty(0, dtype=torch.int64)))
     assert summary["loss"] is None
     assert summary["accuracy"] is None
-
-
-@pytest.mark.parametrize(("clients", "tenth"), [(1, 1), (4, 1), (10, 1), (13, 1), (16, 2), (19, 2), (20, 2)])
-def test_the_worst_and_best_tenth_of_clients_are_to_the_nearest_client_and_at_least_one(
-    clients: int, tenth: int
-) -> None:
-    values = [(7 * k % clients) ** 2 / 400 for k in range(clients)]  # every k² once, in no order
-    found = spread([{"client": k, "accuracy": value} for k, value in enumerate(values)])
-    ordered = [k**2 / 400 for k in range(clients)]
-    assert found["clients/accuracy_worst10"] == pytest.approx(sum(ordered[:tenth]) / tenth)
-    assert found["clients/accuracy_best10"] == pytest.approx(sum(ordered[-tenth:]) / tenth)
-    assert found["clients/accuracy_mean"] == pytest.approx(statistics.fmean(ordered))
-    assert found["clients/accuracy_std"] == pytest.approx(statistics.pstdev(ordered))
-
-
-def test_a_model_is_evaluated_every_so_many_rounds_and_after_the_last() -> None:
-    due = EvaluationConfig(every=3)
-    assert [number for number in range(1, 9) if due.due(number, rounds=8)] == [3, 6, 8]
 
 
 def test_label_smoothing_of_one_is_refused() -> None:

@@ -125,7 +125,7 @@ class Accumulator(ABC):
         self.rule, self.like = rule, like
         self.counts = torch.zeros(3, dtype=torch.int64)
         """Updates that were aggregated, invalid, clipped; on the CPU."""
-        self.integer_buffers = torch.zeros_like(integer_buffers)
+        self.integer_buffers = torch.full_like(integer_buffers, torch.iinfo(torch.int64).min)
 
     def add(
         self,

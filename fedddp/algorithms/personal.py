@@ -58,8 +58,7 @@ class LocalLayers(FedAvg):
         if self.local_buffers:
             context.store("buffers", flat.buffers)
             context.store("integer_buffers", flat.integer_buffers)
-            flat.buffers.copy_(context.start_buffers)
-            flat.integer_buffers.copy_(context.start_integer_buffers)
+            flat.load_buffers(context.start_buffers, context.start_integer_buffers)
         return ClientUpdate({"update": context.update.masked_fill(local, 0.0)}, self.weight(context))
 
     def personalize(self, flat: FlatModel, state: Mapping[str, Tensor]) -> None:
@@ -67,8 +66,7 @@ class LocalLayers(FedAvg):
         if "layers" in state:
             flat.params[self.mask(flat)] = state["layers"].to(flat.params.device)
         if self.local_buffers and "buffers" in state:
-            flat.buffers.copy_(state["buffers"])
-            flat.integer_buffers.copy_(state["integer_buffers"])
+            flat.load_buffers(state["buffers"], state["integer_buffers"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,5 +128,4 @@ class Ditto(FedAvg):
         """Replace the global model by v_k, if the client was ever trained."""
         if "params" in state:
             flat.params.copy_(state["params"])
-            flat.buffers.copy_(state["buffers"])
-            flat.integer_buffers.copy_(state["integer_buffers"])
+            flat.load_buffers(state["buffers"], state["integer_buffers"])

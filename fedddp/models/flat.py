@@ -11,16 +11,18 @@ from torch import Tensor, nn
 class FlatModel:
     """A module whose trainable parameters, gradients and buffers are views into flat vectors.
 
-    Frozen parameters stay in the module. Tied parameters are stored once. Non-persistent buffers, and
-    buffers of other dtypes, are constants: `load` resets them, so that no client sees another's.
+    Frozen parameters stay in the module. Tied parameters are stored once. Persistent buffers of another
+    dtype than their vector's are copied: `load` writes them, `read_buffers` reads them back. Complex and
+    non-persistent buffers are constants: `load` resets them, so that no client sees another's.
 
     Attributes:
         module: the module itself; it trains, and works under DDP, as before.
         params: trainable parameters, shape (P,), their common dtype.
         grad: their gradients, shape (P,); zero it instead of setting gradients to None.
         buffers: floating-point buffers such as running statistics, shape (B,), float32 (float64 in a
-            float64 model).
-        integer_buffers: int64 buffers such as `num_batches_tracked`, shape (I,).
+            float64 model); those of the vector's dtype are views.
+        integer_buffers: integer and bool buffers such as `num_batches_tracked`, int64, shape (I,); int64
+            ones are views.
         slices: where each parameter lies in `params`, by name in `module.named_parameters()`.
     """
 
@@ -45,30 +47,50 @@ class FlatModel:
         ):
             assert self.slices[name].stop <= self.params.numel()
             parameter.grad = view
-        saved = module.state_dict(keep_vars=True).keys()
-        floating = torch.float64 if self.params.dtype == torch.float64 else torch.float32
-        buffers = {name: b for name, b in module.named_buffers() if name in saved}
-        self._floats = {name: b for name, b in buffers.items() if b.dtype == floating}
-        self.buffers = _rehome(list(self._floats.values()), self.params.device, floating)
-        integers = {name: b for name, b in buffers.items() if b.dtype == torch.int64}
-        self.integer_buffers = _rehome(list(integers.values()), self.params.device, torch.int64)
+        self._persistent = saved = module.state_dict(keep_vars=True).keys()
         for buffer in module.buffers():
             if 0 in buffer.stride():  # its elements share memory, which cannot be written
                 buffer.data = buffer.detach().clone(memory_format=torch.contiguous_format)
+        buffers = {name: b for name, b in module.named_buffers() if name in saved and not b.is_complex()}
+        self._floats = {name: b for name, b in buffers.items() if b.is_floating_point()}
+        integers = [b for b in buffers.values() if not b.is_floating_point()]
+        self._copied: list[tuple[Tensor, Tensor, Tensor]] = []
+        floating = torch.float64 if self.params.dtype == torch.float64 else torch.float32
+        self.buffers = self._rehome_buffers(list(self._floats.values()), floating)
+        self.integer_buffers = self._rehome_buffers(integers, torch.int64)
         self._constants = {
             name: (buffer, buffer.detach().clone())
             for name, buffer in module.named_buffers()
-            if name not in self._floats and name not in integers
+            if name not in buffers
         }
-        self._persistent = saved
+
+    def _rehome_buffers(self, buffers: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return a vector of `buffers`: views of it where they have its dtype, else to be copied."""
+        stand_ins = [b if b.dtype == dtype else b.to(dtype) for b in buffers]
+        flat = _rehome(stand_ins, self.params.device, dtype)
+        pairs = zip(buffers, stand_ins, strict=True)
+        self._copied += [(b, view, b.detach().clone()) for b, view in pairs if b.dtype != dtype]
+        return flat
 
     def load(self, params: Tensor, buffers: Tensor, integer_buffers: Tensor) -> None:
         """Copy a model's state into the module, and reset its constant buffers."""
         self.params.copy_(params)
-        self.buffers.copy_(buffers)
-        self.integer_buffers.copy_(integer_buffers)
+        self.load_buffers(buffers, integer_buffers)
         for buffer, constant in self._constants.values():
             buffer.copy_(constant)
+
+    def load_buffers(self, buffers: Tensor, integer_buffers: Tensor) -> None:
+        """Copy buffers (B,) and integer buffers (I,) into the module."""
+        self.buffers.copy_(buffers)
+        self.integer_buffers.copy_(integer_buffers)
+        for buffer, view, initial in self._copied:
+            # A constant such as a float64 table keeps the digits that its vector does not hold.
+            buffer.copy_(torch.where(view == initial.to(view.dtype), initial, view.to(buffer.dtype)))
+
+    def read_buffers(self) -> None:
+        """Update the vectors from the buffers that are not views, after the module has changed them."""
+        for buffer, view, _ in self._copied:
+            view.copy_(buffer)
 
     def check_constants(self) -> None:
         """Refuse a model whose training changes a buffer of a type that is not exchanged.
@@ -80,13 +102,15 @@ class FlatModel:
             if name in self._persistent and not torch.equal(buffer, constant):
                 raise ValueError(
                     f"the model's buffer {name!r}, of type {buffer.dtype}, changes in training, but only "
-                    f"{self.buffers.dtype} and torch.int64 buffers are exchanged between clients; register "
-                    "it as one of these, or with persistent=False"
+                    "floating-point, integer and bool buffers are exchanged between clients; register it "
+                    "as one of these, or with persistent=False"
                 )
 
     def named(self, params: Tensor, buffers: Tensor) -> dict[str, Tensor]:
         """Return `params` (P,) and `buffers` (B,) cut up under the module's names, for `functional_call`."""
-        views = _views(params, list(self._trained.values())) + _views(buffers, list(self._floats.values()))
+        views = _views(params, list(self._trained.values()))
+        floats = _views(buffers, list(self._floats.values()))
+        views += [v.to(b.dtype) for v, b in zip(floats, self._floats.values(), strict=True)]
         return dict(zip([*self._trained, *self._floats], views, strict=True))
 
     def mask(self, names: Iterable[str]) -> Tensor:

@@ -158,6 +158,7 @@ class ClientTrainer:
                 context.steps += 1
                 context.lr_sum += context.lr
         self.flat.check_constants()
+        self.flat.read_buffers()
         self._merge_buffers()
         self._store_optimizer(context)
 

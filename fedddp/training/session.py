@@ -252,6 +252,7 @@ class Session:
     def restore(self, saved: Saved) -> None:
         """Resume from `saved`; each rank reads what it needs."""
         load_into(self.flat.module, saved.tensors("model.safetensors"))
+        self.flat.read_buffers()
         self.server.params.copy_(self.flat.params)
         self.server.buffers.copy_(self.flat.buffers)
         self.server.integer_buffers.copy_(self.flat.integer_buffers)
