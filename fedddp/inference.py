@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from fedddp.config.loader import OBJECTS, build, read_sections
 from fedddp.data.datasets import DataConfig, Images, from_dataset
-from fedddp.data.loader import ClientLoader, normalized
+from fedddp.data.loader import ClientLoader, Normalizer
 from fedddp.data.pixels import to_uint8
 from fedddp.data.transforms import resize
 from fedddp.evaluation import Metrics, measure
@@ -62,7 +62,7 @@ class TrainedModel:
         if not prepared:
             return torch.empty(0, len(self.classes))
         pixels = torch.stack(prepared)
-        batches = torch.split(normalized(pixels, self.mean, self.std), batch_size)
+        batches = torch.split(Normalizer(self.mean, self.std, pixels.device)(pixels), batch_size)
         return torch.cat([self.module(batch).float().softmax(1) for batch in batches])
 
     def _prepared(self, image: Any) -> Tensor:

@@ -33,13 +33,15 @@ def drawing_from(*name: int | str) -> Iterator[None]:
 
 
 def seed_global(seed: int) -> None:
-    """Seed the global generators: Python's, NumPy's, and torch's on the CPU."""
+    """Seed the global generators: Python's, NumPy's, and torch's, of a GPU too where one is in use."""
     import torch  # here: what splits data needs NumPy only
 
     random.seed(seed)
     np.random.seed(seed % 2**32)
     # Not `torch.manual_seed`, which without a GPU keeps a stack trace of every call for good.
     torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed(seed)
 
 
 @contextlib.contextmanager
@@ -59,3 +61,10 @@ def generators_kept() -> Iterator[None]:
 def stream(*name: int | str) -> np.random.Generator:
     """Return a fresh NumPy generator (PCG64) for the stream `name`."""
     return np.random.Generator(np.random.PCG64(stream_seed(*name)))
+
+
+def global_states() -> tuple[bytes, object, str]:
+    """Return the states of the global generators on the CPU: they differ once something is drawn."""
+    import torch
+
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state())

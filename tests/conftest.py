@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 
 # Before the fork server starts and torch counts the cores: ranks of one thread each.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A suite that runs under nohup, or in the background of a script, inherits these ignored; runs would heed that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -74,13 +74,14 @@ def cases_of(cls: Any, key: str, hint: Any) -> Iterator[Case]:
     """Yield what the setting `key` of `cls` must refuse."""
     name = key.rpartition(".")[2]
     null = " or null" if type(None) in (kind for kind, _ in options(hint)) else ""
+    types = " or ".join(words for kind, _ in options(hint) for _, words in of_another_type(kind))
     for kind, constraints in options(hint):
         for rule in constraints:
             if not isinstance(rule, str):
                 for bad, words in just_outside(rule, kind):
                     yield Case(cls, name, key, bad, f"{key} must be {words}, got {bad}")
-        for bad, words in of_another_type(kind):
-            yield Case(cls, name, key, bad, f"{key} must be {words}{null}, got {bad}")
+        for bad, _ in of_another_type(kind):
+            yield Case(cls, name, key, bad, f"{key} must be {types}{null}, got {bad}")
         if kind is float:
             for number in (math.nan, math.inf, -math.inf):  # of which the range may speak first
                 yield Case(cls, name, key, number, f"{key} must be ")
@@ -93,7 +94,7 @@ def of_another_type(kind: Any) -> Iterator[tuple[Any, str]]:
     """Yield a value that is not of the type `kind`, and the type in words."""
     if get_origin(kind) is Literal:
         *first, last = get_args(kind)
-        yield "typo", f"{', '.join(first)} or {last}"
+        yield "typo", f"{', '.join(first)} or {last}" if first else last
     elif kind in (int, float, bool):
         words = {int: (1.5, "a whole number"), float: ("many", "a number"), bool: ("maybe", "true or false")}
         yield words[kind]

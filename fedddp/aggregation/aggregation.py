@@ -31,6 +31,8 @@ class AdmittedUpdate:
     """Whether all that the client sent was finite and could be summed."""
     clipped: bool
     """Whether its update was longer than `clip_norm`."""
+    largest: float = math.inf
+    """No weighted magnitude exceeds it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,9 @@ class Aggregation(Section, ABC):
             if clipped:
                 vectors["update"] = vectors["update"] * (self.clip_norm / length)
         weights = dict.fromkeys(vectors, update.weight) | {"buffers": example_weight}
-        largest = _largest(vectors, weights)
+        bound = _bound(vectors, weights)
+        # The bound is cheap; the largest value itself decides near the limit.
+        largest = bound if bound < limit else _largest(vectors, weights)
         valid = largest < limit and math.isfinite(loss)
         if not valid and self.on_invalid_update == "stop":
             raise InvalidUpdateError(_describe(client, largest, limit, loss))
@@ -112,7 +116,8 @@ class Aggregation(Section, ABC):
             for name, vector in vectors.items():
                 bound = min(limit, torch.finfo(vector.dtype).max) / 2 / max(weights[name], 1e-12)
                 vectors[name] = torch.nan_to_num(vector, 0.0, 0.0, 0.0).clamp(-bound, bound)
-        return AdmittedUpdate(vectors, valid=valid, clipped=clipped)
+            largest = limit
+        return AdmittedUpdate(vectors, valid=valid, clipped=clipped, largest=largest)
 
 
 class Accumulator(ABC):
@@ -150,13 +155,29 @@ class Accumulator(ABC):
         self.counts[1] += int(not admitted.valid)
         self.counts[2] += int(admitted.clipped)
         if admitted.vectors is not None:
-            self.counts[0] += int(self._take(client, admitted.vectors, update.weight, example_weight))
+            taken = self._take(client, admitted.vectors, update.weight, example_weight, admitted.largest)
+            self.counts[0] += int(taken)
             torch.maximum(self.integer_buffers, integer_buffers, out=self.integer_buffers)
         return admitted.valid
 
     @abstractmethod
-    def _take(self, client: int, vectors: Mapping[str, Tensor], weight: float, example_weight: float) -> bool:
-        """Take in the admitted vectors of one client; return whether they count."""
+    def _take(
+        self,
+        client: int,
+        vectors: Mapping[str, Tensor],
+        weight: float,
+        example_weight: float,
+        largest: float,
+    ) -> bool:
+        """Take in the admitted vectors of one client; return whether they count.
+
+        Args:
+            client: the client.
+            vectors: its update and its float "buffers", by name.
+            weight: of the update.
+            example_weight: of the buffers.
+            largest: no weighted magnitude exceeds it.
+        """
 
     def reduce(self, world: World) -> None:
         """Collective. Bring together what all ranks took in."""
@@ -175,6 +196,16 @@ class Accumulator(ABC):
         """Restore the `state` of a stopped round."""
         self.counts.copy_(state["counts"])
         self.integer_buffers.copy_(state["integer_buffers"])
+
+
+def _bound(vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> float:
+    """Return what no weighted magnitude exceeds, by way of the norms; NaN or infinity if a value is."""
+    bounds = []
+    for name, vector in vectors.items():
+        length = math.sqrt(float(torch.dot(flat := vector.flatten(), flat))) if vector.numel() else 0.0
+        # Twice, for rounding, and a little more, for squares that underflow.
+        bounds.append(2 * (length + 1e-15) * max(weights[name], 1e-300))
+    return max(bounds, default=0.0) if all(map(math.isfinite, bounds)) else math.nan
 
 
 def _largest(vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,12 @@ FRACTION_BITS = 40
 """One unit of the fixed-point sums is 2^-40; with weights that sum to 1 a mean may reach 2^22."""
 
 CACHED = 1 << 15
-"""Elements of a vector that are added at a time on a CPU."""
+"""Elements of a vector that are added at a time on a CPU, where they then stay in the cache."""
+
+SHIFT = 1.5 * 2.0 ** (52 - FRACTION_BITS)
+"""Added to a float64 value below `SHIFTABLE`, it leaves the rounded fixed-point value in the low bits."""
+SHIFT_BITS = int(torch.tensor(SHIFT, dtype=torch.float64).view(torch.int64))
+SHIFTABLE = 2.0 ** (50 - FRACTION_BITS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,47 +62,81 @@ class Sums(Accumulator):
             name: torch.zeros(length, dtype=dtype, device=like.device)
             for name, length in {**lengths, "buffers": lengths.get("buffers", 0)}.items()
         }
+        self.shifts = dict.fromkeys(self.sums, 0)
+        """How often `SHIFT` is contained in each vector's sums, until `reduce`."""
+        self.scratch = torch.empty(0, dtype=torch.float64)
         self.weights = torch.zeros(2, dtype=torch.int64)
         """Sums of the weights and of the example weights; on the CPU, where they are read every round."""
 
-    def _take(self, client: int, vectors: Mapping[str, Tensor], weight: float, example_weight: float) -> bool:
+    def _take(
+        self,
+        client: int,
+        vectors: Mapping[str, Tensor],
+        weight: float,
+        example_weight: float,
+        largest: float,
+    ) -> bool:
         """Add the weighted vectors."""
         for name, vector in vectors.items():
-            self._add(name, vector, example_weight if name == "buffers" else weight)
+            factor = example_weight if name == "buffers" else weight
+            if not self.exact:
+                self.sums[name].add_(vector, alpha=factor)
+            elif vector.numel():
+                self._add_exactly(name, vector, factor, shiftable=largest < SHIFTABLE)
         self.weights += torch.tensor([_fixed(weight), _fixed(example_weight)])
         return True
 
-    def _add(self, name: str, vector: Tensor, weight: float) -> None:
-        if not vector.numel():
-            return
-        if self.exact:
-            # Piece by piece: on a CPU the float64 and int64 copies stay in the cache.
-            size = CACHED if vector.device.type == "cpu" else vector.numel()
-            pieces = zip(torch.split(vector, size), torch.split(self.sums[name], size), strict=True)
-            for piece, summed in pieces:
-                summed.add_(piece.double().mul_(weight * 2.0**FRACTION_BITS).round_().to(torch.int64))
-        else:
-            self.sums[name].add_(vector, alpha=weight)
+    def _add_exactly(self, name: str, vector: Tensor, weight: float, *, shiftable: bool) -> None:
+        """Add `vector` in fixed point: its bits once `SHIFT` is added, or rounded where it is too large."""
+        for piece, summed in self._pieces(vector, self.sums[name]):
+            wide = self._widened(piece)
+            if shiftable:
+                summed.add_(wide.mul_(weight).add_(SHIFT).view(torch.int64))
+            else:
+                summed.add_(wide.mul_(weight * 2.0**FRACTION_BITS).round_().to(torch.int64))
+        self.shifts[name] += int(shiftable)
+
+    def _pieces(self, first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Cut two vectors up alike."""
+        size = CACHED if first.device.type == "cpu" else max(1, first.numel())
+        return zip(torch.split(first, size), torch.split(second, size), strict=True)
+
+    def _widened(self, piece: Tensor) -> Tensor:
+        """Copy `piece` into float64, where it stays until the next call."""
+        if self.scratch.numel() < piece.numel():
+            self.scratch = torch.empty(piece.numel(), dtype=torch.float64, device=piece.device)
+        return self.scratch[: piece.numel()].copy_(piece)
+
+    def _remove_shifts(self) -> None:
+        for name, shifts in self.shifts.items():
+            if shifts:
+                self.sums[name].sub_((shifts * SHIFT_BITS + 2**63) % 2**64 - 2**63)  # int64 wraps around
+                self.shifts[name] = 0
 
     def reduce(self, world: World) -> None:
         """Collective. Replace the sums of this rank by those of all ranks."""
+        self._remove_shifts()
         world.sum(*self.sums.values(), self.weights)
         super().reduce(world)
 
     def result(self) -> AggregatedUpdate:
         """Return the weighted means."""
         weight, example_weight = (int(w) / 2.0**FRACTION_BITS for w in self.weights)
+        self._remove_shifts()
         means = {}
         for name, summed in self.sums.items():
             divisor = example_weight if name == "buffers" else weight
             if self.exact:
                 divisor *= 2.0**FRACTION_BITS
             if divisor:
-                means[name] = (summed.double() / divisor).to(self.like.dtype)
+                means[name] = torch.empty_like(summed, dtype=self.like.dtype)
+                for mean, piece in self._pieces(means[name], summed):
+                    mean.copy_(self._widened(piece).div_(divisor))
         return AggregatedUpdate(means, int(self.counts[0]))
 
     def state(self) -> dict[str, Tensor]:
         """Return the sums and their weights."""
+        self._remove_shifts()
         sums = {f"sum.{name}": summed for name, summed in self.sums.items()}
         return {**super().state(), **sums, "weights": self.weights}
 

@@ -62,7 +62,14 @@ class UpdateStack(Accumulator):
         self.rows: dict[int, Tensor] = {}
         self.weights: dict[int, float] = {}
 
-    def _take(self, client: int, vectors: Mapping[str, Tensor], weight: float, example_weight: float) -> bool:
+    def _take(
+        self,
+        client: int,
+        vectors: Mapping[str, Tensor],
+        weight: float,
+        example_weight: float,
+        largest: float,
+    ) -> bool:
         """Keep one client's update and buffers; a client without examples has no vote."""
         if not example_weight:
             return False

@@ -162,6 +162,12 @@ class Algorithm(Section, ABC):
     """Whether F_k(x) is computed for the cohort before it trains (`ClientContext.initial_loss`)."""
     mean_only: ClassVar[bool] = False
     """Whether updates mean something only as a plain mean: no robust rule, no clipped updates."""
+    reads_grad: ClassVar[bool] = False
+    """Whether a hook uses `ClientContext.grad`; without, clients train faster side by side (`local.engine`).
+
+    It counts for the hooks of the class that sets it. A class that overrides `begin`, `correct` or `finish`
+    and does not set it is taken to use the gradient.
+    """
     because: ClassVar[str] = ""
     """Why the algorithm requires what it does of `local`: words that follow its name."""
 

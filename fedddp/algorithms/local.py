@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from fedddp.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from fedddp.section import EXECUTION, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,12 @@ class LocalConfig(Section):
 
     channels_last: bool = False
     """Store images channels-last, which is faster for convolutions on most devices."""
+
+    engine: Literal["auto", "eager", "stacked"] = "auto"
+    """`stacked`: a rank trains several clients side by side; `eager`: one by one; auto: stacked if it can."""
+
+    clients_at_once: PositiveInt | Literal["auto"] = field(default="auto", metadata=EXECUTION)
+    """Clients that `stacked` trains side by side on a rank, >= 1; auto: by the model's size, 25 or fewer."""
 
     def __post_init__(self) -> None:
         if self.momentum and self.optimizer != "sgd":

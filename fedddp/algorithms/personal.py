@@ -26,6 +26,7 @@ class LocalLayers(FedAvg):
     """
 
     stateful = True
+    reads_grad = False
     local_buffers: ClassVar[bool] = False
     """Whether float and integer buffers stay local too."""
 

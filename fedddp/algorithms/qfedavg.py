@@ -36,6 +36,7 @@ class QFedAvg(SynchronousAlgorithm):
     uniform = True
     mean_only = True
     needs_initial_loss = True
+    reads_grad = False
     because = "takes L = 1/η, the step of sgd, for the curvature of the losses"
 
     def requires(self, local: LocalConfig) -> dict[str, object]:

@@ -76,6 +76,7 @@ class ClientLoader:
         self.images, self.data, self.device, self.seed = images, data, device, seed
         self._pixels = None if images.pixels is None else images.pixels.to(device)
         self._labels = torch.from_numpy(images.labels).to(device)
+        self._normalize = Normalizer(images.mean, images.std, device)
         self._streams: dict[tuple[int, int], _Stream] = {}
 
     def batches(
@@ -87,6 +88,7 @@ class ClientLoader:
         rng: Generator | None = None,
         shard: tuple[int, int] = (0, 1),
         train: bool = False,
+        most: int | None = None,
     ) -> Iterator[Batch]:
         """Yield one pass over `indices`, batch by batch; no batches if there are none.
 
@@ -102,6 +104,7 @@ class ClientLoader:
             shard: (rank, ranks) of the group; rank r takes every ranks-th example of a batch from
                 its r-th on.
             train: augment, which needs `rng`.
+            most: batches at most; None: the whole pass.
         """
         if not len(indices):
             return
@@ -111,23 +114,24 @@ class ClientLoader:
             draws = torch.from_numpy(rng.random((len(examples), 3), np.float32))
         shifts = self.data.feature_shift
         shift = None if shifts is None or client is None else shifts.of_client(client, self.seed)
+        pass_seed = 0 if rng is None or self._pixels is not None else int(rng.integers(2**62))
+        examples = examples if most is None else examples[: most * batch_size]
         parts = list(_parts(len(examples), batch_size, shard))
         if self._pixels is not None:
             read = self._held(examples, parts)
         else:
-            pass_seed = 0 if rng is None else int(rng.integers(2**62))
             read = self._streamed(examples, parts, batch_size, shard, pass_seed)
-        for some, pixels in read:
+        for some, taken in read:
             rows = np.concatenate([part.rows for part in some])
             chosen = examples[rows]
-            images = v2.to_dtype(pixels, torch.float32, scale=True)
+            images = taken
             if shift is not None:
+                images = v2.to_dtype(images, torch.float32, scale=True)
                 images = shift.apply(images, chosen, stream_seed("noise", self.seed, client or 0))
             if draws is not None:
-                own_draws = draws[torch.from_numpy(rows)].to(self.device)
-                images = augment(images, own_draws, self.data.augment)
-            images = v2.normalize(images, list(self.images.mean), list(self.images.std), True)
-            targets = self._labels[torch.from_numpy(chosen).to(self.device)]
+                images = augment(images, draws[torch.from_numpy(rows)].to(self.device), self.data.augment)
+            images = self._normalize(images)
+            targets = self._labels.index_select(0, torch.from_numpy(chosen).to(self.device))
             lengths = [len(part.rows) for part in some]
             pieces = zip(some, torch.split(images, lengths), torch.split(targets, lengths), strict=True)
             for part, own_images, own_targets in pieces:
@@ -141,7 +145,7 @@ class ClientLoader:
         for start in range(0, len(parts), together):
             some = parts[start : start + together]
             chosen = examples[np.concatenate([part.rows for part in some])]
-            yield some, self._pixels[torch.from_numpy(chosen).to(self.device)]
+            yield some, self._pixels.index_select(0, torch.from_numpy(chosen).to(self.device))
 
     def _streamed(
         self, examples: Indices, parts: list[_Part], batch_size: int, shard: tuple[int, int], pass_seed: int
@@ -159,10 +163,20 @@ class ClientLoader:
             yield [part], pixels.to(self.device, non_blocking=True)
 
 
-def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return uint8 `pixels` (n, C, H, W) as a model takes them: float32, normalised per channel."""
-    images: Tensor = v2.to_dtype(pixels, torch.float32, scale=True)
-    return v2.normalize(images, list(mean), list(std), True)  # type: ignore[no-any-return]
+class Normalizer:
+    """Turns pixels into what a model takes: (value − mean) / std per channel, as one product and one sum."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        """Take the mean and the deviation of each channel, where the full range of a pixel is 1."""
+        means, deviations = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (mean, std))
+        self._offset = (-means / deviations).float().to(device)
+        self._factor = (1 / deviations).float().to(device)
+        self._byte_factor = (1 / (255 * deviations)).float().to(device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return `pixels` (n, C, H, W), uint8 or float in [0, 1], as normalised float32."""
+        factor = self._byte_factor if pixels.dtype == torch.uint8 else self._factor
+        return pixels.to(torch.float32, copy=True).mul_(factor).add_(self._offset)
 
 
 def _parts(examples: int, batch_size: int, shard: tuple[int, int]) -> Iterator[_Part]:

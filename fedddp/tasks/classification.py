@@ -28,6 +28,10 @@ class Classification(Task):
         """
         return F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing)
 
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross entropy of every example, with label smoothing; arguments as for `loss`."""
+        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self.label_smoothing)
+
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return sums and counts of `loss` (no smoothing), `accuracy`, `recall` per class.
 

@@ -22,6 +22,14 @@ class Task(Section, ABC):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss to differentiate: a scalar, summed (not averaged) over the batch."""
 
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """Return the loss of every example, (b,), or None; their sum is `loss`.
+
+        A class that overrides `loss` overrides this too, or its clients are not trained as fast as they could
+        be side by side (`local.engine`). The value of an example must not depend on its place in the batch.
+        """
+        return None
+
     @abstractmethod
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return each metric as its sum and its count: float64, shape (2,) or (2, n).

@@ -30,7 +30,7 @@ from fedddp.storage.checkpoint import Checkpoints, Saved, write_text
 from fedddp.storage.client_states import ClientStates
 from fedddp.storage.history import read_text
 from fedddp.tracking.tracker import Tracker
-from fedddp.training.client_trainer import ClientTrainer
+from fedddp.training.engine import make_trainer
 from fedddp.training.objects import Objects
 from fedddp.training.session import Session
 
@@ -101,13 +101,12 @@ def assemble(
     server = ServerState.of(flat, len(split))
     config.algorithm.start(server)
     loader = ClientLoader(train, config.data, world.device, seed=config.seed)
-    local, algorithm = config.local, config.algorithm
     session = Session(
         config=config,
         world=world,
         flat=flat,
         server=server,
-        trainer=ClientTrainer(world, flat, config.task, loader, local, algorithm, seed=config.seed),
+        trainer=make_trainer(config, world, flat, loader),
         states=ClientStates(world),
         train=loader,
         test=None if test is None else ClientLoader(test, config.data, world.device, seed=config.seed),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,13 +20,11 @@ from fedddp.data.loader import Batch, ClientLoader
 from fedddp.distributed.world import World
 from fedddp.evaluation import NoMemoryError, is_out_of_memory
 from fedddp.models.flat import FlatModel, norm
-from fedddp.rng import DROPOUT, drawing_from, seed_global, stream, stream_seed
+from fedddp.rng import DROPOUT, seed_global, stream, stream_seed
 from fedddp.tasks import Task
+from fedddp.training.replica import replicate
 
 logger = logging.getLogger(__name__)
-
-TRIAL_PASSES = 17
-"""Most passes that look for parameters without a gradient: one in evaluation mode, others in training."""
 
 OPTIMIZER_STATE = "optimizer."
 """Prefix of the local optimizer's tensors in a client's state."""
@@ -71,6 +68,8 @@ class ClientResult:
 class ClientTrainer:
     """Trains one client after another on this rank's group; the model and the optimizer are reused."""
 
+    clients_at_once = 1
+
     def __init__(
         self,
         world: World,
@@ -86,7 +85,7 @@ class ClientTrainer:
         self.world, self.flat, self.task, self.loader = world, flat, task, loader
         self.local, self.algorithm, self.seed = local, algorithm, seed
         self.shard = (world.data_rank, world.ranks_per_client)
-        self.replica = self._replicate()
+        self.replica = replicate(world, flat.module, loader.images.shape)
         self.parameter = nn.Parameter(flat.params)
         self.parameter.grad = flat.grad
         self.optimizer = local.make_optimizer(self.parameter)
@@ -106,74 +105,114 @@ class ClientTrainer:
         self.loss_sum = torch.zeros(1, dtype=torch.float64, device=world.device)
         self.loss_count = 0
 
-    def train(self, server: ServerState, job: ClientJob, state: dict[str, Tensor]) -> ClientResult:
-        """Collective over the group. Train a client from the server's model; `state` is changed in place."""
-        with contextlib.ExitStack() as on_exit, self._name_client(job):
-            context = ClientContext(
-                client=job.client,
-                round=job.round,
-                examples=len(job.indices),
-                weight=job.weight,
-                share=job.share,
-                flat=self.flat,
-                start=server.params,
-                start_buffers=server.buffers,
-                start_integer_buffers=server.integer_buffers,
-                server_vectors=server.vectors,
-                state=state,
-                local=self.local,
-                lr=job.lr,
-                on_exit=on_exit,
-                initial_loss=job.initial_loss,
-                largest_initial_loss=job.largest_initial_loss,
-            )
-            context.restart()
-            for context.pass_index in range(self.algorithm.passes):
-                self.algorithm.begin(context)
-                self._local_sgd(context, job.indices)
-            update = self.algorithm.finish(context)
-        count = torch.full_like(self.loss_sum, self.loss_count)
-        loss = self.world.group_sum(torch.cat([self.loss_sum, count])).cpu()
-        return ClientResult(update, self.flat.buffers, self.flat.integer_buffers, loss, context.steps)
+    def train(
+        self, server: ServerState, jobs: Sequence[ClientJob], states: Sequence[dict[str, Tensor]]
+    ) -> Iterator[ClientResult]:
+        """Collective over the group. Train clients from the server's model; yield each one's result.
+
+        A result is to be used before the next one is asked for: it holds views of live state.
+
+        Args:
+            server: the model to start from.
+            jobs: the local trainings, at most `clients_at_once`.
+            states: the clients' own states, changed in place.
+        """
+        for job, state in zip(jobs, states, strict=True):
+            with contextlib.ExitStack() as on_exit, self.name_client(job):
+                context = self.context(server, job, state, on_exit)
+                for context.pass_index in range(self.algorithm.passes):
+                    self.algorithm.begin(context)
+                    self._local_sgd(context, job.indices)
+                result = self.result(context)
+            yield result
 
     def _local_sgd(self, context: ClientContext, indices: NDArray[np.int64]) -> None:
         """The inner loop: every step of a pass of local training, for every algorithm."""
-        self._seed_dropout(context)
-        self.flat.module.train()
-        self._load_optimizer(context)
+        self.begin_pass(context)
+        seed_global(self.dropout_seed(context))
         scaler = self.make_scaler()
-        context.steps, context.lr_sum = 0, 0.0
-        self.loss_sum.zero_()
-        self.loss_count = 0
-        for batch in self._batches(context, indices):
+        for batch in self.batches(context, indices):
             context.grad.zero_()
             self._gradient(context, batch, scaler)
             if scaler is not None:
                 scaler.unscale_(self.optimizer)
-            # After the all-reduce and the un-scaling: a correction is the same on all ranks, and added once.
+            # After the all-reduce and the un-scaling: it is the same on all ranks, and added once.
             self.algorithm.correct(context)
-            if self.local.clip_norm is not None:
-                context.grad.mul_(torch.clamp(self.local.clip_norm / norm(context.grad), max=1.0))
-            if self._step(scaler):
-                context.steps += 1
-                context.lr_sum += context.lr
+            self.step(context, scaler)
+        self.end_pass(context)
+
+    # ---- the parts of a local training, which engines share ----
+
+    def context(
+        self, server: ServerState, job: ClientJob, state: dict[str, Tensor], on_exit: contextlib.ExitStack
+    ) -> ClientContext:
+        """Return what the algorithm's hooks see of a local training, at its start."""
+        context = ClientContext(
+            client=job.client,
+            round=job.round,
+            examples=len(job.indices),
+            weight=job.weight,
+            share=job.share,
+            flat=self.flat,
+            start=server.params,
+            start_buffers=server.buffers,
+            start_integer_buffers=server.integer_buffers,
+            server_vectors=server.vectors,
+            state=state,
+            local=self.local,
+            lr=job.lr,
+            on_exit=on_exit,
+            initial_loss=job.initial_loss,
+            largest_initial_loss=job.largest_initial_loss,
+        )
+        context.restart()
+        return context
+
+    def begin_pass(self, context: ClientContext) -> None:
+        """Load the optimizer's state, and start to count steps and losses."""
+        self.flat.module.train()
+        self._load_optimizer(context)
+        context.steps, context.lr_sum = 0, 0.0
+        self.loss_sum.zero_()
+        self.loss_count = 0
+
+    def step(self, context: ClientContext, scaler: Any = None) -> None:
+        """Clip the gradient of a batch, which the algorithm has corrected, and step the parameters."""
+        if self.local.clip_norm is not None:
+            context.grad.mul_(torch.clamp(self.local.clip_norm / norm(context.grad), max=1.0))
+        if self._step(scaler):
+            context.steps += 1
+            context.lr_sum += context.lr
+
+    def end_pass(self, context: ClientContext) -> None:
+        """Collective over the group. Bring its ranks' buffers together; keep the optimizer's state."""
         self.flat.check_constants()
         self.flat.read_buffers()
         self._merge_buffers()
         self._store_optimizer(context)
 
+    def result(self, context: ClientContext) -> ClientResult:
+        """Collective over the group. Return the result of a local training after its last pass."""
+        update = self.algorithm.finish(context)
+        count = torch.full_like(self.loss_sum, self.loss_count)
+        loss = self.world.group_sum(torch.cat([self.loss_sum, count])).cpu()
+        return ClientResult(update, self.flat.buffers, self.flat.integer_buffers, loss, context.steps)
+
     # ---- batches and gradients ----
 
-    def _batches(self, context: ClientContext, indices: NDArray[np.int64]) -> Iterator[Batch]:
+    def batches(self, context: ClientContext, indices: NDArray[np.int64]) -> Iterator[Batch]:
         """Yield this rank's share of every batch of a pass; the batches do not depend on R."""
         local, steps, epoch = self.local, 0, 0
         while len(indices) and (epoch < local.epochs if local.steps is None else steps < local.steps):
             rng = stream("batches", self.seed, context.round, context.client, epoch)
             for batch in self.loader.batches(
-                indices, local.batch_size, client=context.client, rng=rng, shard=self.shard, train=True
+                *(indices, local.batch_size),
+                client=context.client,
+                rng=rng,
+                shard=self.shard,
+                train=True,
+                most=None if local.steps is None else local.steps - steps,
             ):
-                if local.steps is not None and steps == local.steps:
-                    return
                 yield batch
                 steps += 1
             epoch += 1
@@ -226,54 +265,11 @@ class ClientTrainer:
         scaler.update()
         return bool(scaler.get_scale() >= before)
 
-    def _seed_dropout(self, context: ClientContext) -> None:
-        """Seed the global generators, from which dropout and own layers draw, for this client and rank."""
-        seed = stream_seed(DROPOUT, self.seed, context.round, context.client, self.world.data_rank)
-        seed_global(seed)
-        if self.world.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+    def dropout_seed(self, context: ClientContext) -> int:
+        """Return the seed of the global generators, from which dropout and own layers draw."""
+        return stream_seed(DROPOUT, self.seed, context.round, context.client, self.world.data_rank)
 
     # ---- DDP ----
-
-    def _replicate(self) -> nn.Module:
-        """Collective over the group. Wrap the model in DDP, and let it build its buckets first.
-
-        DDP reorders its buckets after its first backward pass, and a sum over three ranks or more can
-        depend on that order: a resumed run would differ from one that was never stopped.
-        """
-        if self.world.ranks_per_client == 1 or self.world.group is None:
-            return self.flat.module
-        module = self.flat.module.eval()
-        images = torch.zeros(2, *self.loader.images.shape, device=self.world.device)
-        trained = [p for p in module.parameters() if p.requires_grad]
-        replica = self.world.replicate(module, some_unused=self._some_unused(module, images, trained))
-        for _ in range(2):
-            (replica(images).sum() * 0).backward()
-        return replica
-
-    def _some_unused(self, module: nn.Module, images: Tensor, trained: list[nn.Parameter]) -> bool:
-        """Collective over the group. Return whether a parameter can be without a gradient, on any rank.
-
-        A model without dropout that draws in training may skip layers, however seldom; with dropout several
-        passes look for it. Training passes draw and update running statistics, so both are restored.
-        """
-        buffers = [buffer.clone() for buffer in module.buffers()]
-        dropout = any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in module.modules())
-        with drawing_from("trial", 0):
-            for number in range(TRIAL_PASSES):
-                module.train(number > 0)
-                before = _drawn()
-                grads = torch.autograd.grad(module(images).sum(), trained, allow_unused=True)
-                drew = _drawn() != before
-                unused = any(grad is None for grad in grads) or (drew and not dropout)
-                if unused or (number > 0 and not drew):  # every training pass is alike
-                    break
-        for buffer, value in zip(module.buffers(), buffers, strict=True):
-            buffer.data.copy_(value)
-        module.eval()
-        decision = torch.tensor([int(unused)], device=self.world.device)
-        self.world.group_max(decision)
-        return bool(decision)
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         no_sync = getattr(self.replica, "no_sync", None)
@@ -333,7 +329,7 @@ class ClientTrainer:
         return float(loss_sum / max(count, 1))
 
     @contextlib.contextmanager
-    def _name_client(self, job: ClientJob) -> Iterator[None]:
+    def name_client(self, job: ClientJob) -> Iterator[None]:
         """Name the client in any error of the block; running out of memory becomes one line."""
         what = "dispatch" if isinstance(self.algorithm, AsynchronousAlgorithm) else "round"
         where = f"{what} {job.round + 1}"
@@ -393,8 +389,3 @@ def _mixed_precision(local: LocalConfig, device: str) -> tuple[Callable[[], Any]
     # A scaler per local training, which must not depend on the clients trained before; it starts lower
     # than torch's 2^16, at which a short training would lose its first steps to overflow.
     return autocast, lambda: torch.amp.GradScaler(device, init_scale=2.0**12)
-
-
-def _drawn() -> tuple[bytes, object, str]:
-    """Return the states of the global generators on the CPU: they differ once something is drawn."""
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state())

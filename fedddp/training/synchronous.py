@@ -17,7 +17,7 @@ from fedddp.algorithms import SynchronousAlgorithm
 from fedddp.evaluation import Metrics
 from fedddp.simulation.clock import examples_trained
 from fedddp.simulation.cohort import assign
-from fedddp.training.client_trainer import ClientResult
+from fedddp.training.client_trainer import ClientJob, ClientResult
 from fedddp.training.session import Indices, Session, Stopped
 
 logger = logging.getLogger(__name__)
@@ -159,32 +159,42 @@ def train_clients(
     """Collective over the group. Train this group's clients, until the run is asked to stop."""
     if s.world.group is None:
         return
-    start, cohort = time.perf_counter(), current.cohort
+    started, cohort = time.perf_counter(), current.cohort
     lr = s.config.local.lr_at(s.rounds_done, s.config.rounds)
     examples = max(int(s.sizes[cohort].sum()), 1)
     known = torch.empty(0) if losses is None else losses[torch.isfinite(losses)]
     largest = float(known.max()) if len(known) else math.nan  # another loss is its own client's fault
-    for client in assignment[s.world.group]:
+    clients, together = assignment[s.world.group], s.trainer.clients_at_once
+    for start in range(0, len(clients), together):
         if s.world.group_should_stop():
             break
-        weight, position = int(s.sizes[client]) / examples, int(np.searchsorted(cohort, client))
-        job = s.job(client, number=s.rounds_done, lr=lr, weight=weight, share=1 / len(cohort))
-        if losses is not None:
-            job = replace(job, initial_loss=float(losses[position]), largest_initial_loss=largest)
-        state = s.states.share(client) if s.keeps_state else {}
-        result = s.trainer.train(s.server, job, state)
-        if s.world.leads_group:
-            update = s.received(client, s.rounds_done, result.update)
-            change = buffer_change(result.buffers, s.server.buffers)
-            valid = current.updates.add(
-                client, update, change, weight, result.integer_buffers, float(result.loss[0])
-            )
-            current.results.put(position, result, valid=valid)
-            if valid:
-                s.states.keep(client, state)
-        s.tracker.client_done(s.world.groups)
+        jobs, states = [], []
+        for client in clients[start : start + together]:
+            weight, position = int(s.sizes[client]) / examples, int(np.searchsorted(cohort, client))
+            job = s.job(client, number=s.rounds_done, lr=lr, weight=weight, share=1 / len(cohort))
+            if losses is not None:
+                job = replace(job, initial_loss=float(losses[position]), largest_initial_loss=largest)
+            jobs.append(job)
+            states.append(s.states.share(client) if s.keeps_state else {})
+        for job, state, result in zip(jobs, states, s.trainer.train(s.server, jobs, states), strict=True):
+            take(s, current, job, state, result)
     if s.world.leads_group:
-        current.busy[s.world.group] = time.perf_counter() - start
+        current.busy[s.world.group] = time.perf_counter() - started
+
+
+def take(s: Session, current: Round, job: ClientJob, state: dict[str, Tensor], result: ClientResult) -> None:
+    """Add a client's update to the round's, and keep its state if it was valid; on the group's leader."""
+    if s.world.leads_group:
+        update = s.received(job.client, s.rounds_done, result.update)
+        change = buffer_change(result.buffers, s.server.buffers)
+        valid = current.updates.add(
+            job.client, update, change, job.weight, result.integer_buffers, float(result.loss[0])
+        )
+        position = int(np.searchsorted(current.cohort, job.client))
+        current.results.put(position, result, valid=valid)
+        if valid:
+            s.states.keep(job.client, state)
+    s.tracker.client_done(s.world.groups)
 
 
 def buffer_change(buffers: Tensor, start: Tensor) -> Tensor:
