@@ -91,7 +91,7 @@ def evaluate(world: World, module: nn.Module, task: Task, loader: ClientLoader, 
     totals = measure(module, task, loader, shard if len(shard) else np.arange(1), batch_size)
     if not len(shard):
         totals = {name: torch.zeros_like(pair) for name, pair in totals.items()}
-    world.sum(*totals.values())
+    world.sum_numbers(*totals.values())
     return task.summarize(totals)
 
 

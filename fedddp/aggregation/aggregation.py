@@ -180,9 +180,12 @@ class Accumulator(ABC):
         """
 
     def reduce(self, world: World) -> None:
-        """Collective. Bring together what all ranks took in."""
-        world.sum(self.counts)
+        """Collective. Bring together what all ranks took in, but for `numbers`."""
         world.max(self.integer_buffers)
+
+    def numbers(self) -> list[Tensor]:
+        """Return the small tensors that are summed over the ranks with others in one message."""
+        return [self.counts]
 
     @abstractmethod
     def result(self) -> AggregatedUpdate:

@@ -114,10 +114,14 @@ class Sums(Accumulator):
                 self.shifts[name] = 0
 
     def reduce(self, world: World) -> None:
-        """Collective. Replace the sums of this rank by those of all ranks."""
+        """Collective. Replace the sums of this rank by those of all ranks, but for `numbers`."""
         self._remove_shifts()
-        world.sum(*self.sums.values(), self.weights)
+        world.sum(*self.sums.values())
         super().reduce(world)
+
+    def numbers(self) -> list[Tensor]:
+        """Return the counts and the weights."""
+        return [*super().numbers(), self.weights]
 
     def result(self) -> AggregatedUpdate:
         """Return the weighted means."""

@@ -61,8 +61,8 @@ class LocalConfig(Section):
     accumulate: PositiveInt = 1
     """Micro-batches per batch, to save memory, >= 1; the step is the same."""
 
-    channels_last: bool = False
-    """Store images channels-last, which is faster for convolutions on most devices."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Whether images are stored channels-last; auto: for convolutions on a CPU, where that is faster."""
 
     engine: Literal["auto", "eager", "stacked"] = "auto"
     """`stacked`: a rank trains several clients side by side; `eager`: one by one; auto: stacked if it can."""

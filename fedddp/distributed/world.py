@@ -117,6 +117,18 @@ class World:
         """Collective. Replace each tensor by its sum over all ranks, in place."""
         self._exchange(tensors, dist.all_reduce)
 
+    def sum_numbers(self, *tensors: Tensor) -> None:
+        """Collective. As `sum`, for many small tensors: they travel in one message, as float64.
+
+        Whole numbers, and their sums, must be below 2^53.
+        """
+        if self.size > 1:
+            self.sum(message := torch.cat([t.flatten().to("cpu", torch.float64) for t in tensors]))
+            for tensor, piece in zip(
+                tensors, torch.split(message, [t.numel() for t in tensors]), strict=True
+            ):
+                tensor.copy_(piece.view(tensor.shape))
+
     def max(self, *tensors: Tensor) -> None:
         """Collective. Replace each tensor by its elementwise maximum over all ranks, in place."""
         self._exchange(tensors, lambda tensor: dist.all_reduce(tensor, op=dist.ReduceOp.MAX))
@@ -216,11 +228,6 @@ class World:
             except RuntimeError:  # the store's host is gone, and with it the count: one rank per node reports
                 self.first_to_fail = self.local_rank == 0
         return self.first_to_fail
-
-    def group_should_stop(self) -> bool:
-        """Collective over the group. Return whether the run must stop; the same on its ranks."""
-        asked = torch.tensor([float(self.stop_requested())], device=self.device)
-        return bool(self.group_max(asked))
 
     def agree_to_stop(self) -> bool:
         """Collective. Return whether any rank was asked to stop; the same on all ranks."""

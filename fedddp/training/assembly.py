@@ -30,7 +30,7 @@ from fedddp.storage.checkpoint import Checkpoints, Saved, write_text
 from fedddp.storage.client_states import ClientStates
 from fedddp.storage.history import read_text
 from fedddp.tracking.tracker import Tracker
-from fedddp.training.engine import make_trainer
+from fedddp.training.engine import channels_last, make_trainer
 from fedddp.training.objects import Objects
 from fedddp.training.session import Session
 
@@ -89,7 +89,9 @@ def assemble(
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, world)
     saved = _newest_checkpoint(checkpoints, world) if config.resume == "auto" else None
     built = _build(config, world, module, train, pretrained=saved is None and world.is_coordinator)
-    flat = FlatModel(built)
+    last = channels_last(config.local, built, min(train.shape[1:]), world.device)
+    config = dataclasses.replace(config, local=dataclasses.replace(config.local, channels_last=last))
+    flat = FlatModel(built.to(memory_format=torch.channels_last) if last else built)
     config.algorithm.check_model(flat)
     # The clients: their data, speed and honesty.
     split, sizes = config.data.split(train, config.seed)
@@ -155,7 +157,7 @@ def _build(
         built = model.adapt(_copied(module), seed=config.seed, **properties)
     built = built.to(world.device)
     world.broadcast(*(tensor.detach() for tensor in built.state_dict().values()))
-    return built.to(memory_format=torch.channels_last) if config.local.channels_last else built
+    return built
 
 
 def _copied(module: nn.Module) -> nn.Module:

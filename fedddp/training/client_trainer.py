@@ -63,6 +63,8 @@ class ClientResult:
     """[sum, count] of the training loss; float64, shape (2,), the same on all ranks of the group."""
     steps: int
     """K_k, optimizer steps of the group."""
+    stop: bool
+    """Whether a rank of the group was asked to stop."""
 
 
 class ClientTrainer:
@@ -104,6 +106,8 @@ class ClientTrainer:
             )
         self.loss_sum = torch.zeros(1, dtype=torch.float64, device=world.device)
         self.loss_count = 0
+        self.loss, self.stop = torch.zeros(2, dtype=torch.float64), False
+        """Of the group, after a pass: sum and count of the training loss; whether a rank is to stop."""
 
     def train(
         self, server: ServerState, jobs: Sequence[ClientJob], states: Sequence[dict[str, Tensor]]
@@ -173,6 +177,8 @@ class ClientTrainer:
         self.flat.module.train()
         self._load_optimizer(context)
         context.steps, context.lr_sum = 0, 0.0
+        if not context.examples:  # hooks would find the gradient of another client
+            context.grad.zero_()
         self.loss_sum.zero_()
         self.loss_count = 0
 
@@ -188,15 +194,15 @@ class ClientTrainer:
         """Collective over the group. Bring its ranks' buffers together; keep the optimizer's state."""
         self.flat.check_constants()
         self.flat.read_buffers()
-        self._merge_buffers()
+        self._merge()
         self._store_optimizer(context)
 
     def result(self, context: ClientContext) -> ClientResult:
-        """Collective over the group. Return the result of a local training after its last pass."""
-        update = self.algorithm.finish(context)
-        count = torch.full_like(self.loss_sum, self.loss_count)
-        loss = self.world.group_sum(torch.cat([self.loss_sum, count])).cpu()
-        return ClientResult(update, self.flat.buffers, self.flat.integer_buffers, loss, context.steps)
+        """Return the result of a local training after its last pass."""
+        update, flat = self.algorithm.finish(context), self.flat
+        return ClientResult(
+            update, flat.buffers, flat.integer_buffers, self.loss, context.steps, stop=self.stop
+        )
 
     # ---- batches and gradients ----
 
@@ -227,7 +233,7 @@ class ClientTrainer:
             with contextlib.nullcontext() if reduces else self._no_sync(), self._padding(micro):
                 with self.autocast():
                     images = micro.images
-                    if self.local.channels_last:
+                    if self.local.channels_last is True:
                         images = images.contiguous(memory_format=torch.channels_last)
                     outputs = self.replica(images)
                     loss = self.task.loss(outputs.float(), micro.targets)
@@ -275,20 +281,22 @@ class ClientTrainer:
         no_sync = getattr(self.replica, "no_sync", None)
         return no_sync() if no_sync else contextlib.nullcontext()
 
-    def _merge_buffers(self) -> None:
-        """Collective over the group. Average float buffers by examples seen; integer ones by maximum."""
-        if self.world.ranks_per_client == 1:
-            return
-        count = torch.full_like(self.loss_sum, self.loss_count)
-        # A rank without an example has no weight: zero times an infinite mask would be NaN.
-        buffers = (
-            self.flat.buffers.double() * count if self.loss_count else torch.zeros_like(self.flat.buffers)
-        )
-        summed = self.world.group_sum(torch.cat([buffers.double(), count]))
-        if summed[-1] > 0:
-            self.flat.buffers.copy_(summed[:-1] / summed[-1])
-        if self.flat.integer_buffers.numel():
-            self.world.group_max(self.flat.integer_buffers)
+    def _merge(self) -> None:
+        """Collective over the group. Bring together its ranks' losses, buffers, and whether to stop.
+
+        Float buffers are averaged by examples seen; integer ones have their maximum.
+        """
+        count, stop = float(self.loss_count), float(self.world.stop_requested())
+        message = torch.cat([self.loss_sum, self.loss_sum.new_tensor([count, stop])])
+        if self.world.ranks_per_client > 1:
+            # A rank without an example has no weight: zero times an infinite mask would be NaN.
+            buffers = self.flat.buffers.double() * count if count else torch.zeros_like(self.flat.buffers)
+            message = self.world.group_sum(torch.cat([message, buffers.double()]))
+            if message[1] > 0:
+                self.flat.buffers.copy_(message[3:] / message[1])
+            if self.flat.integer_buffers.numel():
+                self.world.group_max(self.flat.integer_buffers)
+        self.loss, self.stop = message[:2].cpu(), bool(message[2])
 
     # ---- the optimizer's state ----
 

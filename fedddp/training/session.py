@@ -65,6 +65,8 @@ class Session:
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of this round, by phase."""
     _sent_version: int = -1
+    _row_began: float = 0.0
+    """When the last row was recorded; in seconds of `time.perf_counter`."""
 
     @property
     def keeps_state(self) -> bool:
@@ -106,6 +108,10 @@ class Session:
         finally:
             elapsed = time.perf_counter() - start
             self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
+
+    def start_clock(self) -> None:
+        """Let the first row's `time/round` begin now."""
+        self._row_began = time.perf_counter()
 
     def training_seconds(self) -> float:
         """Return the seconds of this round so far, evaluation and checkpoints left out."""
@@ -208,7 +214,9 @@ class Session:
     def record(self, row: Metrics) -> None:
         """Write one round's line: metrics, bytes, seconds by phase."""
         times = {f"time/{phase}": spent for phase, spent in sorted(self.seconds.items())}
-        line = {**row, "time/round": sum(self.seconds.values()), **times}
+        now = time.perf_counter()
+        line = {**row, "time/round": now - self._row_began, **times}
+        self._row_began = now
         self.seconds.clear()
         self.tracker.log(line)
 

@@ -74,7 +74,7 @@ class StackedTrainer(ClientTrainer):
         """Whether the task gives the loss of every example; one that overrides `loss` alone does not."""
         self.rows = rows_per_copy(local.batch_size)
         rows = clients_at_once * self.rows
-        layout = torch.channels_last if local.channels_last else torch.contiguous_format
+        layout = torch.channels_last if local.channels_last is True else torch.contiguous_format
         self.images = torch.zeros(rows, *loader.images.shape).contiguous(memory_format=layout)
         self.targets = torch.zeros(rows, dtype=torch.int64)
         self.real = torch.zeros(rows, dtype=torch.float64)

@@ -69,6 +69,8 @@ class Round:
     results: CohortResults
     busy: Tensor
     """Seconds that each group trained, of those since the run was last resumed; float64, shape (G,)."""
+    stopping: Tensor
+    """Above 0 if a rank was asked to stop; (1,) int64."""
 
 
 def run_rounds(s: Session) -> None:
@@ -77,12 +79,13 @@ def run_rounds(s: Session) -> None:
     Raises:
         Stopped: a rank was asked to stop; a checkpoint was written first.
     """
+    stop = s.world.agree_to_stop()
     while s.rounds_done < s.config.rounds:
-        current = run_round(s)
+        current = run_round(s, stop)
         s.rounds_done += 1
         row = {"round": s.rounds_done, **round_metrics(s, current), **s.evaluate(s.rounds_done)}
         last = s.rounds_done == s.config.rounds
-        stop = s.world.agree_to_stop() and not last
+        stop = bool(current.stopping) and not last
         if stop or last or s.rounds_done % s.config.checkpoint.every == 0:
             s.save(f"round-{s.rounds_done:05d}", row)
         else:
@@ -91,9 +94,10 @@ def run_rounds(s: Session) -> None:
             raise Stopped
 
 
-def run_round(s: Session) -> Round:
-    """Collective. One round of the algorithm over a sampled cohort."""
+def run_round(s: Session, stop: bool = False) -> Round:
+    """Collective. One round of the algorithm over a sampled cohort; `stop`: no client trains."""
     current = sample(s)  # 1. sample
+    current.stopping += int(stop)
     assignment = assign(current.waiting, s.sizes[current.waiting], s.world.groups)
     s.send()  # 2. send
     with s.timed("train"):  # 3. train
@@ -102,7 +106,8 @@ def run_round(s: Session) -> Round:
         train_clients(s, current, assignment, losses)
     with s.timed("aggregate"):  # 4. aggregate
         current.updates.reduce(s.world)
-        s.world.sum(*current.results, current.busy)
+        current.stopping += int(s.world.stop_requested())
+        s.world.sum_numbers(*current.updates.numbers(), *current.results, current.busy, current.stopping)
     trained = current.results.trained.numpy().astype(bool)
     if s.keeps_state:
         s.states.settle(assignment, current.cohort[trained])
@@ -136,8 +141,9 @@ def sample(s: Session) -> Round:
             updates.load(s.partial)
             results = saved
         s.partial = {}
-    busy = torch.zeros(s.world.groups, dtype=torch.float64)
-    return Round(cohort, waiting, len(sampled), wanted - len(cohort), seconds, updates, results, busy)
+    busy, stopping = torch.zeros(s.world.groups, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    missing = wanted - len(cohort)
+    return Round(cohort, waiting, len(sampled), missing, seconds, updates, results, busy, stopping)
 
 
 def initial_losses(s: Session, current: Round) -> Tensor:
@@ -166,7 +172,9 @@ def train_clients(
     largest = float(known.max()) if len(known) else math.nan  # another loss is its own client's fault
     clients, together = assignment[s.world.group], s.trainer.clients_at_once
     for start in range(0, len(clients), together):
-        if s.world.group_should_stop():
+        if s.world.ranks_per_client == 1:  # ranks of one group must agree, which they do after each client
+            current.stopping += int(s.world.stop_requested())
+        if current.stopping:
             break
         jobs, states = [], []
         for client in clients[start : start + together]:
@@ -178,6 +186,7 @@ def train_clients(
             states.append(s.states.share(client) if s.keeps_state else {})
         for job, state, result in zip(jobs, states, s.trainer.train(s.server, jobs, states), strict=True):
             take(s, current, job, state, result)
+            current.stopping += int(result.stop)
     if s.world.leads_group:
         current.busy[s.world.group] = time.perf_counter() - started
 

@@ -1,0 +1,206 @@
+"""Which engine trains a run, and how much work a step and a round cost: counted, not timed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fedddp import (
+    CohortConfig,
+    DataConfig,
+    Federation,
+    LocalConfig,
+    ModelConfig,
+    TopologyConfig,
+    TrackingConfig,
+)
+from fedddp.algorithms import MOON, Algorithm, FedAvg, FedBuff
+from fedddp.distributed.launch import connect
+from fedddp.models.stacked import StackedModel
+from fedddp.section import ConfigError
+from fedddp.testing import run_world
+from fedddp.training.engine import channels_last, clients_at_once, obstacle
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def federation(output: Path | str, **changes: Any) -> Federation:
+    settings: dict[str, Any] = {
+        "data": DataConfig(dataset="digits", clients=8, examples=320),
+        "cohort": CohortConfig(size=4),
+        "model": ModelConfig(name="2nn"),
+        "local": LocalConfig(batch_size=16, epochs=2),
+        "rounds": 2,
+        "tracking": TrackingConfig(trackers=[], progress=False),
+        "output": str(output),
+    }
+    return Federation(**{**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    ("local", "algorithm", "reason"),
+    [
+        (LocalConfig(), FedAvg(), ""),
+        (LocalConfig(precision="bf16"), FedAvg(), "local.precision is bf16"),
+        (LocalConfig(accumulate=2), FedAvg(), "local.accumulate is 2"),
+        (LocalConfig(), MOON(), "MOON adds a penalty to the loss"),
+    ],
+)
+def test_what_keeps_clients_from_training_side_by_side(
+    local: LocalConfig, algorithm: Algorithm, reason: str
+) -> None:
+    with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
+        assert obstacle(world, local, algorithm) == reason
+
+
+def obstacle_of_two_ranks() -> str:
+    with contextlib.closing(connect(TopologyConfig(ranks_per_client=2, device="cpu"))) as world:
+        return obstacle(world, LocalConfig(), FedAvg())
+
+
+def test_a_client_of_several_ranks_trains_by_itself() -> None:
+    assert run_world(obstacle_of_two_ranks, size=2) == ["a client has several ranks"] * 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "parameters", "expected"),
+    [("auto", 159_010, 25), ("auto", 431_080, 9), ("auto", 4_000_000, 1), ("auto", 11_000_000, 1), (7, 1, 7)],
+)
+def test_the_number_of_clients_at_once_follows_from_the_size_of_the_model(
+    setting: Any, parameters: int, expected: int
+) -> None:
+    assert clients_at_once(LocalConfig(clients_at_once=setting), parameters) == expected
+
+
+CONVOLUTION = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+LARGE = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(2001, 2000))
+
+
+@pytest.mark.parametrize(
+    ("setting", "module", "side", "device", "expected"),
+    [
+        ("auto", CONVOLUTION, 28, CPU, True),
+        ("auto", CONVOLUTION, 28, GPU, False),
+        ("auto", nn.Linear(2, 2), 28, CPU, False),
+        ("auto", LARGE, 63, CPU, False),
+        ("auto", LARGE, 64, CPU, True),
+        (True, LARGE, 32, CPU, True),
+        (False, CONVOLUTION, 28, CPU, False),
+    ],
+)
+def test_channels_last_follows_from_model_image_and_device(
+    setting: Any, module: nn.Module, side: int, device: torch.device, expected: bool
+) -> None:
+    assert channels_last(LocalConfig(channels_last=setting), module, side, device) is expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"algorithm": MOON()}, "MOON adds a penalty to the loss"),
+        ({"model": ModelConfig(name="shufflenet_v2_x0_5")}, "its forward pass .*"),
+    ],
+)
+def test_stacked_is_refused_in_one_line_where_it_cannot_be_and_auto_trains_one_by_one(
+    changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    data = DataConfig(dataset="shapes", clients=4, examples=16, image_size=32)
+    options = {**changes, "data": data, "rounds": 1}
+    message = f"^local.engine=stacked cannot train this: {reason}; leave it out$"
+    with pytest.raises(ConfigError, match=message):
+        federation(tmp_path, local=LocalConfig(engine="stacked"), name="refused", **options).run()
+    one, two = (
+        federation(tmp_path, local=LocalConfig(engine=engine), name=engine, **options).run()
+        for engine in ("eager", "auto")
+    )
+    for name, tensor in one.model.state_dict().items():
+        assert torch.equal(tensor, two.model.state_dict()[name])
+
+
+@pytest.mark.parametrize("algorithm", [FedAvg(), FedBuff(buffer_size=2)])
+def test_the_number_of_clients_at_once_decides_no_bit(algorithm: Algorithm, tmp_path: Path) -> None:
+    results = [
+        federation(
+            tmp_path / str(k),
+            algorithm=algorithm,
+            local=LocalConfig(batch_size=16, clients_at_once=k, engine="stacked"),
+        ).run()
+        for k in ("auto", 1, 3)
+    ]
+    for other in results[1:]:
+        for name, tensor in results[0].model.state_dict().items():
+            assert torch.equal(tensor, other.model.state_dict()[name])
+        losses = [[row["train/loss"] for row in result.history] for result in (results[0], other)]
+        assert losses[0] == losses[1]
+
+
+# ---- guards: how often ----
+
+
+@contextlib.contextmanager
+def counted(counts: Counter[str], owner: Any, *names: str) -> Iterator[None]:
+    """Count the calls of some functions of `owner`."""
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(owner, name, counting(counts, name, getattr(owner, name))))
+        yield
+
+
+def counting(counts: Counter[str], name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        counts[name] += 1
+        return real(*args, **options)
+
+    return call
+
+
+def test_one_forward_and_one_backward_pass_serve_all_clients(tmp_path: Path) -> None:
+    counts: Counter[str] = Counter()
+    # 4 of 8 clients with 40 examples each: 3 batches of 16 or fewer, twice, in each of two rounds.
+    with counted(counts, StackedModel, "__call__"), counted(counts, torch.Tensor, "backward"):
+        federation(tmp_path).run()
+    assert counts == {"__call__": 12, "backward": 12}
+
+
+def test_only_the_batches_that_local_steps_uses_are_read(tmp_path: Path) -> None:
+    counts: Counter[str] = Counter()
+    read: list[int] = []
+    with counted(counts, torch.Tensor, "index_select"):
+        real = torch.Tensor.index_select
+
+        def select(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+            read.append(len(index))
+            return real(tensor, dim, index)
+
+        with mock.patch.object(torch.Tensor, "index_select", select):
+            federation(tmp_path, local=LocalConfig(batch_size=8, steps=2), rounds=1).run()
+    training = read[:8]  # pixels and labels of 4 clients, then those of the test set
+    assert training == [16] * 8
+
+
+def collectives_of_rounds(output: str) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    names = ("all_reduce", "broadcast", "all_gather_object", "barrier", "send", "recv")
+    per_run = []
+    for rounds in (3, 8):
+        counts.clear()
+        with counted(counts, dist, *names):
+            federation(Path(output) / str(rounds), rounds=rounds).run()
+        per_run.append(dict(counts))
+    few, many = per_run
+    return {name: many.get(name, 0) - few.get(name, 0) for name in names}
+
+
+def test_a_round_takes_four_collectives(tmp_path: Path) -> None:
+    # In five rounds: the model is sent once; sums and small numbers are reduced; so are metrics.
+    expected = {"all_reduce": 15, "broadcast": 5, "all_gather_object": 0, "barrier": 0, "send": 0, "recv": 0}
+    assert run_world(collectives_of_rounds, str(tmp_path), size=2) == [expected] * 2
