@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import nn
 
 from fedddp import (
     CohortConfig,
+    Config,
     DataConfig,
     Federation,
     LocalConfig,
@@ -24,12 +27,13 @@ from fedddp import (
     TrackingConfig,
 )
 from fedddp.algorithms import MOON, Algorithm, FedAvg, FedBuff
-from fedddp.distributed.launch import connect
 from fedddp.models.stacked import StackedModel
+from fedddp.reporting.dry_run import dry_run
 from fedddp.section import ConfigError
 from fedddp.testing import run_world
-from fedddp.training.engine import channels_last, clients_at_once, obstacle
+from fedddp.training.engine import channels_last, clients_at_once, obstacle, slots
 
+MLP = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -47,38 +51,59 @@ def federation(output: Path | str, **changes: Any) -> Federation:
 
 
 @pytest.mark.parametrize(
-    ("local", "algorithm", "reason"),
+    ("changes", "device", "reason"),
     [
-        (LocalConfig(), FedAvg(), ""),
-        (LocalConfig(precision="bf16"), FedAvg(), "local.precision is bf16"),
-        (LocalConfig(accumulate=2), FedAvg(), "local.accumulate is 2"),
-        (LocalConfig(), MOON(), "MOON adds a penalty to the loss"),
+        ({}, CPU, ""),
+        ({"local": LocalConfig(engine="eager")}, CPU, "local.engine is eager"),
+        ({"topology": TopologyConfig(ranks_per_client=2)}, CPU, "a client has several ranks"),
+        ({}, GPU, "the clients train on a GPU"),
+        ({"local": LocalConfig(precision="bf16")}, CPU, "local.precision is bf16"),
+        ({"local": LocalConfig(accumulate=2)}, CPU, "local.accumulate is 2"),
+        ({"algorithm": MOON()}, CPU, "MOON adds a penalty to the loss"),
     ],
 )
 def test_what_keeps_clients_from_training_side_by_side(
-    local: LocalConfig, algorithm: Algorithm, reason: str
+    changes: dict[str, Any], device: torch.device, reason: str
 ) -> None:
-    with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
-        assert obstacle(world, local, algorithm) == reason
-
-
-def obstacle_of_two_ranks() -> str:
-    with contextlib.closing(connect(TopologyConfig(ranks_per_client=2, device="cpu"))) as world:
-        return obstacle(world, LocalConfig(), FedAvg())
-
-
-def test_a_client_of_several_ranks_trains_by_itself() -> None:
-    assert run_world(obstacle_of_two_ranks, size=2) == ["a client has several ranks"] * 2
+    config = Config(**changes)
+    assert obstacle(config, device) == reason
+    assert clients_at_once(config, MLP, device, groups=2) == ((0, reason) if reason else (5, ""))
 
 
 @pytest.mark.parametrize(
     ("setting", "parameters", "expected"),
     [("auto", 159_010, 25), ("auto", 431_080, 9), ("auto", 4_000_000, 1), ("auto", 11_000_000, 1), (7, 1, 7)],
 )
-def test_the_number_of_clients_at_once_follows_from_the_size_of_the_model(
+def test_the_number_of_copies_follows_from_the_size_of_the_model(
     setting: Any, parameters: int, expected: int
 ) -> None:
-    assert clients_at_once(LocalConfig(clients_at_once=setting), parameters) == expected
+    assert slots(LocalConfig(clients_at_once=setting), parameters) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "groups", "expected"),
+    [
+        ({"cohort": CohortConfig(size=7, extra=2)}, 2, 5),
+        ({"cohort": CohortConfig(size=100), "data": DataConfig(clients=100)}, 2, 25),
+        ({"algorithm": FedBuff()}, 2, 1),
+        ({"local": LocalConfig(clients_at_once=3)}, 1, 3),
+    ],
+)
+def test_no_more_copies_are_made_than_a_group_trains_clients(
+    changes: dict[str, Any], groups: int, expected: int
+) -> None:
+    assert clients_at_once(Config(**changes), MLP, CPU, groups) == (expected, "")
+
+
+def test_the_plan_says_how_many_clients_train_at_a_time() -> None:
+    for local, words in [
+        (LocalConfig(), "up to 5 clients of a rank side by side"),
+        (LocalConfig(accumulate=2), "clients one by one, because local.accumulate is 2"),
+    ]:
+        config = Config(data=DataConfig(dataset="digits"), model=ModelConfig(name="2nn"), local=local)
+        console = Console(width=200, file=io.StringIO())
+        console.print(dry_run(config, 2))
+        assert words in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 CONVOLUTION = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))

@@ -344,7 +344,7 @@ class Renamed(ReadsGradient):
 
 
 class Declared(FedAvg):
-    """Says that its hook does not."""
+    """Declares that its hook does not use it."""
 
     reads_grad = False
 
@@ -353,7 +353,7 @@ class Declared(FedAvg):
 
 
 class Redefined(Declared):
-    """Overrides the hook of a class that said so."""
+    """Overrides the hook of a class that declared it."""
 
     def finish(self, context: ClientContext) -> ClientUpdate:
         return ClientUpdate({"update": context.grad * 2}, self.weight(context))

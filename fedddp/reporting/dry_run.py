@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from rich.filesize import decimal
 
 from fedddp.algorithms import ServerState
@@ -13,9 +14,11 @@ from fedddp.data.datasets import Images, load
 from fedddp.models.flat import FlatModel
 from fedddp.simulation.clock import examples_trained
 from fedddp.simulation.cohort import assign
+from fedddp.training.engine import clients_at_once
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import nn
 
 OPTIMIZER_VECTORS = {"sgd": 0, "adam": 2, "adamw": 2}
 SHOWN = 8
@@ -71,6 +74,7 @@ def dry_run(config: Config, world_size: int) -> Table:
         "first round",
         f"clients per group {_list([len(v) for v in assignment])}, examples per group {_list(examples)}",
     )
+    table.add_row("local training", _engine(config, module, groups))
     table.add_row("bytes per round", f"{_size(down * len(cohort))} down, {_size(up * len(cohort))} up")
     table.add_row("memory per rank", _memory(config, train, test, flat))
     return table
@@ -80,6 +84,15 @@ def _world(config: Config, world_size: int, groups: int) -> str:
     ranks = config.topology.ranks_per_client
     where = "rank 0 only" if config.topology.coordinator == "dedicated" else "rank 0, which also trains"
     return f"{_count(world_size, 'rank')}: {_count(groups, 'client group')} of {ranks}; coordinator: {where}"
+
+
+def _engine(config: Config, module: nn.Module, groups: int) -> str:
+    """Return how many clients train at a time, and in which layout."""
+    cpu = config.topology.device == "cpu" or not torch.cuda.is_available()
+    device = torch.device("cpu" if cpu else "cuda")
+    together, reason = clients_at_once(config, module, device, groups)
+    ways = f"up to {_count(together, 'client')} of a rank side by side" if together else "clients one by one"
+    return f"{ways}, because {reason}" if reason else ways
 
 
 def _count(number: int, noun: str) -> str:

@@ -89,9 +89,8 @@ def assemble(
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, world)
     saved = _newest_checkpoint(checkpoints, world) if config.resume == "auto" else None
     built = _build(config, world, module, train, pretrained=saved is None and world.is_coordinator)
-    last = channels_last(config.local, built, min(train.shape[1:]), world.device)
-    config = dataclasses.replace(config, local=dataclasses.replace(config.local, channels_last=last))
-    flat = FlatModel(built.to(memory_format=torch.channels_last) if last else built)
+    config = _with_layout(config, built, train, world)
+    flat = FlatModel(built)
     config.algorithm.check_model(flat)
     # The clients: their data, speed and honesty.
     split, sizes = config.data.split(train, config.seed)
@@ -124,6 +123,13 @@ def assemble(
         _restore(session, saved)
     _track(session)
     return session
+
+
+def _with_layout(config: Config, built: nn.Module, train: Images, world: World) -> Config:
+    """Return `config` with the layout of images decided, and put the weights of `built` into it."""
+    last = channels_last(config.local, built, min(train.shape[1:]), world.device)
+    built.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return dataclasses.replace(config, local=dataclasses.replace(config.local, channels_last=last))
 
 
 def _track(s: Session) -> None:

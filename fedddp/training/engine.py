@@ -13,7 +13,7 @@ from fedddp.config.schema import Config
 from fedddp.data.loader import ClientLoader
 from fedddp.distributed.world import World
 from fedddp.models.flat import FlatModel
-from fedddp.models.stacked import UnsupportedModelError
+from fedddp.models.stacked import StackedModel, UnsupportedModelError
 from fedddp.section import ConfigError
 from fedddp.training.client_trainer import ClientTrainer
 from fedddp.training.stacked_trainer import StackedTrainer
@@ -34,23 +34,56 @@ def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLo
     Raises:
         ConfigError: `local.engine` is "stacked", and the clients cannot be trained side by side.
     """
-    local, algorithm = config.local, config.algorithm
-    parts = (world, flat, config.task, loader, local, algorithm)
-    reason = obstacle(world, local, algorithm)
-    if local.engine != "eager" and not reason:
-        cohort = config.cohort.size + config.cohort.extra
-        together = min(clients_at_once(local, flat.params.numel()), -(-cohort // world.groups))
-        if isinstance(algorithm, AsynchronousAlgorithm):  # its workers get one client at a time
-            together = 1
-        try:
-            return StackedTrainer(*parts, seed=config.seed, clients_at_once=together)
-        except UnsupportedModelError as error:
-            reason = str(error)
-    if local.engine == "stacked":
+    parts = (world, flat, config.task, loader, config.local, config.algorithm)
+    together, reason = clients_at_once(config, flat.module, world.device, world.groups)
+    if together:
+        return StackedTrainer(*parts, seed=config.seed, clients_at_once=together)
+    if config.local.engine == "stacked":
         raise ConfigError(f"local.engine=stacked cannot train this: {reason}; leave it out")
-    if local.engine == "auto":
+    if config.local.engine == "auto":
         logger.debug("local.engine=auto: one client at a time, because %s", reason)
     return ClientTrainer(*parts, seed=config.seed)
+
+
+def clients_at_once(config: Config, module: nn.Module, device: torch.device, groups: int) -> tuple[int, str]:
+    """Return how many clients a rank trains side by side; 0 and the reason if it trains one by one."""
+    local, algorithm = config.local, config.algorithm
+    reason = obstacle(config, device)
+    if reason:
+        return 0, reason
+    try:
+        StackedModel([module])
+    except UnsupportedModelError as error:
+        return 0, str(error)
+    if isinstance(algorithm, AsynchronousAlgorithm):  # its workers get one client at a time
+        return 1, ""
+    cohort = config.cohort.size + config.cohort.extra
+    return min(slots(local, sum(p.numel() for p in module.parameters())), -(-cohort // groups)), ""
+
+
+def obstacle(config: Config, device: torch.device) -> str:
+    """Return why clients are not trained side by side, whatever the model; empty if they can be."""
+    local, algorithm = config.local, config.algorithm
+    if local.engine == "eager":
+        return "local.engine is eager"
+    if config.topology.ranks_per_client > 1:
+        return "a client has several ranks"
+    if device.type != "cpu":
+        return "the clients train on a GPU"
+    if local.precision != "fp32":
+        return f"local.precision is {local.precision}"
+    if local.accumulate > 1:
+        return f"local.accumulate is {local.accumulate}"
+    if type(algorithm).penalty is not Algorithm.penalty:
+        return f"{type(algorithm).__name__} adds a penalty to the loss"
+    return ""
+
+
+def slots(local: LocalConfig, parameters: int) -> int:
+    """Return how many copies of a model with so many parameters train side by side."""
+    if local.clients_at_once != "auto":
+        return local.clients_at_once
+    return max(1, min(MOST, ELEMENTS // parameters))
 
 
 def channels_last(local: LocalConfig, module: nn.Module, side: int, device: torch.device) -> bool:
@@ -64,25 +97,3 @@ def channels_last(local: LocalConfig, module: nn.Module, side: int, device: torc
     convolves = any(isinstance(layer, nn.Conv2d) for layer in module.modules())
     large = sum(p.numel() for p in module.parameters()) > LARGE and side < 64
     return convolves and device.type == "cpu" and not large
-
-
-def obstacle(world: World, local: LocalConfig, algorithm: Algorithm) -> str:
-    """Return why clients cannot be trained side by side, whatever the model; empty if they can."""
-    if world.ranks_per_client > 1:
-        return "a client has several ranks"
-    if world.device.type != "cpu":
-        return "the clients train on a GPU"
-    if local.precision != "fp32":
-        return f"local.precision is {local.precision}"
-    if local.accumulate > 1:
-        return f"local.accumulate is {local.accumulate}"
-    if type(algorithm).penalty is not Algorithm.penalty:
-        return f"{type(algorithm).__name__} adds a penalty to the loss"
-    return ""
-
-
-def clients_at_once(local: LocalConfig, parameters: int) -> int:
-    """Return how many clients train side by side, for a model with so many parameters."""
-    if local.clients_at_once != "auto":
-        return local.clients_at_once
-    return max(1, min(MOST, ELEMENTS // parameters))
