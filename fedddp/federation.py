@@ -125,7 +125,6 @@ class Federation:
 @contextlib.contextmanager
 def _garbage_frozen() -> Iterator[None]:
     """Keep the garbage collector from walking, again and again, over all that set-up has made."""
-    gc.collect()
     gc.freeze()
     try:
         yield

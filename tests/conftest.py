@@ -12,7 +12,7 @@ import pytest
 
 # Before the fork server starts and torch counts the cores: ranks of one thread each.
 os.environ["OMP_NUM_THREADS"] = "1"
-# A suite that runs under nohup, or in the background of a script, inherits these ignored; runs would heed that.
+# A suite under nohup, or in the background of a script, inherits these ignored, which its runs would heed.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -129,7 +129,7 @@ def start_training(
     if case.kind == "synced norm":
         convert_norm(module, "sync")
         synchronized(module, world.group_sum)
-    if case.local.channels_last:
+    if case.local.channels_last is True:
         module = module.to(memory_format=torch.channels_last)
     flat = FlatModel(module)
     loader = ClientLoader(images(), data or DataConfig(), world.device, seed=SEED)

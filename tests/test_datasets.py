@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import inspect
+import math
 import os
 import pickle
 import random
@@ -20,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import torchvision.transforms.v2
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -27,6 +30,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from torchvision import transforms
 
 from fedddp.config.schema import Config
+from fedddp.data import catalog, datasets
 from fedddp.data.catalog import NAMES, TORCHVISION
 from fedddp.data.datasets import DataConfig, Images, from_dataset, load
 from fedddp.data.synthetic import CAMERAS
@@ -128,6 +132,10 @@ def test_shapes_have_the_number_and_size_asked_for() -> None:
     spread = [flat[torch.from_numpy(train.labels == label)].mean(0).std() for label in range(10)]
     assert max(spread) > 1.5 * min(spread)
     same(train, load(DataConfig(dataset="shapes", examples=300, image_size=20))[0])
+    train, test = load(DataConfig(dataset="shapes", examples=4))
+    assert (len(train), len(test), train.shape) == (4, 1, (3, 32, 32))
+    train, test = load(DataConfig(dataset="shapes", image_size=1))
+    assert (len(train), len(test), train.shape) == (10_000, 2_000, (3, 1, 1))
 
 
 def test_every_torchvision_name_fits_its_constructor() -> None:
@@ -477,6 +485,59 @@ def test_settings_of_the_data_section_hold_for_own_datasets() -> None:
     assert few.pixels is not None
     expected = v2.functional.resize(few.pixels, [3], antialias=True)
     assert torch.equal(train.pixels, expected)
+
+
+def test_a_digest_covers_256_evenly_spaced_images_or_all_where_there_are_fewer() -> None:
+    for count in (1000, 300, 256, 100, 1):
+        pixels = torch.zeros(count, 1, 2, 2, dtype=torch.uint8)
+        images = from_dataset(TensorDataset(pixels, torch.zeros(count, dtype=torch.int64)))
+        assert images.pixels is not None
+        plain, labels_only = images.digest(), images.digest(pixels=False)
+        covered: list[int] = []
+        for index in range(count):
+            images.pixels[index, 0, 1, 0] = 255
+            covered += [index] if images.digest() != plain else []
+            assert images.digest(pixels=False) == labels_only
+            images.pixels[index] = 0
+        assert len(covered) == min(count, 256)
+        assert (covered[0], covered[-1]) == (0, count - 1)
+        assert max(np.diff(covered), default=1) <= math.ceil(count / 256)
+
+
+def test_a_digest_is_of_labels_owners_shape_and_names_of_classes() -> None:
+    images = from_dataset(Pairs(gray(6), ids=[0, 1, 2, 0, 1, 2]))
+    labels = np.array([0, 1, 2, 0, 1, 1])
+    others = [
+        dataclasses.replace(images, labels=labels),
+        dataclasses.replace(images, ids=labels),
+        dataclasses.replace(images, ids=None),
+        dataclasses.replace(images, shape=(1, 4, 9)),
+        dataclasses.replace(images, class_names=("a", "b", "c")),
+    ]
+    for pixels in (True, False):
+        digests = [one.digest(pixels=pixels) for one in (images, *others)]
+        assert len(set(digests)) == len(digests)
+        assert dataclasses.replace(images, mean=(9.0,)).digest(pixels=pixels) == digests[0]
+
+
+def test_pixels_are_held_by_default_up_to_2_gibibytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert datasets.FITS_BYTES == 2_147_483_648
+    for fits, held in ((360, True), (359, False)):  # ten images of 36 bytes
+        monkeypatch.setattr(datasets, "FITS_BYTES", fits)
+        images = from_dataset(Pairs(gray(10)))
+        assert (images.pixels is not None, images.source is None) == (held, held)
+        assert from_dataset(Pairs(gray(10)), memory="device").pixels is not None
+        assert from_dataset(Pairs(gray(10)), memory="stream").pixels is None
+
+
+def test_one_process_at_a_time_downloads_into_a_folder_that_is_made(tmp_path: Path) -> None:
+    root = tmp_path / "not" / "yet"
+    file, at_once = root / ".fedddp.lock", fcntl.LOCK_EX | fcntl.LOCK_NB
+    for _ in range(2):  # the folder is there the second time
+        with catalog._one_at_a_time(root), file.open("w") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, at_once)
+    with file.open("w") as lock:
+        fcntl.flock(lock, at_once)
 
 
 def test_statistics_are_those_of_the_same_images_held_and_streamed() -> None:

@@ -169,8 +169,8 @@ def assert_equal(one: dict[int, list[Tensor]], two: dict[int, list[Tensor]]) -> 
 
 
 def assert_close(one: dict[int, list[Tensor]], two: dict[int, list[Tensor]]) -> None:
-    for client in two:
-        for found, expected in zip(one[client], two[client], strict=True):
+    for client, results in two.items():
+        for found, expected in zip(one[client], results, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=3e-6)
 
 

@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
-from torchvision import datasets as torchvision_datasets
 
 from fedddp.data import decode
-from fedddp.data.image_folder import image_folder
 from fedddp.data.synthetic import SHAPES, render
 from fedddp.rng import stream
 from fedddp.section import local_path
@@ -109,6 +107,8 @@ def open_dataset(
         count, size = examples or 10_000, image_size or 32
         return _shapes("train", count, size), _shapes("test", max(1, count // 5), size)
     if name == "image_folder":
+        from fedddp.data.image_folder import image_folder  # here: torchvision takes seconds to import
+
         found = image_folder(folder, test_fraction)
         return found if isinstance(found, tuple) else _split(found, test_fraction)
     if "." in name:
@@ -166,8 +166,10 @@ def _torchvision(
     if can_download:
         arguments["download"] = download
     try:
+        from torchvision import datasets
+
         with _one_at_a_time(root) if download else contextlib.nullcontext():
-            dataset: Any = getattr(torchvision_datasets, class_name)(**arguments)
+            dataset: Any = getattr(datasets, class_name)(**arguments)
     except (OSError, RuntimeError, AssertionError, ValueError) as error:
         fix = f"point data.root at the folder that holds {class_name}"
         if can_download and not download:

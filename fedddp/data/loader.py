@@ -13,20 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import prepare_data_loader
 from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional
 
 from fedddp.data.datasets import DataConfig, Images
 from fedddp.data.decode import Decoded
 from fedddp.data.transforms import augment
 from fedddp.rng import generators_kept, stream_seed
 from fedddp.section import ConfigError
-
-v2: Any = functional  # its functions are not typed as exported
 
 Indices = NDArray[np.int64]
 
@@ -126,7 +122,7 @@ class ClientLoader:
             chosen = examples[rows]
             images = taken
             if shift is not None:
-                images = v2.to_dtype(images, torch.float32, scale=True)
+                images = images.float().mul_(1 / 255)
                 images = shift.apply(images, chosen, stream_seed("noise", self.seed, client or 0))
             if draws is not None:
                 images = augment(images, draws[torch.from_numpy(rows)].to(self.device), self.data.augment)
@@ -206,6 +202,8 @@ class _Stream:
             generator=torch.Generator(),
         )
         if shard[1] > 1:
+            from accelerate.data_loader import prepare_data_loader  # here: it takes a second to import
+
             loader = prepare_data_loader(
                 loader, num_processes=shard[1], process_index=shard[0], even_batches=False
             )

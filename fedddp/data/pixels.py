@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
-v2: Any = functional  # its functions are not typed as exported
+from fedddp.data.transforms import torchvision_v2
 
 SIXTEEN_BIT = 257
 """65535 / 255: the factor between the full ranges of 16 and 8 bits."""
@@ -57,7 +56,8 @@ def _picture(image: Image.Image, where: str) -> Tensor:
         image = opaque.convert("L" if grey else "RGB")
     elif image.mode == "1":
         image = image.convert("L")
-    pixels: Tensor = v2.pil_to_tensor(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    converted = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    pixels: Tensor = torchvision_v2().pil_to_tensor(converted)
     return pixels
 
 

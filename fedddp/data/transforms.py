@@ -11,22 +11,27 @@ from annotated_types import Interval
 from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
+from torch.nn.functional import pad
 
 from fedddp.rng import FEATURE_SHIFT, stream
 from fedddp.section import Section
 
-v2: Any = functional  # its functions are not typed as exported
-
 Indices = NDArray[np.int64]
 Augment = Literal["none", "flip", "crop", "crop-flip"]
+
+
+def torchvision_v2() -> Any:
+    """Import `torchvision.transforms.v2.functional` on first use: torchvision takes more than a second."""
+    from torchvision.transforms.v2 import functional
+
+    return functional
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
     """Resize the shorter side of (..., C, H, W) to `size` and crop the centre; None: no change."""
     if size is None or tuple(images.shape[-2:]) == (size, size):
         return images
+    v2 = torchvision_v2()
     resized: Tensor = v2.resize(images, [size], antialias=True)
     return v2.center_crop(resized, [size, size])  # type: ignore[no-any-return]
 
@@ -55,7 +60,8 @@ class ImageShift:
             seed: of the noise.
         """
         if self.angle:
-            images = v2.rotate(images, self.angle, InterpolationMode.BILINEAR)
+            v2 = torchvision_v2()
+            images = v2.rotate(images, self.angle, v2.InterpolationMode.BILINEAR)
         gains = images.new_tensor(self.gains[: images.shape[1]])
         images = images * gains[:, None, None]
         if self.noise:
@@ -97,12 +103,12 @@ class FeatureShift(Section):
 def augment(images: Tensor, draws: Tensor, kind: Augment) -> Tensor:
     """Return `images` (b, C, H, W), each mirrored or moved by its own `draws` (b, 3) in [0, 1)."""
     if "flip" in kind:
-        mirrored = v2.horizontal_flip(images)
+        mirrored = images.flip(-1)
         images = torch.where(draws[:, 0, None, None, None] < 0.5, mirrored, images)
     if "crop" in kind:
         count, channels, height, width = images.shape
         margin = [max(1, width // 8), max(1, height // 8)]
-        padded = v2.pad(images, margin)
+        padded = pad(images, (margin[0], margin[0], margin[1], margin[1]))
         across, down = (draws[:, 1:] * (2 * draws.new_tensor(margin) + 1)).long().unbind(1)
         device = images.device
         y = (down[:, None] + torch.arange(height, device=device))[:, None, :, None]
