@@ -161,6 +161,8 @@ def children_of(process: int) -> list[int]:
 
 def move_away_and_back(run: FaultyRun, launcher: subprocess.Popen[bytes]) -> str:
     """Move the run directory away until the run has failed with one line; return how that went."""
+    while not run.directory.exists():  # a busy machine takes its time to start
+        time.sleep(0.05)
     log, elsewhere = run.output / f"{run.directory.name}.log", run.directory.with_suffix(".moved")
     before = log.stat().st_size
     run.directory.rename(elsewhere)

@@ -41,19 +41,20 @@ TIMEOUT_S = 60.0
 ONE_WORLD = "not 1-2 and not 2-1 and not 2-2 and not resumes_to and not number_of_groups"
 """Tests that train every algorithm in four worlds: one of these suffices for an equation."""
 NEAREST: dict[str, tuple[tuple[str, ...], str]] = {
-    "algorithms/asynchronous": (("clock", "events", "asynchronous"), ""),
+    "algorithms/asynchronous": (("absorb", "clock", "events", "asynchronous"), ""),
     "algorithms/local": (("algorithms", "client_trainer"), ONE_WORLD),
     "algorithms": (("algorithms", "identities"), ONE_WORLD),
     "aggregation/mean": (("mean", "algorithms"), ONE_WORLD),
     "aggregation/robust": (("robust",), ""),
-    "aggregation": (("mean", "robust"), ""),
+    "aggregation": (("admission", "mean", "robust"), ""),
     "simulation/cohort": (("cohort",), ""),
     "simulation/clock": (("clock", "stragglers"), ""),
     "simulation/attacks": (("robust",), ""),
     "data/partition": (("partition",), "not million"),
     "data/transforms": (("transforms", "partition"), "not million"),
-    "data/loader": (("loader",), ""),
-    "data": (("datasets", "loader"), ""),
+    "data/decode": (("decode", "datasets", "loader"), ""),
+    "data/loader": (("loader_edges", "loader"), ""),
+    "data": (("datasets", "loader_edges", "loader"), ""),
     "evaluation": (("evaluation",), ""),
     "tasks": (("tasks",), ""),
 }
@@ -92,6 +93,14 @@ _DROPS_OUT = (
 )
 _TRIAL = "trial = ServerState(torch.ones(3), torch.empty(0), torch.empty(0), 1)"
 _TRIAL_STEP = 'self.step(trial, AggregatedUpdate({"update": torch.ones(3)}, 1))'
+_LARGEST = "torch.stack(vector.aminmax()).abs().amax().double() * max(weights[name], 1e-300)"
+_FLOAT32 = 'fix = f"{fix}, or aggregation.sums=float32" if limit < 2.0**62 else fix'
+_RESHAPED = "pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)"
+_CLOSE = "close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)"
+_UNSET = "self.ranks, self.size, self.pass_seed = ranks, 1, 0"
+_SHARDED = "loader, num_processes=shard[1], process_index=shard[0], even_batches=False"
+_NO_LIST = "if values is None or callable(values):"
+_HINGE = "return 1.0 if tau <= self.b else 1.0 / (self.a * (tau - self.b) + 1)"
 EXPLAINED = {
     ("SMALLEST_LOSS = 1e-10", "1e-10  ->  1.5e-10"): "any tiny loss keeps the divisions finite",
     (_TRIAL, "0  ->  1"): "a trial of the server's optimizer steps no buffers",
@@ -100,6 +109,19 @@ EXPLAINED = {
     (_SAME_SIZE, "-2  ->  (2)"): "images that have the size already come out of resizing as they are",
     (_SAME_SIZE, "2  ->  3"): "likewise",
     (_DROPS_OUT, "self.dropout > 0  ->  (self.dropout >= 0)"): "no draw is below a probability of 0",
+    (_LARGEST, "1e-300  ->  1.5e-300"): "infinity times any tiny weight is infinity",
+    (_FLOAT32, "limit < 2.0**62  ->  (limit <= 2.0 ** 62)"): "sums hold at most 2^22 or nearly 2^126",
+    (_FLOAT32, "2.0  ->  3.0"): "likewise",
+    (_FLOAT32, "62  ->  63"): "likewise",
+    (_RESHAPED, "1  ->  2"): "numpy infers any negative length; with a column less it raises",
+    (_CLOSE, "1  ->  2"): "the nearest of two names is the nearest of one",
+    (_UNSET, "1  ->  2"): "a pass sets the size before it is read",
+    (_UNSET, "0  ->  1"): "and the seed",
+    (_NO_LIST, "values is None or callable(values)  ->  (values is None and callable(values))"): (
+        "an array of either has no length"
+    ),
+    (_SHARDED, "False  ->  True"): "every rank has its part of every batch: nothing is uneven",
+    (_HINGE, "tau <= self.b  ->  (tau < self.b)"): "at τ = b both branches are 1",
 }
 """Mutants that do the same as the package, by line and change, and why; they are left out."""
 

@@ -45,8 +45,6 @@ from fedddp.data.partition import IID, Partition, Split
 from fedddp.section import NonNegativeFloat
 from fedddp.tasks import Classification
 
-pytestmark = pytest.mark.timeout(2 * rig.TIMEOUT_S)
-
 PIECES = dataclasses.replace(rig.LOCAL, accumulate=3)
 DECAY = dataclasses.replace(rig.LOCAL, schedule="step", decay=0.5, decay_every=1)
 COSINE = dataclasses.replace(rig.LOCAL, schedule="cosine")

@@ -48,7 +48,6 @@ def in_world(groups: int, ranks: int, dedicated: bool) -> dict[str, dict[str, An
         return run_world(train_all, topology, output, size=size, timeout_s=150)[0]
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("groups", "ranks", "dedicated"),
     [

@@ -18,7 +18,6 @@ ROOT = Path(__file__).parent.parent
 BENCHMARK = ROOT / "scripts" / "benchmark"
 GPU = torch.cuda.is_available()
 TINY = ("--workloads", "tiny", "--rounds", "4")
-pytestmark = pytest.mark.timeout(400)
 
 Done = subprocess.CompletedProcess[str]
 Tables = dict[str, list[list[str]]]

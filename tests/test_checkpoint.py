@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -110,6 +111,22 @@ def test_a_corrupt_checkpoint_is_set_aside_and_reported(
     again, corrupt = checkpoints.newest()
     assert again is not None
     assert (again.folder.name, corrupt) == ("round-00002", [])
+
+
+def test_a_checkpoint_of_an_older_version_is_named_as_such_and_never_chosen(checkpoints: Checkpoints) -> None:
+    """It is intact: its digest is that of its contents, under the key that versions before 0.1.0 wrote."""
+    save(checkpoints, "round-00001", 1)
+    save(checkpoints, "round-00002", 2)
+    state = checkpoints.folder / "round-00002" / "state.json"
+    content = json.loads(state.read_text())
+    state.write_text(json.dumps({"digest": content["digest"], "facts": content["metadata"]}))
+    found, (line,) = checkpoints.newest()
+    assert found is not None
+    assert found.folder.name == "round-00001"
+    assert line == (
+        f"checkpoint {checkpoints.folder}/round-00002 is corrupt (it is of fedddp before 0.1.0, which names "
+        "its parts otherwise); set aside as .corrupt-1-round-00002"
+    )
 
 
 def test_checkpoints_sort_by_number_and_other_folders_are_ignored(checkpoints: Checkpoints) -> None:

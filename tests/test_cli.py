@@ -132,7 +132,6 @@ def test_help_has_every_setting_with_its_meaning(capsys: pytest.CaptureFixture[s
 # ---- where the output goes ----
 
 
-@pytest.mark.timeout(180)
 def test_a_reader_that_leaves_does_not_end_the_run(tmp_path: Path) -> None:
     """As in `fedddp run digits | head -1`."""
     command = [sys.executable, "-m", "fedddp", *shlex.split(RUN), "--tracking.progress", "true"]

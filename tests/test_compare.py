@@ -229,7 +229,6 @@ def test_all_runs_have_the_data_the_seed_and_the_budget_of_the_first(tmp_path: P
     }
 
 
-@pytest.mark.timeout(120)
 def test_all_ranks_train_one_run_after_another() -> None:
     small = "--rounds 1 --data.examples 300 --tracking.trackers []"
     command = f"compare compare-paradigms {small}"

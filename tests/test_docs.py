@@ -47,7 +47,6 @@ def user(no_dashboards: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("user")
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("part", PARTS)
 def test_a_section_runs_as_it_stands_and_prints_what_it_shows(
     part: str, capsys: pytest.CaptureFixture[str]
@@ -56,7 +55,6 @@ def test_a_section_runs_as_it_stands_and_prints_what_it_shows(
 
 
 @pytest.mark.usefixtures("user")
-@pytest.mark.timeout(180)
 def test_the_quickstart_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
     run_part(DOCS["quickstart"].read_text(), capsys, tuple(RUN_BY_OTHER_TESTS))
     assert {path.name for path in Path("runs").iterdir()} == {"alone", "prox", "prox-again", "run"}

@@ -67,12 +67,21 @@ def test_what_keeps_clients_from_training_side_by_side(
 ) -> None:
     config = Config(**changes)
     assert obstacle(config, device) == reason
-    assert clients_at_once(config, MLP, device, groups=2) == ((0, reason) if reason else (5, ""))
+    assert clients_at_once(config, MLP, device, groups=2, streamed=False) == (
+        (0, reason) if reason else (5, "")
+    )
 
 
 @pytest.mark.parametrize(
     ("setting", "parameters", "expected"),
-    [("auto", 159_010, 25), ("auto", 431_080, 9), ("auto", 4_000_000, 1), ("auto", 11_000_000, 1), (7, 1, 7)],
+    [
+        ("auto", 50_000, 25),
+        ("auto", 159_010, 9),
+        ("auto", 431_080, 3),
+        ("auto", 4_000_000, 1),
+        ("auto", 11_000_000, 1),
+        (7, 1, 7),
+    ],
 )
 def test_the_number_of_copies_follows_from_the_size_of_the_model(
     setting: Any, parameters: int, expected: int
@@ -92,7 +101,8 @@ def test_the_number_of_copies_follows_from_the_size_of_the_model(
 def test_no_more_copies_are_made_than_a_group_trains_clients(
     changes: dict[str, Any], groups: int, expected: int
 ) -> None:
-    assert clients_at_once(Config(**changes), MLP, CPU, groups) == (expected, "")
+    assert clients_at_once(Config(**changes), MLP, CPU, groups, streamed=False) == (expected, "")
+    assert clients_at_once(Config(**changes), MLP, CPU, groups, streamed=True) == (1, "")
 
 
 def test_the_plan_says_how_many_clients_train_at_a_time() -> None:

@@ -118,6 +118,31 @@ def test_the_test_set_is_measured_once_over_all_ranks(examples: int, size: int) 
         assert loss == pytest.approx(9 * (1 - hits) + np.log1p(3 * np.exp(-9)), rel=1e-4, abs=1e-5)
 
 
+class Counting(Constant):
+    """Counts the images that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.images += len(images)
+        return super().forward(images)
+
+
+def images_of_a_rank(examples: int) -> int:
+    with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
+        model = Counting()
+        evaluate(world, model, Classification(), loader_of(LABELS[:examples], world.device), 3)
+        return model.images
+
+
+@pytest.mark.parametrize(("examples", "shares"), [(10, [5, 5]), (10, [3, 3, 4]), (2, [1, 1, 1])], ids=str)
+def test_ranks_share_the_work_of_an_evaluation(examples: int, shares: list[int]) -> None:
+    """A rank without an example has one of padding."""
+    assert run_world(images_of_a_rank, examples, size=len(shares)) == shares
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [

@@ -86,7 +86,6 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     return run_command
 
 
-@pytest.mark.timeout(180)
 def test_a_killed_coordinator_resumes_and_a_rank_that_raises_ends_the_job(
     tmp_path: Path, command: Command
 ) -> None:

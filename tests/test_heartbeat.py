@@ -139,7 +139,6 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.timeout(180)
 def test_ranks_whose_launcher_was_killed_end_and_one_of_a_node_says_so() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, RANK],

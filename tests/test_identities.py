@@ -44,8 +44,6 @@ from fedddp.algorithms import (
 )
 from fedddp.simulation.clock import SameSpeed, Virtual
 
-pytestmark = pytest.mark.timeout(2 * rig.TIMEOUT_S)
-
 ONE_STEP = LocalConfig(steps=1, batch_size=36, lr=0.3)  # one full-batch step
 EQUAL_STEPS = LocalConfig(steps=3, batch_size=4, lr=0.2)
 

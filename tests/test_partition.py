@@ -170,6 +170,13 @@ def test_sizes_follow_the_power_law_in_random_order() -> None:
     assert not np.array_equal(in_order, np.sort(in_order)[::-1])
 
 
+def test_shares_are_rounded_to_the_nearest_example_from_the_first_client_on() -> None:
+    """Each of the clients has one example; thirds of four more end at 1.33, 2.67 and 4, so at 1, 3 and 4."""
+    assert PowerLaw(exponent=0).split(np.zeros(7, int), 3, 0).sizes.tolist() == [2, 3, 2]
+    # Fifths of seven more end at 1.4, 2.8, 4.2, 5.6 and 7.
+    assert PowerLaw(exponent=0).split(np.zeros(12, int), 5, 0).sizes.tolist() == [2, 3, 2, 3, 2]
+
+
 @pytest.mark.parametrize("classes", [1, 2, 3, 10])
 def test_label_quantity_gives_each_client_its_classes_and_shares_each_equally(classes: int) -> None:
     held = histograms(LabelQuantity(classes=classes).split(LABELS, 20, 0), LABELS)

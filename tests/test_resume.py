@@ -242,7 +242,6 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", CASES)
 def test_a_stopped_and_killed_run_ends_with_the_same_bits(resumed: Path, name: str) -> None:
     assert_same(resumed / name / "resumed", resumed / name / "uninterrupted", BASE.rounds)

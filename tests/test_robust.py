@@ -46,8 +46,6 @@ from fedddp.simulation.attacks import GaussianNoise, LabelFlip, ModelReplacement
 from fedddp.testing import run_world
 from fedddp.training.objects import Objects
 
-pytestmark = pytest.mark.timeout(2 * rig.TIMEOUT_S)
-
 Rows = NDArray[np.float64]
 """One update per row."""
 

@@ -97,12 +97,8 @@ class Aggregation(Section, ABC):
         Raises:
             InvalidUpdateError: NaN, infinity or overflow, and `on_invalid_update` is "stop".
         """
-        vectors, clipped = {**update.vectors, "buffers": buffers}, False
-        if self.clip_norm is not None:
-            length = float(norm(vectors["update"]))
-            clipped = self.clip_norm < length < math.inf
-            if clipped:
-                vectors["update"] = vectors["update"] * (self.clip_norm / length)
+        vectors = {**update.vectors, "buffers": buffers}
+        clipped = self._clip_norm(vectors)
         weights = dict.fromkeys(vectors, update.weight) | {"buffers": example_weight}
         bound = _bound(vectors, weights)
         # The bound is cheap; the largest value itself decides near the limit.
@@ -114,10 +110,20 @@ class Aggregation(Section, ABC):
             return AdmittedUpdate(None, valid=False, clipped=False)
         if not valid:
             for name, vector in vectors.items():
-                bound = min(limit, torch.finfo(vector.dtype).max) / 2 / max(weights[name], 1e-12)
+                bound = min(limit / max(weights[name], 1e-12), torch.finfo(vector.dtype).max) / 2
                 vectors[name] = torch.nan_to_num(vector, 0.0, 0.0, 0.0).clamp(-bound, bound)
-            largest = limit
+            largest, clipped = limit, self._clip_norm(vectors)
         return AdmittedUpdate(vectors, valid=valid, clipped=clipped, largest=largest)
+
+    def _clip_norm(self, vectors: dict[str, Tensor]) -> bool:
+        """Shorten the update to `clip_norm`; return whether it was longer."""
+        if self.clip_norm is None:
+            return False
+        length = float(norm(vectors["update"]))
+        clipped = self.clip_norm < length < math.inf
+        if clipped:
+            vectors["update"] = vectors["update"] * (self.clip_norm / length)
+        return clipped
 
 
 class Accumulator(ABC):
@@ -152,12 +158,14 @@ class Accumulator(ABC):
         admitted = self.rule.admit(
             client, update, buffers, example_weight=example_weight, loss=loss, limit=self.limit
         )
-        self.counts[1] += int(not admitted.valid)
-        self.counts[2] += int(admitted.clipped)
+        counts = self.counts.numpy()  # faster element by element than the tensor
+        counts[1] += not admitted.valid
+        counts[2] += admitted.clipped
         if admitted.vectors is not None:
             taken = self._take(client, admitted.vectors, update.weight, example_weight, admitted.largest)
-            self.counts[0] += int(taken)
-            torch.maximum(self.integer_buffers, integer_buffers, out=self.integer_buffers)
+            counts[0] += taken
+            if integer_buffers.numel():
+                torch.maximum(self.integer_buffers, integer_buffers, out=self.integer_buffers)
         return admitted.valid
 
     @abstractmethod

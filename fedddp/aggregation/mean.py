@@ -16,7 +16,7 @@ from fedddp.distributed.world import World
 FRACTION_BITS = 40
 """One unit of the fixed-point sums is 2^-40; with weights that sum to 1 a mean may reach 2^22."""
 
-CACHED = 1 << 15
+CACHED = 1 << 17
 """Elements of a vector that are added at a time on a CPU, where they then stay in the cache."""
 
 SHIFT = 1.5 * 2.0 ** (52 - FRACTION_BITS)
@@ -83,7 +83,7 @@ class Sums(Accumulator):
                 self.sums[name].add_(vector, alpha=factor)
             elif vector.numel():
                 self._add_exactly(name, vector, factor, shiftable=largest < SHIFTABLE)
-        self.weights += torch.tensor([_fixed(weight), _fixed(example_weight)])
+        self.weights.numpy()[:] += (_fixed(weight), _fixed(example_weight))  # faster than by torch
         return True
 
     def _add_exactly(self, name: str, vector: Tensor, weight: float, *, shiftable: bool) -> None:

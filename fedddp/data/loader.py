@@ -118,7 +118,7 @@ class ClientLoader:
         else:
             read = self._streamed(examples, parts, batch_size, shard, pass_seed)
         for some, taken in read:
-            rows = np.concatenate([part.rows for part in some])
+            rows = some[0].rows if len(some) == 1 else np.concatenate([part.rows for part in some])
             chosen = examples[rows]
             images = taken
             if shift is not None:
@@ -128,10 +128,10 @@ class ClientLoader:
                 images = augment(images, draws[torch.from_numpy(rows)].to(self.device), self.data.augment)
             images = self._normalize(images)
             targets = self._labels.index_select(0, torch.from_numpy(chosen).to(self.device))
-            lengths = [len(part.rows) for part in some]
-            pieces = zip(some, torch.split(images, lengths), torch.split(targets, lengths), strict=True)
-            for part, own_images, own_targets in pieces:
-                yield Batch(own_images, own_targets, part.count, part.total)
+            end = 0
+            for part in some:
+                start, end = end, end + len(part.rows)
+                yield Batch(images[start:end], targets[start:end], part.count, part.total)
 
     def _held(self, examples: Indices, parts: list[_Part]) -> Iterator[tuple[list[_Part], Tensor]]:
         """Yield several batches at a time with their pixels, taken on the device."""

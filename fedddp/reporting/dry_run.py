@@ -74,7 +74,7 @@ def dry_run(config: Config, world_size: int) -> Table:
         "first round",
         f"clients per group {_list([len(v) for v in assignment])}, examples per group {_list(examples)}",
     )
-    table.add_row("local training", _engine(config, module, groups))
+    table.add_row("local training", _engine(config, module, train, groups))
     table.add_row("bytes per round", f"{_size(down * len(cohort))} down, {_size(up * len(cohort))} up")
     table.add_row("memory per rank", _memory(config, train, test, flat))
     return table
@@ -86,12 +86,12 @@ def _world(config: Config, world_size: int, groups: int) -> str:
     return f"{_count(world_size, 'rank')}: {_count(groups, 'client group')} of {ranks}; coordinator: {where}"
 
 
-def _engine(config: Config, module: nn.Module, groups: int) -> str:
+def _engine(config: Config, module: nn.Module, train: Images, groups: int) -> str:
     """Return how many clients train at a time, and in which layout."""
     cpu = config.topology.device == "cpu" or not torch.cuda.is_available()
     device = torch.device("cpu" if cpu else "cuda")
-    together, reason = clients_at_once(config, module, device, groups)
-    ways = f"up to {_count(together, 'client')} of a rank side by side" if together else "clients one by one"
+    together, reason = clients_at_once(config, module, device, groups, streamed=train.pixels is None)
+    ways = f"up to {together} clients of a rank side by side" if together > 1 else "clients one by one"
     return f"{ways}, because {reason}" if reason else ways
 
 

@@ -45,11 +45,11 @@ class CohortResults(NamedTuple):
 
     def put(self, position: int, result: ClientResult, *, valid: bool) -> None:
         """Record the result of the client at `position` in the cohort."""
-        self.trained[position] = 1
-        self.steps[position] = result.steps
+        trained, counted, loss_sum, loss_count, steps = (tensor.numpy() for tensor in self)
+        trained[position], steps[position] = 1, result.steps
         if valid:
-            self.valid[position] = 1
-            self.loss_sum[position], self.loss_count[position] = result.loss
+            counted[position] = 1
+            loss_sum[position], loss_count[position] = result.loss.tolist()
 
 
 @dataclass
@@ -208,7 +208,7 @@ def take(s: Session, current: Round, job: ClientJob, state: dict[str, Tensor], r
 
 def buffer_change(buffers: Tensor, start: Tensor) -> Tensor:
     """Return how training changed float buffers (B,); 0 where it did not, infinite masks included."""
-    return torch.where(buffers == start, 0.0, buffers - start)
+    return torch.where(buffers == start, 0.0, buffers - start) if buffers.numel() else buffers
 
 
 def step(s: Session, current: Round) -> None:

@@ -6,7 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from launching import torchrun
 from safetensors.torch import load_file
@@ -43,7 +42,6 @@ def train_again(folder: Path, options: str) -> bool:
     return finished
 
 
-@pytest.mark.timeout(180)
 def test_a_killed_rank_is_reported_and_the_run_resumes(tmp_path: Path) -> None:
     command = f"run {RUN} {OPTIONS} --name wall"
     broken = torchrun(tmp_path, ALGORITHM, command, ranks=5, timeout_s=100, strike="4")

@@ -27,7 +27,6 @@ BIN = Path(sys.executable).parent
 SHORT = "run digits --rounds 2 --data.examples 400 --tracking.trackers []"
 
 Launched = subprocess.Popen[str]
-pytestmark = pytest.mark.timeout(180)
 
 
 class Launcher:

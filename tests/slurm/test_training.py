@@ -17,7 +17,6 @@ from slurm.cluster import TEMPLATES, Cluster
 from fedddp import Federation, load_config
 from fedddp.testing import run_world
 
-pytestmark = pytest.mark.timeout(240)
 PYTHON = str(Path(sys.executable).parent)
 ROUNDS = 8
 DIGITS = ("digits", "--rounds", str(ROUNDS), "--topology.ranks_per_client", "2", "--tracking.trackers", "[]")
