@@ -13,6 +13,23 @@ from torch import Tensor
 from fedddp.section import EXECUTION, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 
+class PlainSGD(torch.optim.Optimizer):
+    """SGD without momentum in one or two kernels; `torch.optim.SGD` adds 0.1 ms of Python to each step."""
+
+    def __init__(self, params: list[Tensor], lr: float, weight_decay: float) -> None:
+        """Take the parameters, and `lr` and `weight_decay` as in `torch.optim.SGD`."""
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Set w to (1 − lr·weight_decay)·w − lr·g."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if group["weight_decay"]:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(parameter.grad, alpha=-group["lr"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class LocalConfig(Section):
     """The local training of a client in one round: its epochs, batches and optimizer."""
@@ -82,8 +99,15 @@ class LocalConfig(Section):
             return self.lr * self.decay ** (round_index // self.decay_every)
         return self.lr
 
+    @property
+    def takes_plain_steps(self) -> bool:
+        """Whether the optimizer is SGD without momentum: w ← w − lr·(g + weight_decay·w)."""
+        return self.optimizer == "sgd" and not self.momentum
+
     def make_optimizer(self, params: Tensor) -> torch.optim.Optimizer:
         """Return the optimizer over one flat parameter; elementwise, so the same as over many."""
+        if self.takes_plain_steps:
+            return PlainSGD([params], lr=self.lr, weight_decay=self.weight_decay)
         options: dict[str, Any] = {"sgd": {"momentum": self.momentum}, "adam": {}, "adamw": {}}
         kind: Any = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[
             self.optimizer

@@ -37,7 +37,9 @@ def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLo
     """
     parts = (world, flat, config.task, loader, config.local, config.algorithm)
     streamed = loader.images.pixels is None
-    together, reason = clients_at_once(config, flat.module, world.device, world.groups, streamed=streamed)
+    reason, together = "a client has several ranks", 0
+    if world.ranks_per_client == 1:
+        together, reason = clients_at_once(config, flat.module, world.device, world.groups, streamed=streamed)
     if together:
         return StackedTrainer(*parts, seed=config.seed, clients_at_once=together)
     if config.local.engine == "stacked":

@@ -66,8 +66,8 @@ class StackedTrainer(ClientTrainer):
         others = [ClientTrainer(world, f, task, loader, local, algorithm, seed=seed) for f in copies]
         self.slots: list[ClientTrainer] = [self, *others]
         self.model = StackedModel([slot.flat.module for slot in self.slots])
-        plain = (local.optimizer, local.momentum, local.clip_norm) == ("sgd", 0.0, None)
-        self.plain_sgd = plain and not reads_grad(type(algorithm))
+        corrected = local.clip_norm is not None or reads_grad(type(algorithm))
+        self.steps_in_backward = local.takes_plain_steps and not corrected
         """Whether a step needs nothing but the gradient, so that the backward pass can take it."""
         kind = type(task)
         self.losses_apart = _definer(kind, "loss") is _definer(kind, "losses")
@@ -110,7 +110,7 @@ class StackedTrainer(ClientTrainer):
         while pairs := [(t, batch) for t in trainings if (batch := next(t.batches, None)) is not None]:
             self._backward(pairs)
             for t, _ in pairs:
-                if self.plain_sgd:  # the step is taken
+                if self.steps_in_backward:
                     t.context.steps += 1
                     t.context.lr_sum += t.context.lr
                 else:
@@ -131,7 +131,7 @@ class StackedTrainer(ClientTrainer):
             parts.append(Part(t.slot, own.start, batch.count, self.rows, t.generator))
             t.trainer.loss_count += batch.count
 
-        step = Step(pairs[0][0].context.lr, self.local.weight_decay) if self.plain_sgd else None
+        step = Step(pairs[0][0].context.lr, self.local.weight_decay) if self.steps_in_backward else None
         loss_sums = self._loss_sums(self.model(images, parts, step), targets, real, parts)
         objective = (loss_sums / torch.tensor([part.count for part in parts])).sum()
         objective.backward()  # type: ignore[no-untyped-call]
