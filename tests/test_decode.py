@@ -177,7 +177,6 @@ def test_labels_are_taken_from_pairs_of_file_and_label(name: str) -> None:
         {"samples": [("a.png", 0, 1)] * 3},
         {"samples": ["a.png"] * 3},
     ],
-    ids=repr,
 )
 def test_labels_without_a_list_of_integers_are_read_from_the_items(attributes: dict[str, Any]) -> None:
     users = Users([(None, 2), (None, 1), (None, 0)], **attributes)
