@@ -223,3 +223,23 @@ def test_invalid_updates_are_counted_and_logged_and_their_client_state_is_not_ke
 def test_an_invalid_update_ends_the_run_by_default(tmp_path: Path) -> None:
     with pytest.raises(InvalidUpdateError, match=r"client 2: its update has NaN .*on_invalid_update=skip"):
         train(tmp_path, "stop")
+
+
+@pytest.mark.parametrize("kind", ["exact", "float32"])
+def test_an_accumulator_that_is_reset_is_like_a_new_one(kind: Literal["exact", "float32"]) -> None:
+    used, fresh = accumulator(4, sums=kind), accumulator(2, sums=kind)
+    large = {name: 1e4 * vector for name, vector in GOOD.items()}  # takes the way of large values, too
+    add(used, GOOD)
+    add(used, large, weight=0.9)
+    used.result()
+    add(used, GOOD)
+    used.reset(2)
+    for sums in (used, fresh):
+        add(sums, GOOD, weight=0.25)
+        add(sums, large, weight=0.75)
+    assert used.limit == fresh.limit
+    one, two = used.state(), fresh.state()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    expected = 0.25 * GOOD["update"] + 0.75 * large["update"]
+    torch.testing.assert_close(used.result()["update"], expected)

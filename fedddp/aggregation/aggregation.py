@@ -138,6 +138,11 @@ class Accumulator(ABC):
         """Updates that were aggregated, invalid, clipped; on the CPU."""
         self.integer_buffers = torch.full_like(integer_buffers, torch.iinfo(torch.int64).min)
 
+    def reset(self, clients: int) -> None:
+        """Start over for a cohort of at most `clients`; the memory is kept."""
+        self.counts.zero_()
+        self.integer_buffers.fill_(torch.iinfo(torch.int64).min)
+
     def add(
         self,
         client: int,

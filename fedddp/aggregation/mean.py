@@ -55,8 +55,7 @@ class Sums(Accumulator):
         """Start at zero; arguments as for `Aggregation.accumulator`."""
         super().__init__(rule, like, integer_buffers)
         self.exact = rule.sums == "exact"
-        # Weighted values below the limit cannot make the sum over the cohort overflow.
-        self.limit = (2.0 ** (62 - FRACTION_BITS) if self.exact else 2.0**126) / max(1, clients)
+        self.limit = self._limit(clients)
         dtype = torch.int64 if self.exact else torch.float32
         self.sums = {
             name: torch.zeros(length, dtype=dtype, device=like.device)
@@ -67,6 +66,18 @@ class Sums(Accumulator):
         self.scratch = torch.empty(0, dtype=torch.float64)
         self.weights = torch.zeros(2, dtype=torch.int64)
         """Sums of the weights and of the example weights; on the CPU, where they are read every round."""
+
+    def _limit(self, clients: int) -> float:
+        """Return the weighted value below which the sum over a cohort cannot overflow."""
+        return (2.0 ** (62 - FRACTION_BITS) if self.exact else 2.0**126) / max(1, clients)
+
+    def reset(self, clients: int) -> None:
+        """Start over at zero."""
+        super().reset(clients)
+        self.limit = self._limit(clients)
+        for tensor in (*self.sums.values(), self.weights):
+            tensor.zero_()
+        self.shifts = dict.fromkeys(self.sums, 0)
 
     def _take(
         self,

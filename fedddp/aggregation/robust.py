@@ -62,6 +62,11 @@ class UpdateStack(Accumulator):
         self.rows: dict[int, Tensor] = {}
         self.weights: dict[int, float] = {}
 
+    def reset(self, clients: int) -> None:
+        """Start over with none."""
+        super().reset(clients)
+        self.rows, self.weights = {}, {}
+
     def _take(
         self,
         client: int,

@@ -27,10 +27,12 @@ class FedAvg(SynchronousAlgorithm):
 
     def step(self, server: ServerState, aggregated: AggregatedUpdate) -> None:
         """v ← βv − Σp_kΔ_k; x ← x − η_g v; without momentum v = −Σp_kΔ_k."""
-        direction = -aggregated["update"]
+        update = aggregated["update"]
         if self.momentum:
-            direction = server.vectors["v"].mul_(self.momentum).add_(direction)
-        server.params.sub_(direction, alpha=self.lr)
+            direction = server.vectors["v"].mul_(self.momentum).sub_(update)
+            server.params.sub_(direction, alpha=self.lr)
+        else:
+            server.params.add_(update, alpha=self.lr)
 
 
 @dataclass(frozen=True, kw_only=True)

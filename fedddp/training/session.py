@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedddp.aggregation import Accumulator
 from fedddp.algorithms import ClientUpdate, ServerState
 from fedddp.config.schema import Config
 from fedddp.data.loader import ClientLoader
@@ -64,6 +65,8 @@ class Session:
     """The metadata of the checkpoint that the run resumed from; empty in a new run."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of this round, by phase."""
+    updates: Accumulator | None = None
+    """Of the round before, whose memory the next one uses; None before the first."""
     _sent_version: int = -1
     _row_began: float = 0.0
     """When the last row was recorded; in seconds of `time.perf_counter`."""

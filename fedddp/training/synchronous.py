@@ -125,13 +125,12 @@ def run_round(s: Session, stop: bool = False) -> Round:
 
 def sample(s: Session) -> Round:
     """Return the next round, empty or as it was stopped, with the clients that have yet to train."""
-    config, server = s.config, s.server
+    config = s.config
     sampled = config.cohort.sample(len(s.split), config.seed, s.rounds_done)
     wanted = len(sampled) - config.cohort.extra
     work = examples_trained(config.local, s.sizes[sampled])
     cohort, seconds = config.clock.arrivals(sampled, work, wanted, config.seed, s.rounds_done)
-    lengths = {**config.algorithm.lengths(server.params.numel()), "buffers": server.buffers.numel()}
-    updates = config.aggregation.accumulator(lengths, len(cohort), server.params, server.integer_buffers)
+    updates = accumulator(s, len(cohort))
     results = CohortResults.empty(len(cohort))
     waiting = cohort
     if s.partial:
@@ -144,6 +143,18 @@ def sample(s: Session) -> Round:
     busy, stopping = torch.zeros(s.world.groups, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
     missing = wanted - len(cohort)
     return Round(cohort, waiting, len(sampled), missing, seconds, updates, results, busy, stopping)
+
+
+def accumulator(s: Session, clients: int) -> Accumulator:
+    """Return an empty accumulator for `clients` clients, in the memory of the round before."""
+    server = s.server
+    if s.updates is None:
+        lengths = {**s.config.algorithm.lengths(server.params.numel()), "buffers": server.buffers.numel()}
+        rule = s.config.aggregation
+        s.updates = rule.accumulator(lengths, clients, server.params, server.integer_buffers)
+    else:
+        s.updates.reset(clients)
+    return s.updates
 
 
 def initial_losses(s: Session, current: Round) -> Tensor:
