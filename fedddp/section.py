@@ -342,7 +342,7 @@ def settings(cls: Any) -> Iterator[tuple[str, Any, Any]]:
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     """Return a suggestion for a misspelt `word`; empty where none is near."""
     names = list(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5 if len(word) < 4 else 0.55)
     if not close:  # another case is no misspelling to difflib
         close = [name for name in names if name.lower() == word.lower()]
     return f". Did you mean '{prefix}{close[0]}'?" if close else ""

@@ -23,7 +23,7 @@ def torchrun(
     command: str,
     *options: str,
     ranks: int = 2,
-    timeout_s: float = 150,
+    timeout_s: float = 500,
     strike: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run `fedddp COMMAND` in `folder` on `ranks` ranks, with `algorithm` as the module `mine`.

@@ -32,6 +32,7 @@ from fedddp.data.loader import ClientLoader
 from fedddp.distributed.launch import connect
 from fedddp.distributed.topology import TopologyConfig
 from fedddp.distributed.world import World
+from fedddp.evaluation import NoMemoryError
 from fedddp.models.flat import FlatModel
 from fedddp.models.stacked import UnsupportedModelError
 from fedddp.tasks import Classification
@@ -375,3 +376,25 @@ def test_a_hook_of_a_users_own_algorithm_finds_the_last_gradient(world: World) -
     alone, together = (trained(world, MODELS["mlp"], k, algorithm=ReadsGradient()) for k in (None, 5))
     assert_close(together, alone)
     assert alone[0][0].abs().sum() > 0
+
+
+class Failing(FedAvg):
+    """Runs out of memory, or fails otherwise."""
+
+    error: str
+
+    def begin(self, context: ClientContext) -> None:
+        if context.round == 1:
+            raise torch.OutOfMemoryError("CUDA") if self.error == "memory" else RuntimeError("the disk burns")
+
+
+def test_an_error_names_the_clients_and_where_memory_runs_out_the_setting(world: World) -> None:
+    message = (
+        "^clients 3, 0: out of memory in round 2 with local.batch_size=8 and 2 clients side by side; lower "
+        r"local.clients_at_once \(the result stays the same\)$"
+    )
+    with pytest.raises(NoMemoryError, match=message):
+        trained(world, MODELS["mlp"], 2, algorithm=Failing(error="memory"), clients=(3, 0))
+    with pytest.raises(RuntimeError, match="the disk burns") as caught:
+        trained(world, MODELS["mlp"], 2, algorithm=Failing(error="disk"), clients=(3, 0))
+    assert caught.value.__notes__ == ["while training clients 3, 0 in round 2"]

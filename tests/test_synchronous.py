@@ -207,7 +207,8 @@ def test_history_has_bytes_times_and_cohort_of_every_round(tmp_path: Path) -> No
         seconds = [
             v for k, v in row.items() if k.startswith("time/") and k not in ("time/virtual", "time/idle")
         ]
-        assert sum(seconds) == pytest.approx(2 * row["time/round"])
+        phases = sum(seconds) - row["time/round"]
+        assert 0 < phases <= row["time/round"]  # what lies between the phases counts, too
         assert ("eval/accuracy" in row) == ("clients/accuracy_mean" in row) == (number == 2)
 
 

@@ -89,7 +89,7 @@ def assemble(
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, world)
     saved = _newest_checkpoint(checkpoints, world) if config.resume == "auto" else None
     built = _build(config, world, module, train, pretrained=saved is None and world.is_coordinator)
-    config = _with_layout(config, built, train, world)
+    laid_out = _with_layout(config, built, train, world)
     flat = FlatModel(built)
     config.algorithm.check_model(flat)
     # The clients: their data, speed and honesty.
@@ -107,7 +107,7 @@ def assemble(
         world=world,
         flat=flat,
         server=server,
-        trainer=make_trainer(config, world, flat, loader),
+        trainer=make_trainer(laid_out, world, flat, loader),
         states=ClientStates(world),
         train=loader,
         test=None if test is None else ClientLoader(test, config.data, world.device, seed=config.seed),

@@ -79,7 +79,7 @@ def run_rounds(s: Session) -> None:
     Raises:
         Stopped: a rank was asked to stop; a checkpoint was written first.
     """
-    stop = s.world.agree_to_stop()
+    stop = s.rounds_done < s.config.rounds and s.world.agree_to_stop()
     while s.rounds_done < s.config.rounds:
         current = run_round(s, stop)
         s.rounds_done += 1
