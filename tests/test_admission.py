@@ -188,3 +188,11 @@ def test_what_is_left_of_an_infinite_update_is_clipped_to_the_norm(kind: str) ->
     assert (admitted.valid, admitted.clipped) == (False, True)
     assert admitted.vectors is not None
     torch.testing.assert_close(admitted.vectors["update"], torch.tensor([0.0, 3.0, -4.0]))
+
+
+def test_a_negative_weight_subtracts_even_large_updates() -> None:
+    sums = accumulator(Mean(), integers=0)
+    for value, weight in ((10000.0, -1.0), (1.0, 2.0)):
+        update = ClientUpdate({"update": torch.full((2,), value)}, weight)
+        sums.add(1, update, torch.zeros(1), 0.5, torch.zeros(0, dtype=torch.int64))
+    assert sums.result()["update"].tolist() == [-9998.0] * 2

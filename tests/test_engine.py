@@ -23,18 +23,19 @@ from fedddp import (
     Federation,
     LocalConfig,
     ModelConfig,
-    TopologyConfig,
     TrackingConfig,
 )
-from fedddp.algorithms import MOON, Algorithm, FedAvg, FedBuff
+from fedddp.algorithms import MOON, ClientContext, FedAvg, FedBuff
 from fedddp.models.stacked import StackedModel
 from fedddp.reporting.dry_run import dry_run
 from fedddp.section import ConfigError
+from fedddp.tasks import Classification
 from fedddp.testing import run_world
-from fedddp.training.engine import channels_last, clients_at_once, obstacle, slots
+from fedddp.training.engine import Place, channels_last, clients_at_once, slots
 
 MLP = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+PLACE = Place(CPU, groups=2, ranks=1, streamed=False)
 
 
 def federation(output: Path | str, **changes: Any) -> Federation:
@@ -50,26 +51,42 @@ def federation(output: Path | str, **changes: Any) -> Federation:
     return Federation(**{**settings, **changes})
 
 
+class Own(FedAvg):
+    """An algorithm of a user."""
+
+    def correct(self, context: ClientContext) -> None:
+        context.grad.add_(torch.randn_like(context.grad))
+
+
+class OwnLoss(Classification):
+    """A task of a user."""
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return super().loss(outputs + torch.rand_like(outputs), targets)
+
+
 @pytest.mark.parametrize(
-    ("changes", "device", "reason"),
+    ("changes", "place", "reason"),
     [
-        ({}, CPU, ""),
-        ({"local": LocalConfig(engine="eager")}, CPU, "local.engine is eager"),
-        ({"topology": TopologyConfig(ranks_per_client=2)}, CPU, "a client has several ranks"),
-        ({}, GPU, "the clients train on a GPU"),
-        ({"local": LocalConfig(precision="bf16")}, CPU, "local.precision is bf16"),
-        ({"local": LocalConfig(accumulate=2)}, CPU, "local.accumulate is 2"),
-        ({"algorithm": MOON()}, CPU, "MOON adds a penalty to the loss"),
+        ({}, {}, ""),
+        ({"local": LocalConfig(engine="eager")}, {}, "local.engine is eager"),
+        ({}, {"ranks": 2}, "a client has several ranks"),
+        ({}, {"device": GPU}, "the clients train on a GPU"),
+        ({"local": LocalConfig(precision="bf16")}, {}, "local.precision is bf16"),
+        ({"local": LocalConfig(accumulate=2)}, {}, "local.accumulate is 2"),
+        ({"algorithm": FedBuff()}, {}, "asynchronous training hands out one client at a time"),
+        ({"algorithm": MOON()}, {}, "MOON adds a penalty to the loss"),
+        ({"algorithm": Own()}, {}, "Own is not one of fedddp's own classes"),
+        ({"task": OwnLoss()}, {}, "OwnLoss is not one of fedddp's own classes"),
+        ({"cohort": CohortConfig(size=1)}, {}, "with 10 parameters there is one at a time"),
     ],
 )
 def test_what_keeps_clients_from_training_side_by_side(
-    changes: dict[str, Any], device: torch.device, reason: str
+    changes: dict[str, Any], place: dict[str, Any], reason: str
 ) -> None:
     config = Config(**changes)
-    assert obstacle(config, device) == reason
-    assert clients_at_once(config, MLP, device, groups=2, streamed=False) == (
-        (0, reason) if reason else (5, "")
-    )
+    expected = (0, reason) if reason else (5, "")
+    assert clients_at_once(config, MLP, (1, 2, 2), PLACE._replace(**place)) == expected
 
 
 @pytest.mark.parametrize(
@@ -94,15 +111,17 @@ def test_the_number_of_copies_follows_from_the_size_of_the_model(
     [
         ({"cohort": CohortConfig(size=7, extra=2)}, 2, 5),
         ({"cohort": CohortConfig(size=100), "data": DataConfig(clients=100)}, 2, 25),
-        ({"algorithm": FedBuff()}, 2, 1),
         ({"local": LocalConfig(clients_at_once=3)}, 1, 3),
+        ({"local": LocalConfig(clients_at_once=1, engine="stacked")}, 1, 1),
     ],
 )
 def test_no_more_copies_are_made_than_a_group_trains_clients(
     changes: dict[str, Any], groups: int, expected: int
 ) -> None:
-    assert clients_at_once(Config(**changes), MLP, CPU, groups, streamed=False) == (expected, "")
-    assert clients_at_once(Config(**changes), MLP, CPU, groups, streamed=True) == (1, "")
+    place = PLACE._replace(groups=groups)
+    assert clients_at_once(Config(**changes), MLP, (1, 2, 2), place) == (expected, "")
+    streamed = place._replace(streamed=True)  # of which a rank reads one client's at a time
+    assert clients_at_once(Config(**changes), MLP, (1, 2, 2), streamed) == (1, "")
 
 
 def test_the_plan_says_how_many_clients_train_at_a_time() -> None:
@@ -116,8 +135,19 @@ def test_the_plan_says_how_many_clients_train_at_a_time() -> None:
         assert words in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-CONVOLUTION = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
-LARGE = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(2001, 2000))
+CONVOLUTION = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+LARGE = nn.Sequential(nn.Conv2d(3, 2000, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2000, 2000))
+
+
+class Viewed(nn.Module):
+    """A network whose view channels-last images do not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8 * 26 * 26, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.conv(x).view(-1, 8 * 26 * 26))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -130,12 +160,13 @@ LARGE = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(2001, 2000))
         ("auto", LARGE, 64, CPU, True),
         (True, LARGE, 32, CPU, True),
         (False, CONVOLUTION, 28, CPU, False),
+        ("auto", Viewed(), 28, CPU, False),
     ],
 )
 def test_channels_last_follows_from_model_image_and_device(
     setting: Any, module: nn.Module, side: int, device: torch.device, expected: bool
 ) -> None:
-    assert channels_last(LocalConfig(channels_last=setting), module, side, device) is expected
+    assert channels_last(LocalConfig(channels_last=setting), module, (3, side, side), device) is expected
 
 
 @pytest.mark.parametrize(
@@ -161,12 +192,10 @@ def test_stacked_is_refused_in_one_line_where_it_cannot_be_and_auto_trains_one_b
         assert torch.equal(tensor, two.model.state_dict()[name])
 
 
-@pytest.mark.parametrize("algorithm", [FedAvg(), FedBuff(buffer_size=2)])
-def test_the_number_of_clients_at_once_decides_no_bit(algorithm: Algorithm, tmp_path: Path) -> None:
+def test_the_number_of_clients_at_once_decides_no_bit(tmp_path: Path) -> None:
     results = [
         federation(
             tmp_path / str(k),
-            algorithm=algorithm,
             local=LocalConfig(batch_size=16, clients_at_once=k, engine="stacked"),
         ).run()
         for k in ("auto", 1, 3)
@@ -203,7 +232,7 @@ def test_one_forward_and_one_backward_pass_serve_all_clients(tmp_path: Path) -> 
     # 4 of 8 clients with 40 examples each: 3 batches of 16 or fewer, twice, in each of two rounds.
     with counted(counts, StackedModel, "__call__"), counted(counts, torch.Tensor, "backward"):
         federation(tmp_path).run()
-    assert counts == {"__call__": 12, "backward": 12}
+    assert counts == {"__call__": 1 + 12, "backward": 3 + 12}  # after a trial of two copies and the model
 
 
 def test_only_the_batches_that_local_steps_uses_are_read(tmp_path: Path) -> None:
@@ -235,7 +264,7 @@ def collectives_of_rounds(output: str) -> dict[str, int]:
     return {name: many.get(name, 0) - few.get(name, 0) for name in names}
 
 
-def test_a_round_takes_four_collectives(tmp_path: Path) -> None:
-    # In five rounds: the model is sent once; sums and small numbers are reduced; so are metrics.
-    expected = {"all_reduce": 15, "broadcast": 5, "all_gather_object": 0, "barrier": 0, "send": 0, "recv": 0}
+def test_a_round_takes_five_collectives(tmp_path: Path) -> None:
+    # Of each of five rounds: the model; the sums, small numbers of two types, and metrics.
+    expected = {"all_reduce": 20, "broadcast": 5, "all_gather_object": 0, "barrier": 0, "send": 0, "recv": 0}
     assert run_world(collectives_of_rounds, str(tmp_path), size=2) == [expected] * 2

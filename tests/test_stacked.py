@@ -34,7 +34,7 @@ from fedddp.distributed.topology import TopologyConfig
 from fedddp.distributed.world import World
 from fedddp.evaluation import NoMemoryError
 from fedddp.models.flat import FlatModel
-from fedddp.models.stacked import UnsupportedModelError
+from fedddp.models.trace import UnsupportedModelError
 from fedddp.tasks import Classification
 from fedddp.training.client_trainer import ClientJob, ClientTrainer
 from fedddp.training.stacked_trainer import StackedTrainer, reads_grad

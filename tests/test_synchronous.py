@@ -264,14 +264,10 @@ class RecordsStack(FedAvg):
         STACKS.append(own[::-1])
 
 
-@pytest.mark.parametrize(("engine", "inner_loop"), [("eager", "_local_sgd"), ("stacked", "_lockstep")])
-def test_from_federation_run_to_the_step_there_are_at_most_five_calls(
-    engine: Literal["eager", "stacked"], inner_loop: str, tmp_path: Path
-) -> None:
+def test_from_federation_run_to_the_step_there_are_at_most_five_calls(tmp_path: Path) -> None:
     STACKS.clear()
-    local = LocalConfig(engine=engine)
-    Federation(small(algorithm=RecordsStack(), local=local, rounds=1, output=str(tmp_path))).run()
+    Federation(small(algorithm=RecordsStack(), rounds=1, output=str(tmp_path))).run()
     assert STACKS
     for calls in STACKS:
         assert len(calls) <= 5, calls
-        assert calls == ["run_rounds", "run_round", "train_clients", "train", inner_loop]
+        assert calls == ["run_rounds", "run_round", "train_clients", "train", "_local_sgd"]

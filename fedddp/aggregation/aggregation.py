@@ -110,9 +110,9 @@ class Aggregation(Section, ABC):
             return AdmittedUpdate(None, valid=False, clipped=False)
         if not valid:
             for name, vector in vectors.items():
-                bound = min(limit / max(weights[name], 1e-12), torch.finfo(vector.dtype).max) / 2
+                bound = min(limit / max(abs(weights[name]), 1e-12), torch.finfo(vector.dtype).max) / 2
                 vectors[name] = torch.nan_to_num(vector, 0.0, 0.0, 0.0).clamp(-bound, bound)
-            largest, clipped = limit, self._clip_norm(vectors)
+            largest, clipped = limit, self._clip_norm(vectors) or clipped
         return AdmittedUpdate(vectors, valid=valid, clipped=clipped, largest=largest)
 
     def _clip_norm(self, vectors: dict[str, Tensor]) -> bool:
@@ -138,6 +138,7 @@ class Accumulator(ABC):
         """Updates that were aggregated, invalid, clipped; on the CPU."""
         self.integer_buffers = torch.full_like(integer_buffers, torch.iinfo(torch.int64).min)
 
+    @abstractmethod
     def reset(self, clients: int) -> None:
         """Start over for a cohort of at most `clients`; the memory is kept."""
         self.counts.zero_()
@@ -220,14 +221,14 @@ def _bound(vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> float
     for name, vector in vectors.items():
         length = math.sqrt(float(torch.dot(flat := vector.flatten(), flat))) if vector.numel() else 0.0
         # Twice, for rounding, and a little more, for squares that underflow.
-        bounds.append(2 * (length + 1e-15) * max(weights[name], 1e-300))
+        bounds.append(2 * (length + 1e-15) * max(abs(weights[name]), 1e-300))
     return max(bounds, default=0.0) if all(map(math.isfinite, bounds)) else math.nan
 
 
 def _largest(vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> float:
     """Return the largest weighted magnitude; NaN or infinity if a value is."""
     largest = [
-        torch.stack(vector.aminmax()).abs().amax().double() * max(weights[name], 1e-300)
+        torch.stack(vector.aminmax()).abs().amax().double() * max(abs(weights[name]), 1e-300)
         for name, vector in vectors.items()
         if vector.numel()
     ]

@@ -118,15 +118,14 @@ class World:
         self._exchange(tensors, dist.all_reduce)
 
     def sum_numbers(self, *tensors: Tensor) -> None:
-        """Collective. As `sum`, for many small tensors: they travel in one message, as float64.
-
-        Whole numbers, and their sums, must be below 2^53.
-        """
-        if self.size > 1:
-            self.sum(message := torch.cat([t.flatten().to("cpu", torch.float64) for t in tensors]))
-            for tensor, piece in zip(
-                tensors, torch.split(message, [t.numel() for t in tensors]), strict=True
-            ):
+        """Collective. As `sum`, for small tensors of int64 and float64: those of one type are one message."""
+        for kind in (torch.int64, torch.float64):
+            alike = [tensor for tensor in tensors if tensor.dtype == kind]
+            if self.size == 1 or not alike:
+                continue
+            self.sum(message := torch.cat([tensor.flatten().cpu() for tensor in alike]))
+            pieces = torch.split(message, [tensor.numel() for tensor in alike])
+            for tensor, piece in zip(alike, pieces, strict=True):
                 tensor.copy_(piece.view(tensor.shape))
 
     def max(self, *tensors: Tensor) -> None:

@@ -6,17 +6,18 @@ layers that treat each value by itself run once over the whole batch, layers wit
 
 from __future__ import annotations
 
+import copy
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
-from fedddp.rng import global_states
+from fedddp.models.flat import FlatModel
+from fedddp.models.trace import UnsupportedModelError, first_line, trace
+from fedddp.rng import generators_kept, seed_global
 
 ROWS = 16
 """Each copy's part begins at a multiple of so many rows, that is of 64 bytes: matrix products can round
@@ -30,19 +31,8 @@ WHOLE = (
 
 Others, such as GELU, round differently at the end of a tensor than in its middle."""
 
-FUNCTIONS = {
-    *(torch.flatten, torch.relu, torch.add, operator.add, operator.getitem, getattr),
-    *(F.relu, F.max_pool2d),
-}
-METHODS = {"flatten", "relu", "view", "reshape", "size"}
-"""What else a forward pass may call, for the same reason; each result is checked for its number of rows."""
-
 QUIET = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU)
-"""Layers that run once per copy and do not draw from the global generators."""
-
-
-class UnsupportedModelError(ValueError):
-    """A model whose copies cannot run side by side, and why."""
+"""Layers that run once per copy and do not draw from the global generators; a user's subclass may."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +63,14 @@ class StackedModel:
                 examples or round by position.
         """
         self.modules = list(modules)
-        graph = _trace(self.modules[0])
+        graph = trace(self.modules[0])
         self.layers = {
             str(node.target): [module.get_submodule(node.target) for module in self.modules]
             for node in graph.nodes
             if node.op == "call_module"
         }
         self.draws = any(
-            not isinstance(layers[0], (*WHOLE, *QUIET)) and not _is_fused(layers[0])
+            type(layers[0]) not in WHOLE and not _is_quiet(layers[0]) and not _is_fused(layers[0])
             for layers in self.layers.values()
         )
         """Whether a layer may draw from torch's generator, such as dropout."""
@@ -139,74 +129,64 @@ def rows_per_copy(batch_size: int) -> int:
     return math.ceil(batch_size / ROWS) * ROWS
 
 
+def _is_quiet(layer: nn.Module) -> bool:
+    return isinstance(layer, QUIET) and type(layer).__module__.startswith(("torch.nn.", "fedddp."))
+
+
 def _is_fused(layer: nn.Module) -> bool:
     """Return whether backward of `layer` writes the steps or the gradients of its parameters itself."""
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-        return False
     if type(layer) is nn.Conv2d:
         return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return type(layer) is nn.Linear
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.modules.batchnorm._NormBase) or super().is_leaf_module(
-            m, module_qualified_name
-        )
+def try_side_by_side(module: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Check, in copies of `module`, that two of them side by side do what each does alone.
 
-
-def _trace(module: nn.Module) -> fx.Graph:
-    """Return the forward pass of `module` in training as a graph.
+    Args:
+        module: the model, on the CPU.
+        shape: of an image, (C, H, W).
 
     Raises:
-        UnsupportedModelError: it cannot be traced, a trace would not hold for every pass, or it has an
-            operation that may couple examples or round by position.
+        UnsupportedModelError: they do not, and why.
     """
-    module.train()
-    before, draws = _plain_attributes(module), global_states()
-    try:
-        graph = _Tracer().trace(module)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise UnsupportedModelError(f"its forward pass cannot be traced ({reason})") from error
-    if global_states() != draws or _plain_attributes(module) != before:
-        raise UnsupportedModelError("its forward pass draws at random, or counts, outside of layers")
-    for node in graph.nodes:
-        _check_node(node)
-    uses = [id(p) for name in _called(graph) for p in module.get_submodule(name).parameters()]
-    if len(uses) != len(set(uses)):
-        raise UnsupportedModelError("two calls of layers share a parameter")
-    if any(p.requires_grad and id(p) not in uses for p in module.parameters()):
-        raise UnsupportedModelError("its forward pass does not use all parameters")
-    return graph
+    with generators_kept():
+        seed_global(0)
+        images = torch.rand(2 * ROWS, *shape)
+        alone, *pair = (FlatModel(copy.deepcopy(module).train()) for _ in range(3))
+        stacked = StackedModel([flat.module for flat in pair])
+        found: list[Tensor] = []
+        expected: list[Tensor] = []
+        try:
+            for start, count in ((0, 3), (ROWS, 5)):
+                seed_global(start)
+                outputs = alone.module(images[start : start + count])
+                weights = torch.linspace(-1, 1, outputs.numel()).view_as(outputs)
+                alone.grad.zero_()
+                (outputs * weights).sum().backward()
+                expected += [outputs.detach(), alone.grad.clone()]
+            parts = []
+            for copy_, (start, count) in enumerate(((0, 3), (ROWS, 5))):
+                state = torch.Generator().manual_seed(start).get_state()
+                parts.append(Part(copy_, start, count, ROWS, state))
+            results = stacked(images, parts, None)
+            pieces = [results[part.start : part.start + part.count] for part in parts]
+            losses = [(o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum() for o in pieces]
+            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            for piece, flat in zip(pieces, pair, strict=True):
+                found += [piece.detach(), flat.grad]
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(f"two copies side by side fail ({first_line(error)})") from error
+        for one, two in zip(found, expected, strict=True):
+            if one.shape != two.shape or not torch.allclose(one, two, rtol=1e-3, atol=1e-4 * _scale(two)):
+                raise UnsupportedModelError("two copies side by side compute something else")
 
 
-def _called(graph: fx.Graph) -> list[str]:
-    return [str(node.target) for node in graph.nodes if node.op == "call_module"]
-
-
-def _plain_attributes(module: nn.Module) -> list[dict[str, object]]:
-    plain = (bool, int, float, str)
-    return [{k: v for k, v in vars(m).items() if isinstance(v, plain)} for m in module.modules()]
-
-
-def _check_node(node: fx.Node) -> None:
-    name = getattr(node.target, "__name__", str(node.target))
-    if node.op == "get_attr":
-        raise UnsupportedModelError(f"it uses {name!r} outside of a layer")
-    if (node.op == "call_function" and node.target not in FUNCTIONS) or (
-        node.op == "call_method" and node.target not in METHODS
-    ):
-        raise UnsupportedModelError(f"its forward pass calls {name!r}")
-    if name == "add" and not all(isinstance(argument, fx.Node) for argument in node.args[:2]):
-        raise UnsupportedModelError("its forward pass adds a constant")
-    if name == "getattr" and node.args[1] != "shape":
-        raise UnsupportedModelError(f"its forward pass uses {node.args[1]!r} of a tensor")
-    if name == "getitem":
-        source = node.args[0]
-        shape = isinstance(source, fx.Node) and source.target in (getattr, "size")
-        if not shape:
-            raise UnsupportedModelError("its forward pass indexes a tensor")
+def _scale(tensor: Tensor) -> float:
+    """Return the largest magnitude of `tensor`, at least 1e-6."""
+    return max(float(tensor.detach().abs().max()), 1e-6)
 
 
 class _Interpreter(fx.Interpreter):
@@ -243,7 +223,7 @@ class _Interpreter(fx.Interpreter):
         for part in self.parts:
             layer, own = layers[part.copy], slice(part.start, part.start + part.count)
             inputs = [a[own] if isinstance(a, Tensor) else a for a in args]
-            if isinstance(layer, QUIET):
+            if _is_quiet(layer):
                 output = layer(*inputs, **kwargs)
             else:
                 torch.default_generator.set_state(part.generator)
@@ -310,7 +290,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x,), (fused, parts, step) = ctx.saved_tensors, ctx.given
         flat = [piece.flatten(0, -2) for piece in _pieces(grads[0].contiguous(), parts)]
-        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            # Contiguous, so that flattened pieces are views of it: channels-last ones would be copies.
+            dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
         if dx is not None:  # before the weights change
             for part, d, out in zip(parts, flat, _pieces(dx, parts), strict=True):
                 torch.mm(d, fused.weights[part.copy], out=out.flatten(0, -2))

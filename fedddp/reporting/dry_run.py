@@ -14,7 +14,7 @@ from fedddp.data.datasets import Images, load
 from fedddp.models.flat import FlatModel
 from fedddp.simulation.clock import examples_trained
 from fedddp.simulation.cohort import assign
-from fedddp.training.engine import clients_at_once
+from fedddp.training.engine import Place, clients_at_once
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -87,10 +87,11 @@ def _world(config: Config, world_size: int, groups: int) -> str:
 
 
 def _engine(config: Config, module: nn.Module, train: Images, groups: int) -> str:
-    """Return how many clients train at a time, and in which layout."""
+    """Return how many clients train at a time, or why one by one."""
     cpu = config.topology.device == "cpu" or not torch.cuda.is_available()
     device = torch.device("cpu" if cpu else "cuda")
-    together, reason = clients_at_once(config, module, device, groups, streamed=train.pixels is None)
+    place = Place(device, groups, config.topology.ranks_per_client, train.pixels is None)
+    together, reason = clients_at_once(config, module, train.shape, place)
     ways = f"up to {together} clients of a rank side by side" if together > 1 else "clients one by one"
     return f"{ways}, because {reason}" if reason else ways
 

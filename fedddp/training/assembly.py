@@ -127,7 +127,7 @@ def assemble(
 
 def _with_layout(config: Config, built: nn.Module, train: Images, world: World) -> Config:
     """Return `config` with the layout of images decided, and put the weights of `built` into it."""
-    last = channels_last(config.local, built, min(train.shape[1:]), world.device)
+    last = channels_last(config.local, built, train.shape, world.device)
     built.to(memory_format=torch.channels_last if last else torch.contiguous_format)
     return dataclasses.replace(config, local=dataclasses.replace(config.local, channels_last=last))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,10 +15,11 @@ from fedddp.config.schema import Config
 from fedddp.data.loader import ClientLoader
 from fedddp.distributed.world import World
 from fedddp.models.flat import FlatModel
-from fedddp.models.stacked import StackedModel, UnsupportedModelError
+from fedddp.models.stacked import try_side_by_side
+from fedddp.models.trace import UnsupportedModelError
 from fedddp.section import ConfigError
 from fedddp.training.client_trainer import ClientTrainer
-from fedddp.training.stacked_trainer import StackedTrainer
+from fedddp.training.stacked_trainer import StackedTrainer, definer
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +39,8 @@ def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLo
         ConfigError: `local.engine` is "stacked", and the clients cannot be trained side by side.
     """
     parts = (world, flat, config.task, loader, config.local, config.algorithm)
-    streamed = loader.images.pixels is None
-    reason, together = "a client has several ranks", 0
-    if world.ranks_per_client == 1:
-        together, reason = clients_at_once(config, flat.module, world.device, world.groups, streamed=streamed)
+    place = Place(world.device, world.groups, world.ranks_per_client, loader.images.pixels is None)
+    together, reason = clients_at_once(config, flat.module, loader.images.shape, place)
     if together:
         return StackedTrainer(*parts, seed=config.seed, clients_at_once=together)
     if config.local.engine == "stacked":
@@ -49,44 +50,60 @@ def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLo
     return ClientTrainer(*parts, seed=config.seed)
 
 
-def clients_at_once(
-    config: Config, module: nn.Module, device: torch.device, groups: int, *, streamed: bool
-) -> tuple[int, str]:
-    """Return how many clients a rank trains side by side; 0 and the reason if the eager engine trains.
+class Place(NamedTuple):
+    """Where clients train, and how they get their images."""
 
-    A rank reads one stream of images at a time, and a worker of asynchronous training gets one client at a
-    time: the stacked engine trains these one by one.
+    device: torch.device
+    groups: int
+    """G."""
+    ranks: int
+    """R."""
+    streamed: bool
+    """Whether images are read as they are needed, of which a rank has one stream at a time."""
+
+
+def clients_at_once(
+    config: Config, module: nn.Module, shape: tuple[int, int, int], place: Place
+) -> tuple[int, str]:
+    """Return how many clients a rank trains side by side; 0 and the reason if one by one.
+
+    `shape` is that of an image, (C, H, W).
     """
-    local, algorithm = config.local, config.algorithm
-    reason = obstacle(config, device)
+    local, parameters = config.local, sum(p.numel() for p in module.parameters())
+    copies, cohort = slots(local, parameters), config.cohort.size + config.cohort.extra
+    reason = obstacle(config, place)
+    # The engine decides bits: its choice depends neither on G nor on how images are read.
+    if not reason and min(copies, cohort) == 1 and local.engine == "auto":
+        reason = f"with {parameters:,} parameters there is one at a time"
     if reason:
         return 0, reason
     try:
-        StackedModel([module])
+        try_side_by_side(module, shape)
     except UnsupportedModelError as error:
         return 0, str(error)
-    if streamed or isinstance(algorithm, AsynchronousAlgorithm):
-        return 1, ""
-    cohort = config.cohort.size + config.cohort.extra
-    return min(slots(local, sum(p.numel() for p in module.parameters())), -(-cohort // groups)), ""
+    return 1 if place.streamed else min(copies, -(-cohort // place.groups)), ""
 
 
-def obstacle(config: Config, device: torch.device) -> str:
+def obstacle(config: Config, place: Place) -> str:
     """Return why clients are not trained side by side, whatever the model; empty if they can be."""
     local, algorithm = config.local, config.algorithm
-    if local.engine == "eager":
-        return "local.engine is eager"
-    if config.topology.ranks_per_client > 1:
-        return "a client has several ranks"
-    if device.type != "cpu":
-        return "the clients train on a GPU"
-    if local.precision != "fp32":
-        return f"local.precision is {local.precision}"
-    if local.accumulate > 1:
-        return f"local.accumulate is {local.accumulate}"
-    if type(algorithm).penalty is not Algorithm.penalty:
-        return f"{type(algorithm).__name__} adds a penalty to the loss"
-    return ""
+    owners = [definer(type(algorithm), hook) for hook in ("begin", "correct", "finish")]
+    owners += [definer(type(config.task), "loss"), definer(type(config.task), "losses")]
+    unknown = [owner.__name__ for owner in owners if not owner.__module__.startswith("fedddp.")]
+    reasons = {
+        "local.engine is eager": local.engine == "eager",
+        "a client has several ranks": place.ranks > 1,
+        "the clients train on a GPU": place.device.type != "cpu",
+        f"local.precision is {local.precision}": local.precision != "fp32",
+        f"local.accumulate is {local.accumulate}": local.accumulate > 1,
+        "asynchronous training hands out one client at a time": isinstance(algorithm, AsynchronousAlgorithm),
+        f"{type(algorithm).__name__} adds a penalty to the loss": (
+            type(algorithm).penalty is not Algorithm.penalty
+        ),
+        # A hook may draw at random, change the model, or register hooks on it.
+        f"{'/'.join(unknown[:1])} is not one of fedddp's own classes": bool(unknown),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def slots(local: LocalConfig, parameters: int) -> int:
@@ -96,8 +113,11 @@ def slots(local: LocalConfig, parameters: int) -> int:
     return max(1, min(MOST, ELEMENTS // parameters))
 
 
-def channels_last(local: LocalConfig, module: nn.Module, side: int, device: torch.device) -> bool:
-    """Return whether `module` trains channels-last on images whose shorter side has so many pixels.
+@torch.no_grad()
+def channels_last(
+    local: LocalConfig, module: nn.Module, shape: tuple[int, int, int], device: torch.device
+) -> bool:
+    """Return whether `module` trains channels-last on images of `shape` (C, H, W).
 
     Measured on a CPU (docs/benchmarks.md) it takes 0.5 to 0.95 of the time, but more where a large network
     ends in maps of one or two pixels, as ResNet-18 does at 32 x 32. GPUs gain in half precision only.
@@ -105,5 +125,13 @@ def channels_last(local: LocalConfig, module: nn.Module, side: int, device: torc
     if local.channels_last != "auto":
         return local.channels_last
     convolves = any(isinstance(layer, nn.Conv2d) for layer in module.modules())
-    large = sum(p.numel() for p in module.parameters()) > LARGE and side < 64
-    return convolves and device.type == "cpu" and not large
+    large = sum(p.numel() for p in module.parameters()) > LARGE and min(shape[1:]) < 64
+    if not convolves or large or device.type != "cpu":
+        return False
+    trial = copy.deepcopy(module).eval().to(memory_format=torch.channels_last)
+    images = torch.zeros(2, *shape).contiguous(memory_format=torch.channels_last)
+    try:
+        trial(images)
+    except RuntimeError:  # it takes views that channels-last images do not allow
+        return False
+    return True

@@ -62,7 +62,10 @@ class StackedTrainer(ClientTrainer):
         """
         super().__init__(world, flat, task, loader, local, algorithm, seed=seed)
         self.clients_at_once = clients_at_once
-        copies = (FlatModel(copy.deepcopy(flat.module)) for _ in range(clients_at_once - 1))
+        # Frozen parameters are shared: a checkpoint is restored into the first copy only.
+        frozen = [p for p in flat.module.parameters() if not p.requires_grad]
+        shared = [{id(p): p for p in frozen} for _ in range(clients_at_once - 1)]
+        copies = [FlatModel(copy.deepcopy(flat.module, memo)) for memo in shared]
         others = [ClientTrainer(world, f, task, loader, local, algorithm, seed=seed) for f in copies]
         self.slots: list[ClientTrainer] = [self, *others]
         self.model = StackedModel([slot.flat.module for slot in self.slots])
@@ -70,7 +73,7 @@ class StackedTrainer(ClientTrainer):
         self.steps_in_backward = local.takes_plain_steps and not corrected
         """Whether a step needs nothing but the gradient, so that the backward pass can take it."""
         kind = type(task)
-        self.losses_apart = _definer(kind, "loss") is _definer(kind, "losses")
+        self.losses_apart = definer(kind, "loss") is definer(kind, "losses")
         """Whether the task gives the loss of every example; one that overrides `loss` alone does not."""
         self.rows = rows_per_copy(local.batch_size)
         rows = clients_at_once * self.rows
@@ -165,16 +168,18 @@ class StackedTrainer(ClientTrainer):
         if self.losses_apart:
             losses = self.task.losses(outputs, targets)
             assert losses is not None
-            return (losses.double() * real).view(len(parts), self.rows).sum(1)
+            apart = torch.where(real > 0, losses.double(), 0.0)  # a row of padding may have an infinite loss
+            return apart.view(len(parts), self.rows).sum(1)
         rows = [slice(part.start, part.start + part.count) for part in parts]
         return torch.stack([self.task.loss(outputs[own], targets[own]).double() for own in rows])
 
 
 def reads_grad(algorithm: type[Algorithm]) -> bool:
     """Return whether a hook of the algorithm may use the gradient; see `Algorithm.reads_grad`."""
-    hooks = {_definer(algorithm, name) for name in ("begin", "correct", "finish")}
+    hooks = {definer(algorithm, name) for name in ("begin", "correct", "finish")}
     return any(vars(owner).get("reads_grad", True) for owner in hooks)
 
 
-def _definer(cls: type, name: str) -> type:
+def definer(cls: type, name: str) -> type:
+    """Return the class, of `cls` and its bases, that defines the attribute `name`."""
     return next(base for base in cls.__mro__ if name in vars(base))
