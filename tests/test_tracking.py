@@ -47,6 +47,7 @@ def patch(tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
 
 def track_run(folder: Path, tracking: TrackingConfig, rounds: int = 3, **options: Any) -> str:
     """Track a small run to its end; return what it printed."""
+    folder.mkdir(exist_ok=True)
     console = Console(file=io.StringIO(), width=80)
     tracker = Tracker(tracking, folder, CONFIG, name="demo", total_rounds=rounds, console=console, **options)
     for index in range(options.get("resume_round", 0) + 1, rounds + 1):
@@ -81,6 +82,13 @@ def test_rows_are_on_disk_as_json_before_the_run_ends(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "history.jsonl") == [{"round": 1, "loss": 0.5, "recall": [0, 1], "bad": None}]
     history.sync()
     history.close()
+
+
+def test_a_history_whose_folder_was_moved_away_is_refused_and_makes_none(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match="it was deleted or moved while the run lasted: '.*run'"):
+        History(folder)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("partial", ["", '{"round": 4, "lo', '{"round": 4}'])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 Row = dict[str, Any]
+GONE = "it was deleted or moved while the run lasted"
 HISTORY = "history.jsonl"
 
 
@@ -26,14 +27,15 @@ class History:
         """Open both files; lines of rounds after `keep_rounds` are cut off, and so is a partial one.
 
         Args:
-            folder: the run folder; made if missing.
+            folder: the run folder.
             keep_rounds: the round of the checkpoint that the run resumes from; 0 starts from scratch.
 
         Raises:
             ValueError: a line before the last is corrupt.
             OSError: a file cannot be written.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():  # a half-made folder in its place would hide that
+            raise FileNotFoundError(errno.ENOENT, GONE, str(folder))
         self._files: list[BinaryIO] = []
         try:
             for name in (HISTORY, "clients.jsonl"):
@@ -139,7 +141,7 @@ def write_rows(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
         OSError: the disk is full or gone.
     """
     if not os.path.exists(file.name) or not os.path.samestat(os.stat(file.name), os.fstat(file.fileno())):
-        raise FileNotFoundError(errno.ENOENT, "it was deleted or moved while the run lasted", file.name)
+        raise FileNotFoundError(errno.ENOENT, GONE, file.name)
     lines = "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows).encode()
     end = os.fstat(file.fileno()).st_size
     try:
