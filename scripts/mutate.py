@@ -93,7 +93,7 @@ _DROPS_OUT = (
 )
 _TRIAL = "trial = ServerState(torch.ones(3), torch.empty(0), torch.empty(0), 1)"
 _TRIAL_STEP = 'self.step(trial, AggregatedUpdate({"update": torch.ones(3)}, 1))'
-_LARGEST = "torch.stack(vector.aminmax()).abs().amax().double() * max(weights[name], 1e-300)"
+_LARGEST = "torch.stack(vector.aminmax()).abs().amax().double() * max(abs(weights[name]), 1e-300)"
 _FLOAT32 = 'fix = f"{fix}, or aggregation.sums=float32" if limit < 2.0**62 else fix'
 _RESHAPED = "pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)"
 _CLOSE = "close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)"

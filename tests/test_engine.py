@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from fedddp.reporting.dry_run import dry_run
 from fedddp.section import ConfigError
 from fedddp.tasks import Classification
 from fedddp.testing import run_world
-from fedddp.training.engine import Place, channels_last, clients_at_once, slots
+from fedddp.training.engine import Place, channels_last, clients_at_once
 
 MLP = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -89,21 +90,15 @@ def test_what_keeps_clients_from_training_side_by_side(
     assert clients_at_once(config, MLP, (1, 2, 2), PLACE._replace(**place)) == expected
 
 
-@pytest.mark.parametrize(
-    ("setting", "parameters", "expected"),
-    [
-        ("auto", 50_000, 25),
-        ("auto", 159_010, 9),
-        ("auto", 431_080, 3),
-        ("auto", 4_000_000, 1),
-        ("auto", 11_000_000, 1),
-        (7, 1, 7),
-    ],
-)
-def test_the_number_of_copies_follows_from_the_size_of_the_model(
-    setting: Any, parameters: int, expected: int
-) -> None:
-    assert slots(LocalConfig(clients_at_once=setting), parameters) == expected
+@pytest.mark.parametrize(("hidden", "expected"), [(100, 25), (2000, 24), (24_000, 2), (100_000, 0)])
+def test_the_number_of_copies_follows_from_the_size_of_the_model(hidden: int, expected: int) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(28, hidden), nn.Linear(hidden, 2))
+    config = Config(cohort=CohortConfig(size=100), data=DataConfig(clients=100))
+    found, reason = clients_at_once(config, model, (1, 4, 7), PLACE)
+    assert found == min(expected, 50)
+    assert (reason == "") == (expected > 0)
+    setting = dataclasses.replace(config, local=LocalConfig(clients_at_once=3))
+    assert clients_at_once(setting, model, (1, 4, 7), PLACE)[0] == (3 if expected else 0)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +107,7 @@ def test_the_number_of_copies_follows_from_the_size_of_the_model(
         ({"cohort": CohortConfig(size=7, extra=2)}, 2, 5),
         ({"cohort": CohortConfig(size=100), "data": DataConfig(clients=100)}, 2, 25),
         ({"local": LocalConfig(clients_at_once=3)}, 1, 3),
-        ({"local": LocalConfig(clients_at_once=1, engine="stacked")}, 1, 1),
+        ({"local": LocalConfig(clients_at_once=1)}, 1, 1),
     ],
 )
 def test_no_more_copies_are_made_than_a_group_trains_clients(

@@ -70,9 +70,9 @@ def clients_at_once(
     `shape` is that of an image, (C, H, W).
     """
     local, parameters = config.local, sum(p.numel() for p in module.parameters())
-    copies, cohort = slots(local, parameters), config.cohort.size + config.cohort.extra
+    copies, cohort = max(1, min(MOST, ELEMENTS // parameters)), config.cohort.size + config.cohort.extra
     reason = obstacle(config, place)
-    # The engine decides bits: its choice depends neither on G nor on how images are read.
+    # The engine decides bits, so its choice depends on nothing that may change when a run is resumed.
     if not reason and min(copies, cohort) == 1 and local.engine == "auto":
         reason = f"with {parameters:,} parameters there is one at a time"
     if reason:
@@ -81,6 +81,8 @@ def clients_at_once(
         try_side_by_side(module, shape)
     except UnsupportedModelError as error:
         return 0, str(error)
+    if local.clients_at_once != "auto":
+        copies = local.clients_at_once
     return 1 if place.streamed else min(copies, -(-cohort // place.groups)), ""
 
 
@@ -104,13 +106,6 @@ def obstacle(config: Config, place: Place) -> str:
         f"{'/'.join(unknown[:1])} is not one of fedddp's own classes": bool(unknown),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
-
-
-def slots(local: LocalConfig, parameters: int) -> int:
-    """Return how many copies of a model with so many parameters train side by side."""
-    if local.clients_at_once != "auto":
-        return local.clients_at_once
-    return max(1, min(MOST, ELEMENTS // parameters))
 
 
 @torch.no_grad()
