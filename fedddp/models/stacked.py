@@ -47,6 +47,12 @@ class Step:
         """1 − lr·weight_decay."""
         return 1.0 - self.lr * self.weight_decay
 
+    def take(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        """Step `parameters` by their `gradients`, in place."""
+        if self.weight_decay:
+            torch._foreach_mul_(parameters, self.keep)
+        torch._foreach_add_(parameters, gradients, alpha=-self.lr)
+
 
 class StackedModel:
     """K modules of the same architecture as one function of a batch; see the module's docstring.
@@ -75,7 +81,6 @@ class StackedModel:
         )
         """Whether a layer may draw from torch's generator, such as dropout."""
         self._interpreter = _Interpreter(self, fx.GraphModule(self.modules[0], graph))
-        self._token = torch.zeros((), requires_grad=True)
         self.fused = {name: _Fused(layers) for name, layers in self.layers.items() if _is_fused(layers[0])}
         """Layers whose steps or gradients the backward pass itself writes, by name."""
 
@@ -96,7 +101,6 @@ class StackedModel:
         if others := [p.grad for part in parts for p in self._others[part.copy] if p.grad is not None]:
             torch._foreach_zero_(others)
         self._interpreter.parts, self._interpreter.step, self._interpreter.rows = parts, step, len(images)
-        self._interpreter.token = self._token
         return self._interpreter.run(images)  # type: ignore[no-any-return]
 
     def finish(self, parts: Sequence[Part], step: Step | None) -> None:
@@ -104,10 +108,7 @@ class StackedModel:
         others = [p for part in parts for p in self._others[part.copy]]
         if step is None or not others:
             return
-        data, grads = [p.data for p in others], [p.grad for p in others if p.grad is not None]
-        if step.weight_decay:
-            torch._foreach_mul_(data, step.keep)
-        torch._foreach_add_(data, grads, alpha=-step.lr)
+        step.take([p.data for p in others], [p.grad for p in others if p.grad is not None])
 
 
 @dataclass
@@ -158,21 +159,17 @@ def try_side_by_side(module: nn.Module, shape: tuple[int, int, int]) -> None:
         found: list[Tensor] = []
         expected: list[Tensor] = []
         try:
-            for start, count in ((0, 3), (ROWS, 5)):
-                seed_global(start)
-                outputs = alone.module(images[start : start + count])
-                weights = torch.linspace(-1, 1, outputs.numel()).view_as(outputs)
-                alone.grad.zero_()
-                (outputs * weights).sum().backward()
-                expected += [outputs.detach(), alone.grad.clone()]
             parts = []
-            for copy_, (start, count) in enumerate(((0, 3), (ROWS, 5))):
-                state = torch.Generator().manual_seed(start).get_state()
-                parts.append(Part(copy_, start, count, ROWS, state))
+            for number, (start, count) in enumerate(((0, 3), (ROWS, 5))):
+                seed_global(start)
+                parts.append(Part(number, start, count, ROWS, torch.default_generator.get_state()))
+                outputs = alone.module(images[start : start + count])
+                alone.grad.zero_()
+                _weighted_sum(outputs).backward()  # type: ignore[no-untyped-call]
+                expected += [outputs.detach(), alone.grad.clone()]
             results = stacked(images, parts, None)
             pieces = [results[part.start : part.start + part.count] for part in parts]
-            losses = [(o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum() for o in pieces]
-            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack([_weighted_sum(piece) for piece in pieces]).sum().backward()  # type: ignore[no-untyped-call]
             for piece, flat in zip(pieces, pair, strict=True):
                 found += [piece.detach(), flat.grad]
         except UnsupportedModelError:
@@ -182,6 +179,11 @@ def try_side_by_side(module: nn.Module, shape: tuple[int, int, int]) -> None:
         for one, two in zip(found, expected, strict=True):
             if one.shape != two.shape or not torch.allclose(one, two, rtol=1e-3, atol=1e-4 * _scale(two)):
                 raise UnsupportedModelError("two copies side by side compute something else")
+
+
+def _weighted_sum(outputs: Tensor) -> Tensor:
+    """Return a loss to which every output adds differently."""
+    return (outputs * torch.linspace(-1, 1, outputs.numel()).view_as(outputs)).sum()
 
 
 def _scale(tensor: Tensor) -> float:
@@ -194,22 +196,22 @@ class _Interpreter(fx.Interpreter):
 
     parts: Sequence[Part]
     step: Step | None
-    token: Tensor
     rows: int
 
     def __init__(self, model: StackedModel, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self.model = model
+        self.token = torch.zeros((), requires_grad=True)
+        """Lets autograd go back through a layer whose input, the images, has no gradient."""
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a layer once over the batch, or once per copy."""
-        target = str(target)
-        layers = self.model.layers[target]
+        """Run a layer once over the batch, or once per copy; `trace` allows one argument only."""
+        (x,), layers = args, self.model.layers[str(target)]
         if type(layers[0]) in WHOLE or (isinstance(layers[0], nn.Dropout) and not layers[0].p):
-            return layers[0](*args, **kwargs)
-        if fused := self.model.fused.get(target):
-            return fused.function.apply(args[0], self.token, fused, self.parts, self.step)
-        return self._each(layers, args, kwargs)
+            return layers[0](x)
+        if fused := self.model.fused.get(str(target)):
+            return fused.function.apply(x, self.token, fused, self.parts, self.step)
+        return self._each(layers, x)
 
     def run_node(self, n: fx.Node) -> Any:
         """Refuse an operation that joins the examples of a batch."""
@@ -218,16 +220,15 @@ class _Interpreter(fx.Interpreter):
             raise UnsupportedModelError(f"the result of {n.name!r} has other rows than the batch")
         return result
 
-    def _each(self, layers: list[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _each(self, layers: list[nn.Module], x: Tensor) -> Tensor:
         pieces: list[Tensor] = []
         for part in self.parts:
-            layer, own = layers[part.copy], slice(part.start, part.start + part.count)
-            inputs = [a[own] if isinstance(a, Tensor) else a for a in args]
+            layer, own = layers[part.copy], x[part.start : part.start + part.count]
             if _is_quiet(layer):
-                output = layer(*inputs, **kwargs)
+                output = layer(own)
             else:
                 torch.default_generator.set_state(part.generator)
-                output = layer(*inputs, **kwargs)
+                output = layer(own)
                 part.generator = torch.default_generator.get_state()
             pieces.append(output)
             if part.rows > part.count:
@@ -255,10 +256,7 @@ class _Fused:
         if step is None:
             torch._foreach_copy_([self.bias_grads[part.copy] for part in parts], gradients)
             return
-        biases = [self.biases[part.copy] for part in parts]
-        if step.weight_decay:
-            torch._foreach_mul_(biases, step.keep)
-        torch._foreach_add_(biases, gradients, alpha=-step.lr)
+        step.take([self.biases[part.copy] for part in parts], gradients)
 
 
 def _pieces(tensor: Tensor, parts: Sequence[Part]) -> list[Tensor]:
@@ -343,9 +341,7 @@ class _Convolution(torch.autograd.Function):
             if fused.trains and step is None:
                 fused.weight_grads[part.copy].copy_(d_weight)
             elif fused.trains:
-                if step.weight_decay:
-                    weight.mul_(step.keep)
-                weight.add_(d_weight, alpha=-step.lr)
+                step.take([weight], [d_weight])
             bias_gradients.append(d_bias)
         if fused.trains_bias:
             fused.step_biases(parts, bias_gradients, step)

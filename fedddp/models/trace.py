@@ -16,7 +16,8 @@ FUNCTIONS = {
     *(F.relu, F.max_pool2d),
 }
 METHODS = {"flatten", "relu", "view", "reshape", "size"}
-"""What else a forward pass may call, for the same reason; each result is checked for its number of rows."""
+"""What a forward pass may call besides layers: what is exact in any place of a batch (see `stacked.WHOLE`).
+Each result is checked for its number of rows."""
 
 
 class UnsupportedModelError(ValueError):
