@@ -18,7 +18,8 @@ import yaml
 
 from fedddp import Config
 from fedddp.algorithms import AggregatedUpdate, FedAvg, ServerState
-from fedddp.cli import STOPPED, main
+from fedddp.cli import main
+from fedddp.commands.console import STOPPED
 from fedddp.config.reference import documented
 from fedddp.section import class_name, section_in, settings
 from fedddp.storage.history import read_rows

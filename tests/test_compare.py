@@ -23,7 +23,8 @@ from PIL import Image
 from rich.console import Console
 
 from fedddp.algorithms import AggregatedUpdate, FedAvg, ServerState
-from fedddp.cli import STOPPED, main
+from fedddp.cli import main
+from fedddp.commands.console import STOPPED
 from fedddp.reporting.compare import prepare
 from fedddp.reporting.curves import differing, over_seeds, read
 from fedddp.reporting.render import cells, target_of, terminal, write

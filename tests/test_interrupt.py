@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedddp import CohortConfig, Config, DataConfig, Federation, ModelConfig, TrackingConfig, load_config
-from fedddp.cli import STOPPED, main
+from fedddp.cli import main
+from fedddp.commands.console import STOPPED
 from fedddp.distributed.world import World
 from fedddp.federation import Interrupted
 from fedddp.testing import run_world

@@ -1,0 +1,1 @@
+"""The commands of `fedddp`, a function for each; it takes the words after the command."""

@@ -1,0 +1,67 @@
+"""The commands that look before a run: `plan`, `partition`, `recipes`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from fedddp.commands.console import fail, load_configuration, show
+from fedddp.distributed.environment import Launch
+
+
+def partition(rest: list[str]) -> None:
+    """Print how the data are split over the clients."""
+    config, _ = load_configuration(rest)
+    from fedddp.data.datasets import load
+    from fedddp.reporting.partition_table import describe, table
+
+    try:
+        train, _ = load(config.data)
+        split, _ = config.data.split(train, config.seed)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    show(table(describe(split, train.labels, train.classes)))
+
+
+def plan(rest: list[str]) -> None:
+    """Print the dry run of a configuration."""
+    rest, ranks = _ranks(rest)
+    config, name = load_configuration(rest, ranks)
+    from fedddp.reporting.dry_run import dry_run
+
+    try:
+        table = dry_run(
+            dataclasses.replace(config, name=config.name or name),
+            ranks or Launch.from_environment().world_size,
+        )
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    show(table)
+
+
+def _ranks(rest: list[str]) -> tuple[list[str], int]:
+    """Return the arguments without `--ranks N`, and N, or 0 where it is not given."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("--ranks", type=int)
+    try:
+        own, others = options.parse_known_args(rest)
+    except argparse.ArgumentError as error:
+        fail(f"--ranks: {error.message}")
+    if own.ranks is not None and own.ranks < 1:
+        fail(f"--ranks must be >= 1, got {own.ranks}; it is how many ranks the launcher will start")
+    return others, own.ranks or 0
+
+
+def recipes(_: list[str]) -> None:
+    """Print the configurations that ship with fedddp."""
+    from rich.table import Table
+
+    from fedddp.recipes import recipes
+
+    table = Table("recipe", "what it trains", box=None, header_style="bold")
+    # Each dataset first with FedAvg, then with other algorithms.
+    for name, description in sorted(
+        recipes().items(), key=lambda item: (item[0].startswith("digits-"), item[0])
+    ):
+        table.add_row(name, description)
+    show(table)

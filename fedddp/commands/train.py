@@ -1,0 +1,85 @@
+"""The commands that train: `run` and `compare`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+
+from fedddp.commands.console import fail, is_coordinator, load_configuration, reporting, say, stop
+from fedddp.distributed.environment import Launch
+
+
+def run(rest: list[str]) -> None:
+    """Train one run."""
+    config, name = load_configuration(rest)
+    from fedddp.federation import Federation, Interrupted
+
+    with reporting():
+        try:
+            result = Federation(config, default_name=name).run()
+        except Interrupted as interruption:
+            result = interruption.result
+    if not result.finished:
+        stop(f"run {shlex.join(_with_flags(rest, name=result.folder.name, resume='auto'))}")
+    if is_coordinator():
+        say(f"run directory: {result.folder}")
+
+
+def _with_flags(rest: list[str], **flags: str) -> list[str]:
+    """Return the arguments `rest` with these flags, which replace those of the same name."""
+    kept, words = [], iter(rest)
+    for word in words:
+        if word.startswith("--") and word[2:].partition("=")[0] in flags:
+            if "=" not in word:
+                next(words, None)
+            continue
+        kept.append(word)
+    for name, value in flags.items():
+        kept += [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+    return kept
+
+
+def compare_runs(rest: list[str]) -> None:
+    """Train what is not trained yet, and compare all runs."""
+    from fedddp.distributed.launch import choose_device
+    from fedddp.federation import Interrupted
+    from fedddp.reporting import compare
+    from fedddp.tracking.progress import QuietConsole
+
+    options = argparse.ArgumentParser(
+        prog="fedddp compare",
+        usage="fedddp compare RECIPE|FILE|RUN ... [--output FOLDER] [--accuracy A] [--section.key value ...]",
+        description="Train what is not trained yet; compare all runs in a table, a picture, a page.",
+        epilog="A folder stands for all runs in it. Settings are for all runs trained: fedddp run --help.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    options.add_argument("--output", metavar="FOLDER", help="folder of the runs and the report")
+    options.add_argument(
+        "--accuracy", metavar="A", type=float, help="test accuracy to race for, in (0, 1]; 0.95 of the best"
+    )
+    if "-h" in rest or "--help" in rest:
+        if is_coordinator():
+            say(options.format_help(), end="")
+        return
+    targets = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
+    if not targets:
+        fail("give recipes, .yaml files or run directories, e.g. `fedddp compare compare-paradigms`")
+    try:
+        own, flags = options.parse_known_args(rest[len(targets) :])
+        comparison = compare.prepare(targets, flags, own.output, own.accuracy)
+        for config in comparison.configs.values():
+            choose_device(config.topology, Launch.from_environment())
+    except (ValueError, argparse.ArgumentError) as error:
+        fail(str(error))
+    with reporting():
+        try:
+            finished = compare.train(comparison)
+        except Interrupted:
+            finished = False
+        if finished and is_coordinator():
+            for path in compare.report(comparison, QuietConsole()):
+                say(str(path))
+    if not finished:
+        stop(f"compare {shlex.join(rest)}")
