@@ -15,7 +15,7 @@ from fedddp.distributed.signals import stop_signals_held
 COMMANDS = {
     "run": "fedddp.commands.train:run",
     "compare": "fedddp.commands.train:compare_runs",
-    "plan": "fedddp.commands.preview:plan",
+    "plan": "fedddp.commands.preview:dry_run_table",
     "partition": "fedddp.commands.preview:partition",
     "recipes": "fedddp.commands.preview:recipes",
     "runs": "fedddp.commands.runs:runs",

@@ -23,7 +23,7 @@ def partition(rest: list[str]) -> None:
     show(table(describe(split, train.labels, train.classes)))
 
 
-def plan(rest: list[str]) -> None:
+def dry_run_table(rest: list[str]) -> None:
     """Print the dry run of a configuration."""
     rest, ranks = _ranks(rest)
     config, name = load_configuration(rest, ranks)
