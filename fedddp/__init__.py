@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fedddp import algorithms as algorithms
     from fedddp import tasks as tasks
     from fedddp.algorithms.local import LocalConfig as LocalConfig
+    from fedddp.callbacks import Callback as Callback
     from fedddp.config.loader import load_config as load_config
     from fedddp.config.schema import Config as Config
     from fedddp.data import partition as partitions  # noqa: F401
@@ -46,6 +47,7 @@ _NAMES = {
     "Federation": "fedddp.federation",
     "Result": "fedddp.federation",
     "summarize": "fedddp.federation",
+    "Callback": "fedddp.callbacks",
     "Config": "fedddp.config.schema",
     "ConfigError": "fedddp.section",
     "load_config": "fedddp.config.loader",

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedddp.data.loader import ClientLoader
+from fedddp.data.loader import Batch, ClientLoader
 from fedddp.distributed.world import World
 from fedddp.rng import stream
 from fedddp.section import NonNegativeInt, PositiveInt, Section
@@ -34,6 +34,10 @@ class EvaluationConfig(Section):
 
     clients: NonNegativeInt = 0
     """Clients whose held-out local data are evaluated too (needs data.holdout > 0), >= 0."""
+
+    stop_after: NonNegativeInt = 0
+    """Rounds without a better value of `checkpoint.best` (eval/accuracy where that is not set) after which
+    the run ends, at an evaluation; 0: it trains all rounds."""
 
     def due(self, round_number: int, rounds: int) -> bool:
         """Return whether the model is evaluated after round `round_number` (from 1)."""
@@ -63,14 +67,21 @@ def measure(
     indices: NDArray[np.int64],
     batch_size: int,
     client: int | None = None,
+    observe: Callable[[Batch, Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Return the (sum, count) pairs of `task` over the examples `indices`, on this rank alone."""
+    """Return the (sum, count) pairs of `task` over the examples `indices`, on this rank alone.
+
+    `observe` is called with each batch, in the order of `indices`, and the module's outputs for it.
+    """
     module.eval()
     totals: dict[str, Tensor] = {}
     try:
         for batch in loader.batches(indices, batch_size, client=client):
-            for name, pair in task.measure(module(batch.images), batch.targets).items():
+            outputs = module(batch.images)
+            for name, pair in task.measure(outputs, batch.targets).items():
                 totals[name] = totals[name] + pair if name in totals else pair
+            if observe is not None:
+                observe(batch, outputs)
     except Exception as error:
         if is_out_of_memory(error):
             device = "GPU" if loader.device.type == "cuda" else "CPU"
@@ -83,9 +94,7 @@ def measure(
 
 def evaluate(world: World, module: nn.Module, task: Task, loader: ClientLoader, batch_size: int) -> Metrics:
     """Collective. Return the metrics of `module` over all examples of `loader`, shared out over ranks."""
-    examples = len(loader.images.labels)
-    bounds = np.linspace(0, examples, world.size + 1).astype(np.int64)
-    shard = np.arange(bounds[world.rank], bounds[world.rank + 1])
+    shard = _shard(world, loader)
     # Every rank evaluates at least one example, so that all know the names and shapes; it is
     # subtracted again on ranks without examples.
     totals = measure(module, task, loader, shard if len(shard) else np.arange(1), batch_size)
@@ -93,6 +102,12 @@ def evaluate(world: World, module: nn.Module, task: Task, loader: ClientLoader, 
         totals = {name: torch.zeros_like(pair) for name, pair in totals.items()}
     world.sum_numbers(*totals.values())
     return task.summarize(totals)
+
+
+def _shard(world: World, loader: ClientLoader) -> NDArray[np.int64]:
+    """Return the examples of `loader` that this rank evaluates."""
+    bounds = np.linspace(0, len(loader.images.labels), world.size + 1).astype(np.int64)
+    return np.arange(bounds[world.rank], bounds[world.rank + 1])
 
 
 def evaluate_clients(
@@ -130,3 +145,77 @@ def spread(rows: list[Metrics], name: str = "accuracy") -> Metrics:
         f"clients/{name}_best10": float(values[-tenth:].mean()),
         f"clients/{name}_std": float(values.std()),
     }
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What a model does on a test set, beyond its metrics."""
+
+    metrics: Metrics
+    """Of the task, without a prefix."""
+    confusion: Tensor | None
+    """Examples by true class (row) and predicted class (column); int64, (K, K); None without classes."""
+    wrong: list[dict[str, Any]]
+    """The examples that are wrong with the highest probability, that first: "index" in the test set, "label",
+    "predicted", and "probability" of the predicted class."""
+    images: Tensor
+    """Those examples; uint8, (n, C, H, W)."""
+
+
+WRONG = 24
+"""Wrongly classified examples of an `Examination`, at most."""
+
+
+def examine(
+    world: World, module: nn.Module, task: Task, loader: ClientLoader, batch_size: int
+) -> Examination:
+    """Collective. Return what `module` does on `loader`: metrics, confusion matrix, wrong examples."""
+    shard = _shard(world, loader)
+    own = _Examiner(task, loader, shard)
+    parts = world.gather((measure(module, task, loader, shard, batch_size, observe=own.observe), own.wrong))
+    totals: dict[str, Tensor] = {}
+    for part, _ in parts:
+        for name, pair in part.items():
+            totals[name] = totals[name] + pair.cpu() if name in totals else pair.cpu()
+    world.sum_numbers(own.confusion)
+    wrong = sorted((one for _, some in parts for one in some), key=lambda one: one[:2])[:WRONG]
+    return Examination(
+        metrics=task.summarize(totals),
+        confusion=own.confusion if own.confusion.any() else None,
+        wrong=[
+            {"index": index, "label": label, "predicted": predicted, "probability": -negative}
+            for negative, index, label, predicted, _ in wrong
+        ],
+        images=torch.stack([one[-1] for one in wrong]) if wrong else torch.empty(0, 0, 0, 0).byte(),
+    )
+
+
+class _Examiner:
+    """Counts the predictions on this rank's examples, and collects the wrong ones."""
+
+    def __init__(self, task: Task, loader: ClientLoader, indices: NDArray[np.int64]) -> None:
+        classes = loader.images.classes
+        self.task, self.loader, self.indices = task, loader, indices
+        self.confusion = torch.zeros(classes, classes, dtype=torch.int64)
+        self.wrong: list[tuple[float, int, int, int, Tensor]] = []
+        """Minus the probability, index, label, predicted class, pixels; sorted."""
+        self._seen = 0
+
+    def observe(self, batch: Batch, outputs: Tensor) -> None:
+        """Take the next batch and the outputs for it."""
+        start = self._seen
+        self._seen += len(batch.images)
+        probabilities = self.task.probabilities(outputs)
+        if probabilities is None:
+            return
+        (highest, predicted), labels = probabilities.cpu().max(1), batch.targets.cpu()
+        pairs = labels * len(self.confusion) + predicted
+        self.confusion += torch.bincount(pairs, minlength=self.confusion.numel()).view_as(self.confusion)
+        rows = torch.nonzero(predicted != labels)[:, 0]
+        rows = rows[highest[rows].argsort(descending=True, stable=True)[:WRONG]]
+        pixels = self.loader.normalize.pixels(batch.images[rows.to(batch.images.device)]).cpu()
+        for row, image in zip(rows.tolist(), pixels, strict=True):
+            index = int(self.indices[start + row])
+            self.wrong.append((-float(highest[row]), index, int(labels[row]), int(predicted[row]), image))
+        self.wrong.sort(key=lambda one: one[:2])
+        del self.wrong[WRONG:]

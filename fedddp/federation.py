@@ -6,32 +6,39 @@ import contextlib
 import dataclasses
 import gc
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Unpack
 
-import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from fedddp.algorithms import AsynchronousAlgorithm
-from fedddp.config.loader import digest
+from fedddp.callbacks import Callback, callbacks_of
 from fedddp.config.schema import Config, ConfigFields
 from fedddp.data.datasets import Images
+from fedddp.data.description import describe
 from fedddp.distributed.launch import joined
-from fedddp.evaluation import Metrics
+from fedddp.evaluation import Metrics, examine
 from fedddp.section import ConfigError
-from fedddp.storage.checkpoint import save_model
-from fedddp.storage.history import read_rows
+from fedddp.storage import run_record
+from fedddp.storage.checkpoint import save_model, save_tensors, write_text
+from fedddp.storage.history import plain, read_rows
 from fedddp.training.assembly import assemble, load_images
 from fedddp.training.asynchronous.coordinator import run_asynchronous
 from fedddp.training.objects import Objects, check_objects
+from fedddp.training.profiling import profiled
 from fedddp.training.run_directory import check_replay, run_directory, write_record
 from fedddp.training.session import Session, Stopped
 from fedddp.training.synchronous import run_rounds
+
+logger = logging.getLogger(__name__)
+
+SHARES = 100
+"""Clients of which `split.json` holds what they hold: the first and the last."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Federation:
         module: nn.Module | None = None,
         train: Dataset[Any] | None = None,
         test: Dataset[Any] | None = None,
+        callbacks: Sequence[Callback | str] = (),
         default_name: str = "run",
         **fields: Unpack[ConfigFields],
     ) -> None:
@@ -72,6 +80,7 @@ class Federation:
             module: your own model instead of `config.model.name`; it is copied, not changed.
             train: your own map-style dataset of (image, label) instead of `config.data.dataset`.
             test: the examples of central evaluation; with `train`, none means no central evaluation.
+            callbacks: called while the run lasts, after those of `config.callbacks`.
             default_name: the run directory's name when `config.name` is none; numbered when it is taken.
             fields: fields of `Config` to change, e.g. `rounds=5, algorithm=algorithms.FedProx(mu=0.1)`.
 
@@ -86,6 +95,7 @@ class Federation:
             )
         self.config: Config = dataclasses.replace(config or Config(), **fields)
         self.objects = Objects(module, train, test)
+        self.callbacks = callbacks_of([*self.config.callbacks, *callbacks], self.config.callback_errors)
         self.default_name = default_name
 
     def run(self) -> Result:
@@ -101,21 +111,27 @@ class Federation:
                 train, test = load_images(self.objects, self.config, world)
                 record = self.objects.record(self.config, train, test)
                 check_replay(self.config, record)
-            with run_directory(self.config, self.default_name, world, record) as (directory, config):
+            with (
+                run_directory(self.config, self.default_name, world, record) as (directory, config),
+                run_record.log_file(directory) if world.is_coordinator else contextlib.nullcontext(),
+            ):
+                logger.debug("%s", world, extra={"directory": directory})
                 with _rejecting():
                     s = assemble(config, world, directory, self.objects.module, train, test)
                 loop = run_asynchronous if isinstance(config.algorithm, AsynchronousAlgorithm) else run_rounds
                 finished = True
-                with _failing_tracker(s):
+                with _recording_failure(s):
                     if world.is_coordinator:
                         write_record(directory, record)
+                        _begin(s, train)
+                        s.callbacks = self.callbacks("on_run_start", config, directory)
                     try:
-                        with _garbage_frozen():
+                        with _garbage_frozen(), profiled(s):
                             s.start_clock()
                             loop(s)
                     except Stopped:
                         finished = False
-                    result = _result(s, train, finished=finished)
+                    result = _result(s, finished=finished)
                     interrupted = not finished and any(world.gather(world.interrupted))
         if interrupted:
             raise Interrupted(result)
@@ -141,36 +157,58 @@ class Interrupted(KeyboardInterrupt):
         self.result = result
 
 
-def _result(s: Session, train: Images, *, finished: bool) -> Result:
+def _begin(s: Session, train: Images) -> None:
+    """Record this launch, and what the clients hold, in the run directory; on the coordinator."""
+    if s.complete and run_record.state_of(s.directory) == "finished":
+        return  # nothing is left to do
+    world = s.world
+    launch = run_record.launch_record(
+        world.device,
+        ranks=world.size,
+        groups=world.groups,
+        ranks_per_client=world.ranks_per_client,
+        from_round=s.rounds_done,
+    )
+    run_record.begin(s.directory, launch)
+    split = dataclasses.asdict(describe(s.split, train.labels, train.classes, limit=SHARES))
+    names = train.class_names or list(map(str, range(train.classes)))
+    write_text(s.directory / "split.json", json.dumps({**split, "class_names": names}))
+
+
+def _result(s: Session, *, finished: bool) -> Result:
     """Collective. Write the final model, end the tracker, and return the result on every rank."""
     s.send()
     s.load_global_model()
     history = read_rows(s.directory / "history.jsonl") if s.world.is_coordinator else []
     model_file = s.directory / "model.safetensors" if finished else None
     if s.world.is_coordinator and model_file:
-        save_model(s.flat.module, model_file, _model_metadata(s, train))
+        save_model(s.flat.module, model_file, s.model_metadata())
+    if finished and s.test is not None:
+        _examine(s)
     s.world.barrier()
     last = {n: v for n, v in (history[-1] if history else {}).items() if n != "cohort"}
     s.tracker.finish(model_file, last)
-    return Result(s.flat.module.eval(), history, s.directory, finished)
+    result = Result(s.flat.module.eval(), history, s.directory, finished)
+    if s.world.is_coordinator:
+        s.callbacks("on_run_end", result)
+        run_record.end(s.directory, "finished" if finished else "stopped")
+    return result
 
 
-def _model_metadata(s: Session, train: Images) -> dict[str, str]:
-    """Return what a user of the final model must know, for the header of its file."""
-    preprocessing = {
-        "size": train.shape[1:],
-        "channels": train.shape[0],
-        "mean": train.mean,
-        "std": train.std,
-    }
-    return {
-        "preprocessing": json.dumps(preprocessing),
-        "classes": json.dumps(train.class_names or list(map(str, range(train.classes)))),
-        "task": type(s.config.task).__name__,
-        "config_digest": digest(s.config),
-        "fedddp": version("fedddp"),
-        "torch": torch.__version__,
-    }
+def _examine(s: Session) -> None:
+    """Collective. Write what the final model does on the test set: evaluation.json, wrong.safetensors."""
+    assert s.test is not None
+    found = examine(s.world, s.flat.module, s.config.task, s.test, s.config.evaluation.batch_size)
+    if s.world.is_coordinator:
+        confusion = None if found.confusion is None else found.confusion.tolist()
+        content = {
+            "round": s.rounds_done,
+            "metrics": plain(found.metrics),
+            "confusion": confusion,
+            "wrong": plain(found.wrong),
+        }
+        save_tensors({"images": found.images}, s.directory / "wrong.safetensors")
+        write_text(s.directory / "evaluation.json", json.dumps(content))
 
 
 def summarize(results: Sequence[Result], metric: str = "eval/accuracy") -> dict[str, float]:
@@ -202,12 +240,14 @@ def summarize(results: Sequence[Result], metric: str = "eval/accuracy") -> dict[
 
 
 @contextlib.contextmanager
-def _failing_tracker(s: Session) -> Iterator[None]:
-    """End the tracker as failed when the block raises; that may take long, so the error is counted first."""
+def _recording_failure(s: Session) -> Iterator[None]:
+    """Record that the run failed when the block raises; trackers may take long, so ranks are warned first."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         s.world.report_failure()
+        if s.world.is_coordinator:
+            run_record.end(s.directory, "failed", " ".join(f"{error}".split()) or type(error).__name__)
         s.tracker.finish(failed=True)
         raise
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from fedddp.data.partition import IID, Split
-from fedddp.reporting.partition_table import describe, table
+from fedddp.data.description import describe
+from fedddp.reporting.partition_table import table
 
 
 def shown(split: Split, labels: NDArray[np.int64], classes: int) -> str:

@@ -12,6 +12,7 @@ from annotated_types import Ge, Le
 from fedddp.aggregation import Aggregation, Mean
 from fedddp.algorithms import Algorithm, AsynchronousAlgorithm, FedAvg
 from fedddp.algorithms.local import LocalConfig
+from fedddp.callbacks import OnError
 from fedddp.data.datasets import DataConfig
 from fedddp.distributed.topology import TopologyConfig
 from fedddp.evaluation import EvaluationConfig
@@ -95,6 +96,12 @@ class Config(Section):
     replay: str | None = field(default=None, metadata=REPLAY)
     """Directory of an asynchronous run whose order of arrivals is repeated, bit for bit."""
 
+    callbacks: list[str] = field(default_factory=list, metadata=BOOKKEEPING)
+    """Callbacks to call while the run lasts: dotted paths of subclasses of `fedddp.Callback`."""
+
+    callback_errors: OnError = field(default="stop", metadata=BOOKKEEPING)
+    """When a callback raises: `stop` ends the run with its error, `drop` trains on without that callback."""
+
     resume: Literal["never", "auto"] = field(default="never", metadata=BOOKKEEPING)
     """`auto`: resume from the newest checkpoint of the run directory, if there is one."""
 
@@ -133,6 +140,8 @@ class ConfigFields(TypedDict, total=False):
     output: str
     name: str | None
     replay: str | None
+    # `callbacks` is an argument of its own: objects, or their dotted paths in the configuration.
+    callback_errors: OnError
     resume: Literal["never", "auto"]
 
 
@@ -162,6 +171,12 @@ def _check_population(c: Config) -> None:
         raise ConfigError(
             f"cohort.extra={c.cohort.extra} and cohort.size={c.cohort.size} are more clients than "
             f"the population data.clients={clients}; lower one of them or raise data.clients"
+        )
+    best = c.checkpoint.best
+    if best is not None and not best.startswith(("eval/", "clients/")):
+        raise ConfigError(
+            f"checkpoint.best={best} is no metric of an evaluation; give one of the history that starts with "
+            "eval/ or clients/, such as eval/accuracy"
         )
     if c.evaluation.clients and not c.data.holdout:
         raise ConfigError(

@@ -72,7 +72,7 @@ class ClientLoader:
         self.images, self.data, self.device, self.seed = images, data, device, seed
         self._pixels = None if images.pixels is None else images.pixels.to(device)
         self._labels = torch.from_numpy(images.labels).to(device)
-        self._normalize = Normalizer(images.mean, images.std, device)
+        self.normalize = Normalizer(images.mean, images.std, device)
         self._streams: dict[tuple[int, int], _Stream] = {}
 
     def batches(
@@ -126,7 +126,7 @@ class ClientLoader:
                 images = shift.apply(images, chosen, stream_seed("noise", self.seed, client or 0))
             if draws is not None:
                 images = augment(images, draws[torch.from_numpy(rows)].to(self.device), self.data.augment)
-            images = self._normalize(images)
+            images = self.normalize(images)
             targets = self._labels.index_select(0, torch.from_numpy(chosen).to(self.device))
             end = 0
             for part in some:
@@ -173,6 +173,10 @@ class Normalizer:
         """Return `pixels` (n, C, H, W), uint8 or float in [0, 1], as normalised float32."""
         factor = self._byte_factor if pixels.dtype == torch.uint8 else self._factor
         return pixels.to(torch.float32, copy=True).mul_(factor).add_(self._offset)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return the uint8 pixels of normalised `images` (n, C, H, W)."""
+        return ((images - self._offset) / self._byte_factor).round().clamp(0, 255).to(torch.uint8)
 
 
 def _parts(examples: int, batch_size: int, shard: tuple[int, int]) -> Iterator[_Part]:

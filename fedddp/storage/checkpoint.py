@@ -40,6 +40,10 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 2
     """Newest checkpoints that stay on disk, >= 1."""
 
+    best: str | None = None
+    """Metric of an evaluation, such as eval/accuracy, by which the best model is kept as best.safetensors;
+    the lowest value is the best for a name that ends in loss, else the highest."""
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -151,11 +155,7 @@ class Checkpoints:
 
     def _names(self) -> list[str]:
         """Return the names of the checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        names = [path.name for path in self.folder.iterdir()]
-        ages = {name: [int(n) for n in re.findall(r"\d+", name)] for name in names if NAME.fullmatch(name)}
-        return sorted(ages, key=lambda name: ages[name])
+        return _names(self.folder)
 
     def open(self, name: str, metadata: dict[str, Any]) -> Saved:
         """Return the checkpoint `name`, which another rank found intact."""
@@ -178,6 +178,24 @@ class Checkpoints:
         return None, corrupt
 
 
+def newest_intact(folder: Path) -> Saved | None:
+    """Return the newest intact checkpoint in `folder`, and leave corrupt ones where they are."""
+    for name in reversed(_names(folder)):
+        metadata = _verified(folder / name)
+        if not isinstance(metadata, str):
+            return Saved(folder / name, metadata)
+    return None
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the names of the checkpoints in `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    names = [path.name for path in folder.iterdir()]
+    ages = {name: [int(n) for n in re.findall(r"\d+", name)] for name in names if NAME.fullmatch(name)}
+    return sorted(ages, key=lambda name: ages[name])
+
+
 def _attempt(write: Callable[[], object]) -> str | None:
     try:
         write()
@@ -194,6 +212,11 @@ def save_model(model: nn.Module, path: Path, metadata: Mapping[str, str] | None 
         path: a .safetensors file.
         metadata: texts that go into the file's header.
     """
+    save_tensors(distinct_state(model), path, metadata)
+
+
+def distinct_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of `model` with each tied tensor once, under its first name."""
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -201,7 +224,7 @@ def save_model(model: nn.Module, path: Path, metadata: Mapping[str, str] | None 
         if tensor.numel() == 0 or memory not in seen:
             seen.add(memory)
             state[name] = tensor
-    save_tensors(state, path, metadata)
+    return state
 
 
 def save_tensors(

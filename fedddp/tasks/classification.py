@@ -32,6 +32,10 @@ class Classification(Task):
         """Return the cross entropy of every example, with label smoothing; arguments as for `loss`."""
         return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self.label_smoothing)
 
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Return the softmax of the logits `outputs`, (b, classes), as float32."""
+        return outputs.float().softmax(1)
+
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return sums and counts of `loss` (no smoothing), `accuracy`, `recall` per class.
 

@@ -37,6 +37,10 @@ class Task(Section, ABC):
         Adding these over batches and ranks gives the totals of all of them.
         """
 
+    def probabilities(self, outputs: Tensor) -> Tensor | None:
+        """Return the probability of every class for each example, float32 (b, K); None: it has no classes."""
+        return None
+
     def summarize(self, totals: dict[str, Tensor]) -> dict[str, float | list[float | None] | None]:
         """Divide sums by counts; None where nothing was counted.
 

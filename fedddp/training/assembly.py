@@ -30,11 +30,15 @@ from fedddp.storage.checkpoint import Checkpoints, Saved, write_text
 from fedddp.storage.client_states import ClientStates
 from fedddp.storage.history import read_text
 from fedddp.tracking.tracker import Tracker
+from fedddp.training.best import Best
 from fedddp.training.engine import channels_last, make_trainer
 from fedddp.training.objects import Objects
 from fedddp.training.session import Session
 
 logger = logging.getLogger(__name__)
+
+STAGE = {"stage": True}
+"""Marks a log record of what a run does before its first round: a terminal shows it, a file does not."""
 
 WANDB_RUN = ".wandb-run"
 """File of the run directory with the id of its wandb run."""
@@ -42,6 +46,7 @@ WANDB_RUN = ".wandb-run"
 
 def load_images(objects: Objects, config: Config, world: World) -> tuple[Images, Images | None]:
     """Collective. Return the training and the test images; one rank per node downloads and decodes first."""
+    logger.info("preparing the data (%s)", config.data.dataset, extra=STAGE)
     with _one_rank_first(world):
         train, test = objects.load_images(config)
     _check_same_data(world, config, train, test)
@@ -85,6 +90,7 @@ def assemble(
     Raises:
         ValueError: the configuration cannot run.
     """
+    logger.info("building the model (%s)", config.model.name, extra=STAGE)
     # The checkpoint to resume from, and the model; the coordinator reads pretrained weights.
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, world)
     saved = _newest_checkpoint(checkpoints, world) if config.resume == "auto" else None
@@ -92,12 +98,7 @@ def assemble(
     laid_out = _with_layout(config, built, train, world)
     flat = FlatModel(built)
     config.algorithm.check_model(flat)
-    # The clients: their data, speed and honesty.
-    split, sizes = config.data.split(train, config.seed)
-    malicious = config.attacks.malicious(len(split), config.seed)
-    train = _poisoned(config, train, split, malicious)
-    config.clock.check(examples_trained(config.local, sizes), config.aggregation.min_clients(), config.seed)
-
+    split, sizes, malicious, train = _clients(config, train)
     # The server, the trainer of this rank's group, and the session that holds them.
     server = ServerState.of(flat, len(split))
     config.algorithm.start(server)
@@ -118,7 +119,7 @@ def assemble(
         data_digest=train.digest(pixels=False),
         malicious=frozenset(malicious.tolist()),
     )
-
+    session.best = _best(session)
     if saved is not None:
         _restore(session, saved)
     _track(session)
@@ -132,11 +133,34 @@ def _with_layout(config: Config, built: nn.Module, train: Images, world: World) 
     return dataclasses.replace(config, local=dataclasses.replace(config.local, channels_last=last))
 
 
+def _best(s: Session) -> Best | None:
+    """Return what compares evaluations, if the configuration asks for it.
+
+    Raises:
+        ConfigError: the evaluations of this run do not have the metric.
+    """
+    config, metric = s.config, s.config.checkpoint.best
+    if metric is None and not config.evaluation.stop_after:
+        return None
+    names = s.evaluated_metrics()
+    if metric is None:
+        metric = "eval/accuracy" if "eval/accuracy" in names else "eval/loss"
+    if metric not in names:
+        key = "evaluation.stop_after" if config.checkpoint.best is None else f"checkpoint.best={metric}"
+        raise ConfigError(
+            f"{key}: the evaluations of this run do not have {metric}; set checkpoint.best to one of "
+            f"{', '.join(names) or 'theirs, and give test data'}"
+        )
+    return Best(metric)
+
+
 def _track(s: Session) -> None:
     """Start the coordinator's tracker, which resumes the run's history and its wandb run."""
     if not s.world.is_coordinator:
         return
     run_id = _wandb_run(s) if s.config.resume == "auto" else None
+    if s.config.tracking.trackers:
+        logger.info("starting %s", ", ".join(s.config.tracking.trackers), extra=STAGE)
     s.tracker = Tracker(
         s.config.tracking,
         s.directory,
@@ -146,6 +170,7 @@ def _track(s: Session) -> None:
         resume_round=s.rounds_done,
         run_id=run_id,
     )
+    s.world.on_stop = s.tracker.stopping
     if s.tracker.run_id:
         write_text(s.directory / WANDB_RUN, s.tracker.run_id)
 
@@ -184,6 +209,16 @@ def _copied(module: nn.Module) -> nn.Module:
             f"module {type(module).__name__} cannot be copied ({str(error).splitlines()[0][:100]}); with "
             "torch.nn.utils.weight_norm, use torch.nn.utils.parametrizations.weight_norm instead"
         ) from error
+
+
+def _clients(
+    config: Config, train: Images
+) -> tuple[Split, NDArray[np.int64], NDArray[np.int64], Images]:
+    """Return the clients: their data and its sizes, the malicious ones, and the images with their labels."""
+    split, sizes = config.data.split(train, config.seed)
+    malicious = config.attacks.malicious(len(split), config.seed)
+    config.clock.check(examples_trained(config.local, sizes), config.aggregation.min_clients(), config.seed)
+    return split, sizes, malicious, _poisoned(config, train, split, malicious)
 
 
 def _poisoned(config: Config, images: Images, split: Split, malicious: NDArray[np.int64]) -> Images:
@@ -250,7 +285,7 @@ def _wandb_run(s: Session) -> str | None:
 def _set_model_aside(s: Session) -> None:
     """Rename the final model of a finished run that is given more rounds: until its end it has none."""
     model = s.directory / "model.safetensors"
-    if s.rounds_done < s.config.rounds and model.exists():
+    if not s.complete and model.exists():
         model.rename(s.directory / f"model-{s.rounds_done:05d}.safetensors")
 
 

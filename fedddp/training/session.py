@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +19,23 @@ from torch import Tensor
 
 from fedddp.aggregation import Accumulator
 from fedddp.algorithms import ClientUpdate, ServerState
+from fedddp.callbacks import Callbacks
+from fedddp.config.loader import digest
 from fedddp.config.schema import Config
 from fedddp.data.loader import ClientLoader
 from fedddp.data.partition import Split, holdout
 from fedddp.distributed.world import World
-from fedddp.evaluation import Metrics, evaluate, evaluate_clients, spread
+from fedddp.evaluation import Metrics, evaluate, evaluate_clients, measure, spread
 from fedddp.models.flat import FlatModel
 from fedddp.rng import stream
-from fedddp.storage.checkpoint import Checkpoints, Saved, load_into
+from fedddp.storage.checkpoint import Checkpoints, Saved, load_into, save_tensors
 from fedddp.storage.client_states import ClientStates
 from fedddp.tracking.tracker import NullTracker
+from fedddp.training.best import FILE, Best
 from fedddp.training.client_trainer import ClientJob, ClientTrainer
+from fedddp.training.profiling import NoProfiler
+
+logger = logging.getLogger(__name__)
 
 Indices = NDArray[np.int64]
 
@@ -57,7 +66,12 @@ class Session:
     """Of the training examples, without their pixels; what a resume must find again."""
     malicious: frozenset[int] = frozenset()
     """The malicious clients."""
+    best: Best | None = None
+    """Where `checkpoint.best` or `evaluation.stop_after` asks for it."""
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    """The user's; the coordinator calls them."""
     tracker: NullTracker = field(default_factory=NullTracker)
+    profiler: NoProfiler = field(default_factory=NoProfiler)
     rounds_done: int = 0
     partial: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors of a round that was stopped before its end; empty between rounds."""
@@ -107,7 +121,8 @@ class Session:
         """Add the seconds of the block to `time/<phase>` of this round."""
         start = time.perf_counter()
         try:
-            yield
+            with self.profiler.phase(phase):
+                yield
         finally:
             elapsed = time.perf_counter() - start
             self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
@@ -151,7 +166,46 @@ class Session:
                 row |= {f"eval/{name}": value for name, value in metrics.items()}
             if evaluation.clients:
                 row |= self._evaluate_clients(round_number)
+        self._compare_with_best(row, round_number)
         return row
+
+    def evaluated_metrics(self) -> list[str]:
+        """Return the names of the numbers that `evaluate` measures; the model sees one test example."""
+        names = []
+        if self.test is not None:
+            task = self.config.task
+            totals = measure(self.flat.module, task, self.test, np.arange(1), 1)
+            names += [
+                f"eval/{n}" for n, value in task.summarize(totals).items() if not isinstance(value, list)
+            ]
+        if self.config.evaluation.clients:
+            names += spread([{"accuracy": 0.0}])
+        return names
+
+    def _compare_with_best(self, row: Metrics, round_number: int) -> None:
+        """Keep the model if it is the best so far; log where the run ends because it was not for long."""
+        if self.best is None:
+            return
+        if self.best.update(row, round_number) and self.config.checkpoint.best and self.world.is_coordinator:
+            self.load_global_model()
+            self.best.keep(self.flat.module)
+        if self.stalled and round_number < self.config.rounds and self.world.is_coordinator:
+            logger.info(
+                "no better %s for %d rounds; the run ends after round %d (best: %.4g after round %d)",
+                *(self.best.metric, round_number - self.best.round, round_number),
+                *(self.best.value or 0.0, self.best.round),
+            )
+
+    @property
+    def complete(self) -> bool:
+        """Whether no round is left to train."""
+        return self.rounds_done >= self.config.rounds or self.stalled
+
+    @property
+    def stalled(self) -> bool:
+        """Whether `evaluation.stop_after` ends the run here; the same on every rank after an evaluation."""
+        after, best = self.config.evaluation.stop_after, self.best
+        return best is not None and 0 < after <= best.evaluated - best.round
 
     def _evaluate_clients(self, round_number: int) -> Metrics:
         chosen = self.config.evaluation.sample(len(self.split), self.config.seed)
@@ -220,8 +274,15 @@ class Session:
         now = time.perf_counter()
         line = {**row, "time/round": now - self._row_began, **times}
         self._row_began = now
+        spent = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in self.seconds.items())
+        logger.debug("round %d of %d: %s", line["round"], self.config.rounds, spent)
         self.seconds.clear()
         self.tracker.log(line)
+        self.profiler.step()
+        if self.callbacks.members:
+            self.load_global_model()
+            self.flat.module.eval()
+            self.callbacks = self.callbacks("on_round_end", line["round"], line, self.flat.module)
 
     # ---- save and restore ----
 
@@ -243,6 +304,7 @@ class Session:
         self.tracker.sync()
         with self.timed("checkpoint"):
             if self.world.is_coordinator:
+                self._write_best()
                 self.load_global_model()
             server = {f"server.{n}": tensor for n, tensor in self.server.vectors.items()}
             common = {
@@ -251,6 +313,7 @@ class Session:
                 "round": self.rounds_done,
                 "version": self.server.version,
                 "wandb_run_id": self.tracker.run_id,
+                "best": self.best.metadata() if self.best else {},
             }
             self.checkpoints.save(
                 name,
@@ -259,6 +322,31 @@ class Session:
                 {**common, **(metadata or {})},
                 self.states.save,
             )
+
+    def _write_best(self) -> None:
+        """Write the best model, if it is a new one; before the checkpoint that knows of it."""
+        if self.best is not None and self.best.state is not None:
+            metadata = self.model_metadata() | {k: str(v) for k, v in self.best.metadata().items()}
+            save_tensors(self.best.state, self.directory / FILE, metadata)
+            self.best.state = None
+
+    def model_metadata(self) -> dict[str, str]:
+        """Return what a user of a model must know, for the header of its file."""
+        images = self.train.images
+        preprocessing = {
+            "size": images.shape[1:],
+            "channels": images.shape[0],
+            "mean": images.mean,
+            "std": images.std,
+        }
+        return {
+            "preprocessing": json.dumps(preprocessing),
+            "classes": json.dumps(images.class_names or list(map(str, range(images.classes)))),
+            "task": type(self.config.task).__name__,
+            "config_digest": digest(self.config),
+            "fedddp": version("fedddp"),
+            "torch": torch.__version__,
+        }
 
     def restore(self, saved: Saved) -> None:
         """Resume from `saved`; each rank reads what it needs."""
@@ -274,5 +362,7 @@ class Session:
         self.partial = {n: t for n, t in state.items() if not n.startswith("server.")}
         self.states.load(saved.files("clients-*.safetensors"))
         self.metadata = saved.metadata
+        if self.best is not None:
+            self.best.restore(saved.metadata.get("best", {}))
         self.server.version = int(saved.metadata["version"])
         self.rounds_done = int(saved.metadata["round"])

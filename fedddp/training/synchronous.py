@@ -79,12 +79,12 @@ def run_rounds(s: Session) -> None:
     Raises:
         Stopped: a rank was asked to stop; a checkpoint was written first.
     """
-    stop = s.rounds_done < s.config.rounds and s.world.agree_to_stop()
-    while s.rounds_done < s.config.rounds:
+    stop = not s.complete and s.world.agree_to_stop()
+    while not s.complete:
         current = run_round(s, stop)
         s.rounds_done += 1
         row = {"round": s.rounds_done, **round_metrics(s, current), **s.evaluate(s.rounds_done)}
-        last = s.rounds_done == s.config.rounds
+        last = s.complete
         stop = bool(current.stopping) and not last
         if stop or last or s.rounds_done % s.config.checkpoint.every == 0:
             s.save(f"round-{s.rounds_done:05d}", row)
@@ -100,6 +100,7 @@ def run_round(s: Session, stop: bool = False) -> Round:
     current.stopping += int(stop)
     assignment = assign(current.waiting, s.sizes[current.waiting], s.world.groups)
     s.send()  # 2. send
+    s.tracker.begin_round(len(current.waiting), s.world.groups * s.trainer.clients_at_once)
     with s.timed("train"):  # 3. train
         s.states.move(assignment)
         losses = initial_losses(s, current) if s.config.algorithm.needs_initial_loss else None
@@ -214,6 +215,8 @@ def take(s: Session, current: Round, job: ClientJob, state: dict[str, Tensor], r
         current.results.put(position, result, valid=valid)
         if valid:
             s.states.keep(job.client, state)
+        loss = float(result.loss[0] / result.loss[1].clamp(min=1))
+        logger.debug("client %d: %d steps, loss %.4f", job.client, result.steps, loss)
     s.tracker.client_done(s.world.groups)
 
 

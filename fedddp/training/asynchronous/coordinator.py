@@ -40,7 +40,7 @@ def run_asynchronous(s: Session) -> None:
     Raises:
         Stopped: a rank was asked to stop; a checkpoint was written first.
     """
-    if s.rounds_done == s.config.rounds:  # killed after its last checkpoint: no synchronization point is left
+    if s.complete:  # killed after its last checkpoint: no synchronization point is left
         return
     if s.world.is_coordinator:
         Coordinator(s).run()
@@ -93,8 +93,9 @@ class Coordinator:
     def run(self) -> None:
         """Absorb one update after another; raises as `run_asynchronous`."""
         s, size = self.s, self.s.config.cohort.size
+        s.tracker.begin_round(size, self.world.groups)
         try:
-            while s.rounds_done < s.config.rounds:
+            while not s.complete:
                 if self.statistics.cohort and self.world.stop_requested():
                     self._synchronize(None, evaluate=False, save=True, stop=True)
                 with s.timed("train"):
@@ -291,7 +292,7 @@ class Coordinator:
         """Call all ranks to a synchronization point, when no group trains."""
         s = self.s
         self._finish_running()
-        if save:
+        if save or s.config.evaluation.stop_after:
             self.log.sync()
         arrived = len(self.statistics.cohort)
         point = SyncPoint(s.rounds_done, arrived, s.server.version, evaluate, save, stop)
@@ -300,7 +301,8 @@ class Coordinator:
                 self.world.post(pack(point), self.world.leader(group))
         if self.worker is not None:
             self.world.group_broadcast(self._numbers(point))
-        tensors, metadata = self._state() if save else (None, None)
+        may_save = save or (evaluate and s.config.evaluation.stop_after)
+        tensors, metadata = self._state() if may_save else (None, None)
         synchronize(s, point, row, tensors, metadata)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, object]]:

@@ -160,10 +160,11 @@ def synchronize(
         line = {"round": point.rounds_done, **(row or {})}
     if point.evaluate and line is not None:
         line |= s.evaluate(point.rounds_done)
-    if point.save:
+    stalled = point.evaluate and s.stalled
+    if point.save or stalled:
         s.save(name, line, tensors=tensors, metadata=metadata)
     elif line is not None:
         s.record(line)
-    if point.stop and point.rounds_done < s.config.rounds:
+    if point.stop and point.rounds_done < s.config.rounds and not stalled:
         raise Stopped
-    return point.stop
+    return point.stop or stalled

@@ -1,0 +1,238 @@
+"""What a run directory records of its launches: command, versions, machine, state, log lines."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from fedddp.storage.history import read_text
+
+if TYPE_CHECKING:
+    import torch
+
+RECORD, LOG = "run.json", "run.log"
+
+GIT_TIMEOUT_S = 2.0
+"""A large working folder is not waited for longer at the start of a run."""
+
+State = Literal["running", "stopped", "failed", "finished"]
+
+_OWN: set[Path] = set()  # runs of this process, whose locks a look at them would end
+
+
+@dataclass(frozen=True)
+class LaunchRecord:
+    """One launch of a run: its start, or a resume."""
+
+    started: str
+    """ISO 8601, UTC."""
+    ended: str | None
+    """ISO 8601, UTC; None while it lasts, and where it was killed."""
+    command: str
+    fedddp: str
+    torch: str
+    torchvision: str
+    python: str
+    platform: str
+    git_commit: str | None
+    """Of the working folder, with + after it where files differ from the commit; None outside of git."""
+    device: str
+    ranks: int
+    groups: int
+    ranks_per_client: int
+    threads: int
+    """Per rank."""
+    from_round: int
+    """Rounds that were done before."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The launches of a run, and how the last one ended."""
+
+    state: State
+    error: str | None
+    sessions: tuple[LaunchRecord, ...]
+
+
+def launch_record(
+    device: torch.device, *, ranks: int, groups: int, ranks_per_client: int, from_round: int
+) -> LaunchRecord:
+    """Return the record of the launch that this process belongs to."""
+    import torch  # which `fedddp runs` does not need
+
+    program, *arguments = sys.argv
+    if Path(program).name == "__main__.py":
+        program = Path(program).parent.name
+    return LaunchRecord(
+        started=_now(),
+        ended=None,
+        command=shlex.join([Path(program).name if program.startswith("/") else program, *arguments]),
+        fedddp=importlib.metadata.version("fedddp"),
+        torch=torch.__version__,
+        torchvision=importlib.metadata.version("torchvision"),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        git_commit=_git_commit(),
+        device=_device_name(device),
+        ranks=ranks,
+        groups=groups,
+        ranks_per_client=ranks_per_client,
+        threads=torch.get_num_threads(),
+        from_round=from_round,
+    )
+
+
+def begin(folder: Path, launch: LaunchRecord) -> None:
+    """Write that the run in `folder` is running, launched once more; by the process that holds its lock."""
+    _OWN.add(folder.resolve())
+    earlier = read_record(folder)
+    sessions = (*(earlier.sessions if earlier else ()), launch)
+    _write(folder, RunRecord("running", None, sessions))
+
+
+def end(folder: Path, state: State, error: str | None = None) -> None:
+    """Write how the last launch ended; a directory that is gone, or was never begun, is left alone."""
+    _OWN.discard(folder.resolve())
+    record = read_record(folder)
+    if record is not None and record.state != "finished":
+        *before, last = record.sessions
+        sessions = (*before, dataclasses.replace(last, ended=_now()))
+        with contextlib.suppress(OSError):
+            _write(folder, RunRecord(state, error, sessions))
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """Return the record of the run in `folder`; None where it has none, or it is corrupt."""
+    try:
+        content = json.loads(read_text(folder / RECORD))
+        sessions = tuple(LaunchRecord(**session) for session in content["sessions"])
+        return RunRecord(content["state"], content["error"], sessions)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def state_of(folder: Path) -> State:
+    """Return the state of the run in `folder`; one that was killed has failed."""
+    record = read_record(folder)
+    if record is None:
+        return "finished" if (folder / "model.safetensors").exists() else "stopped"
+    if record.state == "running":
+        return "running" if is_locked(folder) else "failed"
+    return record.state
+
+
+def age_s(moment: str) -> float:
+    """Return the seconds since a `moment` of a record (ISO 8601, UTC)."""
+    return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
+
+
+def unchanged_s(path: Path) -> float:
+    """Return the seconds since the file `path` was last written.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    return datetime.now(UTC).timestamp() - path.stat().st_mtime
+
+
+@contextlib.contextmanager
+def log_file(folder: Path) -> Iterator[None]:
+    """Append fedddp's log records to `run.log` in the block."""
+    handler = _LogFile(folder / LOG, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setLevel(logging.INFO)  # `--verbose` logs more
+    logger = logging.getLogger("fedddp")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        with contextlib.suppress(OSError):
+            handler.close()
+
+
+def read_warnings(folder: Path) -> list[str]:
+    """Return the warnings and errors of all launches of the run in `folder`, oldest first."""
+    try:
+        lines = read_text(folder / LOG).splitlines()
+    except (OSError, ValueError):
+        return []
+    found = (re.fullmatch(r"[\d-]{10} [\d:]{8} (?:WARNING|ERROR|CRITICAL) (.*)", line) for line in lines)
+    return [match[1] for match in found if match]
+
+
+class _LogFile(logging.FileHandler):
+    """A log file on a disk that may be full: a line that cannot be written is lost, and no error."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Do nothing: the default prints a traceback for every line."""
+
+
+def _write(folder: Path, record: RunRecord) -> None:
+    from fedddp.storage.checkpoint import write_text
+
+    write_text(folder / RECORD, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether a process holds the lock of the run directory `folder`."""
+    if folder.resolve() in _OWN:
+        return True
+    try:
+        with (folder / ".lock").open("rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
+
+
+def _git_commit() -> str | None:
+    describe = [
+        "git",
+        "--no-optional-locks",
+        "describe",
+        "--always",
+        "--dirty=+",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        result = subprocess.run(describe, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None
+
+
+def _device_name(device: torch.device) -> str:
+    """Return the device with the name of its model, such as "cuda (NVIDIA H100 80GB HBM3)"."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif os.path.exists("/proc/cpuinfo"):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        name = found[1].strip() if found else name
+    return f"{device.type} ({name})"

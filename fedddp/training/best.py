@@ -1,0 +1,61 @@
+"""The best model so far by a metric: kept beside the last one, and the reason to end a run early."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedddp.evaluation import Metrics
+from fedddp.storage.checkpoint import distinct_state
+
+FILE = "best.safetensors"
+
+
+@dataclass
+class Best:
+    """The best value of `metric` and its round; lower is better for a loss, else higher."""
+
+    metric: str
+    value: float | None = None
+    """None before the first evaluation that has one."""
+    round: int = 0
+    """The round of the best value, from 1."""
+    evaluated: int = 0
+    """The round of the last evaluation that had a value."""
+    state: dict[str, Tensor] | None = None
+    """The state dict of the best model, on the CPU, until it is written."""
+
+    def update(self, metrics: Metrics, round_number: int) -> bool:
+        """Take the metrics of an evaluation; return whether they are the best so far."""
+        value = metrics.get(self.metric)
+        if value is None or math.isnan(value):
+            return False
+        self.evaluated = round_number
+        lower = self.metric.endswith("loss")
+        better = self.value is None or (value < self.value if lower else value > self.value)
+        if better:
+            self.value, self.round = value, round_number
+        return better
+
+    def keep(self, module: nn.Module) -> None:
+        """Copy the state of `module`, the best model."""
+        self.state = {n: t.detach().to("cpu", copy=True) for n, t in distinct_state(module).items()}
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what a checkpoint records."""
+        return {
+            "metric": self.metric,
+            "value": self.value,
+            "round": self.round,
+            "evaluated": self.evaluated,
+        }
+
+    def restore(self, metadata: Mapping[str, Any]) -> None:
+        """Resume from what a checkpoint recorded, unless it is of another metric."""
+        if metadata.get("metric") == self.metric:
+            self.value, self.round = metadata["value"], metadata["round"]
+            self.evaluated = metadata["evaluated"]

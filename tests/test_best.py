@@ -1,0 +1,223 @@
+"""The best model is kept, and a run that no longer improves ends early; both survive a resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from fedddp import (
+    Callback,
+    CheckpointConfig,
+    CohortConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    Federation,
+    LocalConfig,
+    Result,
+    TrackingConfig,
+)
+from fedddp.algorithms import FedBuff
+from fedddp.storage.history import read_rows
+from fedddp.testing import run_world
+from fedddp.training.best import Best
+
+DRAW = torch.Generator().manual_seed(3)
+TRAIN, TEST = (
+    TensorDataset(torch.rand(n, 1, 4, 4, generator=DRAW), torch.randint(4, (n,), generator=DRAW))
+    for n in (120, 40)
+)
+"""Labels of chance: the accuracy on the test set goes up and down."""
+
+BASE = Config(
+    data=DataConfig(clients=6, holdout=0.2),
+    local=LocalConfig(batch_size=10, lr=0.5),
+    cohort=CohortConfig(size=3),
+    evaluation=EvaluationConfig(every=1, clients=2),
+    checkpoint=CheckpointConfig(every=3, best="eval/accuracy"),
+    tracking=TrackingConfig(trackers=[], progress=False),
+    rounds=12,
+)
+
+
+def net() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+class Collect(Callback):
+    """Keeps a copy of the model of every round."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, dict[str, Tensor]] = {}
+
+    def on_round_end(self, round: int, metrics: dict[str, Any], model: nn.Module) -> None:
+        self.states[round] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def train(output: Path, *, collect: Collect | None = None, **changes: Any) -> Result:
+    config = dataclasses.replace(BASE, **{"output": str(output), "name": "run", "resume": "auto", **changes})
+    callbacks = [collect] if collect else []
+    return Federation(config, module=net(), train=TRAIN, test=TEST, callbacks=callbacks).run()
+
+
+def best_round(history: list[dict[str, Any]], metric: str) -> int:
+    """Return the first round with the best value, the plain way."""
+    sign = -1 if metric.endswith("loss") else 1
+    values = [(sign * row[metric], -row["round"]) for row in history if row.get(metric) is not None]
+    return -int(max(values)[1])
+
+
+@pytest.mark.parametrize(
+    "metric", ["eval/accuracy", "eval/loss", "clients/accuracy_worst10", "clients/accuracy_std"]
+)
+def test_the_file_holds_the_first_model_with_the_best_value(tmp_path: Path, metric: str) -> None:
+    collect = Collect()
+    result = train(tmp_path, collect=collect, checkpoint=CheckpointConfig(every=5, best=metric))
+    expected = best_round(result.history, metric)
+    assert 1 <= expected < 12, "the last model must not be the best one, or the test sees nothing"
+    with safe_open(result.folder / "best.safetensors", framework="pt") as opened:
+        metadata = opened.metadata()
+    assert int(metadata["round"]) == expected
+    assert float(metadata["value"]) == result.history[expected - 1][metric]
+    assert metadata["metric"] == metric
+    with safe_open(result.folder / "model.safetensors", framework="pt") as opened:
+        shared = opened.metadata()
+    assert {name: metadata[name] for name in shared} == shared
+    kept = load_file(result.folder / "best.safetensors")
+    assert kept.keys() == collect.states[expected].keys()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in collect.states[expected].items())
+
+
+def test_without_a_metric_no_best_model_is_kept(tmp_path: Path) -> None:
+    result = train(tmp_path, checkpoint=CheckpointConfig(), rounds=2)
+    assert not (result.folder / "best.safetensors").exists()
+
+
+def plain_stop(values: list[float], every: int, patience: int) -> int:
+    """Return the round after which a run ends, from its value after each round."""
+    best, since = -math.inf, 0
+    for number in range(every, len(values) + 1, every):
+        if values[number - 1] > best:
+            best, since = values[number - 1], number
+        elif number - since >= patience:
+            return number
+    return len(values)
+
+
+@pytest.mark.parametrize(("every", "patience"), [(1, 1), (1, 2), (1, 3), (2, 1), (2, 3), (3, 4), (1, 99)])
+def test_a_run_ends_after_so_many_rounds_without_a_better_value(
+    tmp_path: Path, every: int, patience: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = [row["eval/accuracy"] for row in train(tmp_path / "all").history]
+    expected = plain_stop(values, every, patience)
+    evaluation = EvaluationConfig(every=every, stop_after=patience)
+    with caplog.at_level(logging.INFO, "fedddp"):
+        result = train(tmp_path / "early", evaluation=evaluation, checkpoint=CheckpointConfig(every=5))
+    assert result.finished
+    assert len(result.history) == expected
+    assert [row.get("eval/accuracy") is not None for row in result.history] == [
+        number % every == 0 or number == 12 for number in range(1, expected + 1)
+    ]
+    assert (f"the run ends after round {expected}" in caplog.text) == (expected < 12)
+    assert (result.folder / "model.safetensors").exists()
+    again = train(tmp_path / "early", evaluation=evaluation, checkpoint=CheckpointConfig(every=5))
+    assert again.finished
+    assert again.history == result.history, "a run that ended early has nothing left to train"
+    more = dataclasses.replace(evaluation, stop_after=0)
+    longer = train(tmp_path / "early", evaluation=more, checkpoint=CheckpointConfig(every=5))
+    assert len(longer.history) == 12, "without the limit it goes on"
+
+
+class Stop(Callback):
+    """Ends the run as a kill does, after a round."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_round_end(self, round: int, metrics: dict[str, Any], model: nn.Module) -> None:
+        if round == self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("killed_after", [4, 5, 7, 8])
+def test_a_killed_run_keeps_the_same_best_model_and_ends_in_the_same_round(
+    tmp_path: Path, killed_after: int
+) -> None:
+    settings: dict[str, Any] = {"evaluation": EvaluationConfig(stop_after=5)}
+    whole = train(tmp_path / "whole", **settings)
+    config = dataclasses.replace(BASE, output=str(tmp_path / "cut"), name="run", resume="auto", **settings)
+    parts: dict[str, Any] = {"module": net(), "train": TRAIN, "test": TEST}
+    with pytest.raises(KeyboardInterrupt):
+        Federation(config, callbacks=[Stop(killed_after)], **parts).run()
+    resumed = Federation(config, **parts).run()
+    assert len(resumed.history) == len(whole.history)
+    for file in ("best.safetensors", "model.safetensors"):
+        assert (resumed.folder / file).read_bytes() == (whole.folder / file).read_bytes()
+
+
+def train_in_world(output: str, asynchronous: bool) -> None:
+    changes: dict[str, Any] = {"algorithm": FedBuff(buffer_size=2)} if asynchronous else {}
+    train(Path(output), evaluation=EvaluationConfig(stop_after=2, clients=2), **changes)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_all_ranks_end_in_the_same_round(tmp_path: Path, asynchronous: bool) -> None:
+    for size in (1, 2):
+        run_world(train_in_world, str(tmp_path / str(size)), asynchronous, size=size)
+    one, two = (tmp_path / size / "run" for size in ("1", "2"))
+    assert len(read_rows(one / "history.jsonl")) == len(read_rows(two / "history.jsonl")) < 12
+    assert (one / "best.safetensors").read_bytes() == (two / "best.safetensors").read_bytes()
+    assert json.loads((two / "run.json").read_text())["state"] == "finished"
+
+
+def test_a_value_that_is_no_number_is_never_the_best() -> None:
+    best = Best("eval/loss")
+    assert not best.update({"eval/loss": math.nan}, 1)
+    assert not best.update({}, 2)
+    assert not best.update({"eval/loss": None}, 3)
+    assert best.update({"eval/loss": 2.0}, 4)
+    assert not best.update({"eval/loss": math.nan}, 5)
+    assert not best.update({"eval/loss": 2.0}, 6), "an equal value is no better one"
+    assert best.update({"eval/loss": 1.5}, 7)
+    assert (best.value, best.round, best.evaluated) == (1.5, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint": {"best": "train/loss"}}, "checkpoint.best=train/loss is no metric of an evaluation"),
+        ({"checkpoint": {"best": "eval/acuracy"}}, "do not have eval/acuracy; .* eval/accuracy"),
+        ({"checkpoint": {"best": "eval/recall"}}, "do not have eval/recall"),
+        ({"evaluation": {}, "checkpoint": {"best": "clients/accuracy_mean"}}, "do not have clients/accuracy"),
+    ],
+)
+def test_a_metric_that_is_not_measured_is_refused_before_training(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    sections: dict[str, Any] = {
+        "evaluation": EvaluationConfig(**changes.get("evaluation", {"clients": 2})),
+    }
+    with pytest.raises(ConfigError, match=message):
+        train(tmp_path, checkpoint=CheckpointConfig(**changes["checkpoint"]), **sections)
+    assert not (tmp_path / "run" / "history.jsonl").exists()
+
+
+def test_without_test_data_there_is_nothing_to_stop_by(tmp_path: Path) -> None:
+    config = dataclasses.replace(BASE, checkpoint=CheckpointConfig(), output=str(tmp_path))
+    config = dataclasses.replace(config, evaluation=EvaluationConfig(stop_after=2))
+    with pytest.raises(ConfigError, match=r"evaluation.stop_after: .* give test data"):
+        Federation(config, module=net(), train=TRAIN).run()
