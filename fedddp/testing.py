@@ -30,7 +30,7 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def run_world(fn: Callable[..., T], *args: object, size: int = 2, timeout_s: float = 30) -> list[T]:
+def run_world(fn: Callable[..., T], *args: object, size: int = 2, timeout_s: float = 500) -> list[T]:
     """Call `fn(*args)` on `size` fresh ranks; return the results by rank.
 
     Ranks see torchrun's environment, so that `fedddp.distributed.launch.connect` works in them, have one
@@ -40,7 +40,7 @@ def run_world(fn: Callable[..., T], *args: object, size: int = 2, timeout_s: flo
         fn: a function at the top level of a module (it is pickled by name).
         args: pickled arguments of `fn`.
         size: number of ranks, >= 1.
-        timeout_s: seconds until the world is killed.
+        timeout_s: seconds until the world is killed; for one that hangs, not one that is slow.
 
     Raises:
         AssertionError: a rank raised; the message is the first rank's traceback.

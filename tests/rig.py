@@ -27,9 +27,6 @@ from fedddp.training.objects import Objects
 from fedddp.training.session import Session, Stopped
 from fedddp.training.synchronous import run_rounds
 
-TIMEOUT_S = 150.0
-"""A world trains all runs of a file: seconds on an idle machine, a minute on a busy one."""
-
 WORLDS = list(itertools.product((1, 2), (1, 2)))
 """Client groups, and ranks of each."""
 
@@ -127,7 +124,7 @@ def train_in_world(
     configs: Mapping[str, Config], groups: int, ranks: int, folder: str, stop: bool = False
 ) -> dict[str, Trained]:
     """Train every configuration in a fresh world of `groups` groups of `ranks`; return the coordinator's."""
-    return run_world(train, configs, ranks, folder, stop, size=groups * ranks, timeout_s=TIMEOUT_S)[0]
+    return run_world(train, configs, ranks, folder, stop, size=groups * ranks)[0]
 
 
 def assert_same_bits(one: Trained, two: Trained) -> None:

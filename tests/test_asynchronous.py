@@ -45,7 +45,7 @@ def in_world(groups: int, ranks: int, dedicated: bool) -> dict[str, dict[str, An
         if groups * ranks == 1 and not dedicated:
             return train_all(topology, output)
         size = groups * ranks + dedicated
-        return run_world(train_all, topology, output, size=size, timeout_s=150)[0]
+        return run_world(train_all, topology, output, size=size)[0]
 
 
 @pytest.mark.parametrize(

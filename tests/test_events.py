@@ -223,7 +223,7 @@ def test_a_group_that_fails_ends_the_job_and_is_named(tmp_path: Path) -> None:
     config = config_of("FedBuff", clock=Wall(), topology=topology)
     words = r"this local training fails\n.*in dispatch 8|no message from rank [12]"
     with pytest.raises(AssertionError, match=words):
-        run_world(fail_in_training, config, str(tmp_path), size=3, timeout_s=20)
+        run_world(fail_in_training, config, str(tmp_path), size=3)
 
 
 def test_clients_that_are_all_lost_are_an_error_not_a_hang(tmp_path: Path) -> None:

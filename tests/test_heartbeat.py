@@ -36,7 +36,7 @@ def busy_while_another_fails() -> None:
 
 def test_a_busy_rank_ends_soon_after_another_failed() -> None:
     with pytest.raises(AssertionError, match="rank 1: died without a traceback"):
-        run_world(busy_while_another_fails, size=2, timeout_s=40)
+        run_world(busy_while_another_fails, size=2)
 
 
 def wait_for_all(world: World, heartbeat: Heartbeat) -> str:
@@ -65,7 +65,7 @@ def one_is_stopped(folder: Path) -> str:
 
 
 def test_only_the_stopped_rank_is_named_not_those_that_timed_out_too(tmp_path: Path) -> None:
-    reported = run_world(one_is_stopped, tmp_path, size=4, timeout_s=60)
+    reported = run_world(one_is_stopped, tmp_path, size=4)
     note = "rank 1: no heartbeat (killed, stopped or hung); others waited for up to topology.timeout_s=2 s"
     assert sorted(reported) == sorted([note, "woken", "not the first", "not the first"])
 
@@ -79,7 +79,7 @@ def one_is_late() -> str:
 
 
 def test_a_rank_with_a_heartbeat_that_is_late_is_named() -> None:
-    reported = run_world(one_is_late, size=3, timeout_s=60)
+    reported = run_world(one_is_late, size=3)
     state = "still in local training, data loading or file access"
     note = f"rank 1: {state}; others waited for up to topology.timeout_s=2 s"
     assert sorted(reported) == sorted([note, "late", "not the first"])
@@ -97,7 +97,7 @@ def one_does_not_start() -> str:
 
 
 def test_a_rank_that_does_not_start_is_named() -> None:
-    reported = run_world(one_does_not_start, size=2, timeout_s=30)
+    reported = run_world(one_does_not_start, size=2)
     assert reported[0].startswith("rank 1 of 2 did not start within topology.timeout_s=1 s")
 
 
@@ -113,7 +113,7 @@ def fail_by_itself() -> list[str]:
 
 
 def test_an_error_of_its_own_names_no_other_rank() -> None:
-    assert run_world(fail_by_itself, size=2, timeout_s=30) == [[], []]
+    assert run_world(fail_by_itself, size=2) == [[], []]
 
 
 RANK = """

@@ -243,7 +243,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert not train(stopped, stop_at=draw.randint(1, max(1, checks.stop - 4)))[0], name
         kill(stopped, at=draw.randint(1, checks.all // 2))
         to_resume.append(dataclasses.replace(stopped, local=together.local))
-    run_world(train_all, to_resume, size=2, timeout_s=200)
+    run_world(train_all, to_resume, size=2)
     return output
 
 
@@ -322,7 +322,7 @@ def test_a_run_killed_after_its_last_checkpoint_only_writes_its_model(tmp_path: 
     model = tmp_path / "one" / "model.safetensors"
     written = model.read_bytes()
     model.unlink()
-    run_world(train, config, size=2, timeout_s=40)
+    run_world(train, config, size=2)
     assert model.read_bytes() == written
 
 

@@ -139,7 +139,7 @@ def fail_on_rank_1() -> None:
 
 def test_the_first_error_is_reported_and_no_rank_hangs() -> None:
     with pytest.raises(AssertionError, match=r"rank 1: [\s\S]*this rank fails"):
-        run_world(fail_on_rank_1, size=2, timeout_s=20)
+        run_world(fail_on_rank_1, size=2)
 
 
 def request_stop_on_rank_1() -> list[bool]:

@@ -44,19 +44,19 @@ def train_again(folder: Path, options: str) -> bool:
 
 def test_a_killed_rank_is_reported_and_the_run_resumes(tmp_path: Path) -> None:
     command = f"run {RUN} {OPTIONS} --name wall"
-    broken = torchrun(tmp_path, ALGORITHM, command, ranks=5, timeout_s=100, strike="4")
+    broken = torchrun(tmp_path, ALGORITHM, command, ranks=5, strike="4")
     assert broken.returncode == 1
     (line,) = [line for line in broken.stderr.splitlines() if line.startswith("error: ")]
     assert "rank 4: no heartbeat (killed, stopped or hung)" in line
     assert "client" in line
     # The ranks of `run_world` start faster than torchrun's.
-    assert all(run_world(train_again, tmp_path, "--name wall --resume auto", size=5, timeout_s=60))
+    assert all(run_world(train_again, tmp_path, "--name wall --resume auto", size=5))
     wall = tmp_path / "runs" / "wall"
     assert [row["round"] for row in read_rows(wall / "history.jsonl")] == [1, 2, 3]
     arrivals = read_rows(wall / "arrivals.jsonl")
     assert len(arrivals) == 12
     assert {row["group"] for row in arrivals} == {0, 1}
-    assert all(run_world(train_again, tmp_path, f"--name repeated --replay {wall}", size=5, timeout_s=60))
+    assert all(run_world(train_again, tmp_path, f"--name repeated --replay {wall}", size=5))
     ours, theirs = (load_file(tmp_path / "runs" / n / "model.safetensors") for n in ("repeated", "wall"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     repeated = read_rows(tmp_path / "runs" / "repeated" / "arrivals.jsonl")

@@ -54,7 +54,7 @@ class Launcher:
     def run(self, command: str) -> tuple[int, str, str]:
         """Return exit code, standard output and standard error."""
         process = self.start(command)
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=500)
         return process.returncode, out, err
 
 
@@ -124,7 +124,7 @@ def test_torchrun_on_two_nodes_trains_one_client_data_parallel(launch: Launcher)
     )
     command = f"torchrun {options} -m fedddp {SHORT} --topology.ranks_per_client 2 --output OUT"
     agents = [launch.start(command, GLOO_SOCKET_IFNAME="lo") for _ in range(2)]
-    outputs = [agent.communicate(timeout=100) for agent in agents]
+    outputs = [agent.communicate(timeout=500) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert "".join(out for out, _ in outputs).count("run directory: ") == 1
     two, one = load_file("OUT/digits/model.safetensors"), train_on_one_rank()

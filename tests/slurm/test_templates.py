@@ -99,7 +99,7 @@ def test_one_rank_per_gpu_and_all_cpus_are_the_default(submitter: Submitter) -> 
 
 
 def test_a_failed_run_fails_the_job_without_a_requeue(submitter: Submitter) -> None:
-    job = submitter.cluster.end(submitter.submit("--nodes=2", FEDERATED, "digits", do="fail"), timeout_s=20)
+    job = submitter.cluster.end(submitter.submit("--nodes=2", FEDERATED, "digits", do="fail"))
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "7:0", "0")
 
 

@@ -82,8 +82,8 @@ def test_a_stopped_and_killed_job_ends_with_the_same_bits(
     wait_for_round(cluster, job_id, run, 5)
     down = ("update", "nodename=node2", "state=down", "reason=test")
     cluster.call("scontrol", *down)  # the job is killed and requeued; the node comes back by itself
-    run_world(train_uninterrupted, tmp_path, size=2, timeout_s=100)  # one client group, not two on two nodes
-    job = cluster.end(job_id, timeout_s=120)
+    run_world(train_uninterrupted, tmp_path, size=2)  # one client group, not two on two nodes
+    job = cluster.end(job_id)
 
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), cluster.output(job)
     assert rounds(run) == list(range(1, ROUNDS + 1))
@@ -96,7 +96,7 @@ def test_a_stopped_and_killed_job_ends_with_the_same_bits(
 def test_the_shipped_sweep_trains_its_four_runs(cluster: Cluster, submitted: Submitted) -> None:
     sweep = f"sweep-{submitted.sweep}"
     for task in range(1, 5):
-        job = cluster.end(f"{submitted.sweep}_{task}", timeout_s=120)
+        job = cluster.end(f"{submitted.sweep}_{task}")
         assert job["JobState"] == "COMPLETED", cluster.output(job)
         assert "To upload the run: wandb sync " in cluster.output(job)
 
