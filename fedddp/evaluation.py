@@ -154,13 +154,17 @@ class Examination:
     metrics: Metrics
     """Of the task, without a prefix."""
     confusion: Tensor | None
-    """Examples by true class (row) and predicted class (column); int64, (K, K); None without classes."""
+    """Examples by true class (row) and predicted class (column); int64, (K, K); None without classes, or with
+    more than 1,000."""
     wrong: list[dict[str, Any]]
     """The examples that are wrong with the highest probability, that first: "index" in the test set, "label",
     "predicted", and "probability" of the predicted class."""
     images: Tensor
     """Those examples; uint8, (n, C, H, W)."""
 
+
+CONFUSED_CLASSES = 1000
+"""Classes up to which an `Examination` has a confusion matrix: it grows with their square."""
 
 WRONG = 24
 """Wrongly classified examples of an `Examination`, at most."""
@@ -194,7 +198,7 @@ class _Examiner:
     """Counts the predictions on this rank's examples, and collects the wrong ones."""
 
     def __init__(self, task: Task, loader: ClientLoader, indices: NDArray[np.int64]) -> None:
-        classes = loader.images.classes
+        classes = loader.images.classes if loader.images.classes <= CONFUSED_CLASSES else 0
         self.task, self.loader, self.indices = task, loader, indices
         self.confusion = torch.zeros(classes, classes, dtype=torch.int64)
         self.wrong: list[tuple[float, int, int, int, Tensor]] = []
@@ -209,9 +213,9 @@ class _Examiner:
         if probabilities is None:
             return
         (highest, predicted), labels = probabilities.cpu().max(1), batch.targets.cpu()
-        pairs = labels * len(self.confusion) + predicted
-        self.confusion += torch.bincount(pairs, minlength=self.confusion.numel()).view_as(self.confusion)
-        rows = torch.nonzero(predicted != labels)[:, 0]
+        if self.confusion.numel():
+            self.confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+        rows = torch.nonzero((predicted != labels) & torch.isfinite(highest))[:, 0]
         rows = rows[highest[rows].argsort(descending=True, stable=True)[:WRONG]]
         pixels = self.loader.normalize.pixels(batch.images[rows.to(batch.images.device)]).cpu()
         for row, image in zip(rows.tolist(), pixels, strict=True):

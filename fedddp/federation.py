@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Unpack
@@ -26,10 +28,11 @@ from fedddp.evaluation import Metrics, examine
 from fedddp.section import ConfigError
 from fedddp.storage import run_record
 from fedddp.storage.checkpoint import save_model, save_tensors, write_text
-from fedddp.storage.history import plain, read_rows
-from fedddp.training.assembly import assemble, load_images
+from fedddp.storage.history import GONE, plain, read_rows
+from fedddp.tracking.summary import score_of
+from fedddp.training.assembly import EXAMINED, assemble, load_images, set_model_aside
 from fedddp.training.asynchronous.coordinator import run_asynchronous
-from fedddp.training.objects import Objects, check_objects
+from fedddp.training.objects import Objects, made
 from fedddp.training.profiling import profiled
 from fedddp.training.run_directory import check_replay, run_directory, write_record
 from fedddp.training.session import Session, Stopped
@@ -41,7 +44,7 @@ SHARES = 100
 """Clients of which `split.json` holds what they hold: the first and the last."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """The result of a run, the same on every rank but for the history (the coordinator's)."""
 
@@ -53,6 +56,23 @@ class Result:
     """The run directory."""
     finished: bool
     """False when the run was asked to stop; `resume="auto"` resumes it."""
+
+    def __repr__(self) -> str:
+        """Return one line: folder, rounds, score."""
+        return f"Result({', '.join(f'{label} {text}' for label, text in self._described())})"
+
+    def _repr_html_(self) -> str:
+        """Return a small table, for notebooks."""
+        rows = (f"<tr><th>{label}</th><td>{escape(text)}</td></tr>" for label, text in self._described())
+        return f"<table>{''.join(rows)}</table>"
+
+    def _described(self) -> list[tuple[str, str]]:
+        rounds = f"{self.history[-1]['round'] if self.history else 0}"
+        parts = [("folder", str(self.folder)), ("rounds", rounds)]
+        score = score_of(self.history)
+        if score is not None:
+            parts.append((score.name, score.text))
+        return [*parts, ("state", "finished" if self.finished else "stopped")]
 
 
 class Federation:
@@ -66,7 +86,7 @@ class Federation:
         self,
         config: Config | None = None,
         *,
-        module: nn.Module | None = None,
+        module: nn.Module | Callable[[], nn.Module] | None = None,
         train: Dataset[Any] | None = None,
         test: Dataset[Any] | None = None,
         callbacks: Sequence[Callback | str] = (),
@@ -77,7 +97,8 @@ class Federation:
 
         Args:
             config: the configuration; `Config()` by default.
-            module: your own model instead of `config.model.name`; it is copied, not changed.
+            module: your own model instead of `config.model.name`; it is copied, not changed. A function that
+                makes it, such as its class, draws the initial weights by `seed`.
             train: your own map-style dataset of (image, label) instead of `config.data.dataset`.
             test: the examples of central evaluation; with `train`, none means no central evaluation.
             callbacks: called while the run lasts, after those of `config.callbacks`.
@@ -87,14 +108,13 @@ class Federation:
         Raises:
             ConfigError: the configuration cannot run.
         """
-        check_objects(module, train, test)
         given = fields.get("model")
         if isinstance(given, nn.Module):
             raise ConfigError(
                 f"model must be a ModelConfig, got {type(given).__name__}; pass a module as module="
             )
         self.config: Config = dataclasses.replace(config or Config(), **fields)
-        self.objects = Objects(module, train, test)
+        self.objects = Objects(made(module, self.config.seed), train, test)
         self.callbacks = callbacks_of([*self.config.callbacks, *callbacks], self.config.callback_errors)
         self.default_name = default_name
 
@@ -113,17 +133,19 @@ class Federation:
                 check_replay(self.config, record)
             with (
                 run_directory(self.config, self.default_name, world, record) as (directory, config),
-                run_record.log_file(directory) if world.is_coordinator else contextlib.nullcontext(),
+                run_record.log_file(directory) as write_log,
             ):
                 logger.debug("%s", world, extra={"directory": directory})
                 with _rejecting():
-                    s = assemble(config, world, directory, self.objects.module, train, test)
+                    s = assemble(config, world, directory, self.objects.module, train, test, record)
                 loop = run_asynchronous if isinstance(config.algorithm, AsynchronousAlgorithm) else run_rounds
                 finished = True
                 with _recording_failure(s):
                     if world.is_coordinator:
                         write_record(directory, record)
-                        _begin(s, train)
+                        if not (s.complete and run_record.state_of(directory) == "finished"):
+                            write_log()
+                            _begin(s, train)
                         s.callbacks = self.callbacks("on_run_start", config, directory)
                     try:
                         with _garbage_frozen(), profiled(s):
@@ -159,8 +181,6 @@ class Interrupted(KeyboardInterrupt):
 
 def _begin(s: Session, train: Images) -> None:
     """Record this launch, and what the clients hold, in the run directory; on the coordinator."""
-    if s.complete and run_record.state_of(s.directory) == "finished":
-        return  # nothing is left to do
     world = s.world
     launch = run_record.launch_record(
         world.device,
@@ -170,6 +190,7 @@ def _begin(s: Session, train: Images) -> None:
         from_round=s.rounds_done,
     )
     run_record.begin(s.directory, launch)
+    set_model_aside(s)
     split = dataclasses.asdict(describe(s.split, train.labels, train.classes, limit=SHARES))
     names = train.class_names or list(map(str, range(train.classes)))
     write_text(s.directory / "split.json", json.dumps({**split, "class_names": names}))
@@ -187,12 +208,24 @@ def _result(s: Session, *, finished: bool) -> Result:
         _examine(s)
     s.world.barrier()
     last = {n: v for n, v in (history[-1] if history else {}).items() if n != "cohort"}
-    s.tracker.finish(model_file, last)
     result = Result(s.flat.module.eval(), history, s.directory, finished)
     if s.world.is_coordinator:
         s.callbacks("on_run_end", result)
         run_record.end(s.directory, "finished" if finished else "stopped")
+        _report(s)
+    s.tracker.finish(model_file, last)
     return result
+
+
+def _report(s: Session) -> None:
+    """Write the report page, if `tracking.report` asks for it; the run is complete without it."""
+    if s.config.tracking.report:
+        from fedddp.reporting.report import write_report
+
+        try:
+            write_report([s.directory])
+        except Exception as error:  # drawing may fail in many ways
+            logger.warning("report: %s; the run has no report page", error)
 
 
 def _examine(s: Session) -> None:
@@ -207,8 +240,12 @@ def _examine(s: Session) -> None:
             "confusion": confusion,
             "wrong": plain(found.wrong),
         }
-        save_tensors({"images": found.images}, s.directory / "wrong.safetensors")
-        write_text(s.directory / "evaluation.json", json.dumps(content))
+        evaluation, wrong = (s.directory / name for name in EXAMINED)
+        try:
+            save_tensors({"images": found.images}, wrong)
+            write_text(evaluation, json.dumps(content))
+        except OSError as error:  # the run is complete without them
+            logger.warning("%s: %s; the run has no %s", evaluation, error.strerror, evaluation.name)
 
 
 def summarize(results: Sequence[Result], metric: str = "eval/accuracy") -> dict[str, float]:
@@ -247,8 +284,11 @@ def _recording_failure(s: Session) -> Iterator[None]:
     except BaseException as error:
         s.world.report_failure()
         if s.world.is_coordinator:
-            run_record.end(s.directory, "failed", " ".join(f"{error}".split()) or type(error).__name__)
+            lines = [f"{error}" or type(error).__name__, *getattr(error, "__notes__", [])]
+            run_record.end(s.directory, "failed", " ".join("; ".join(lines).split()))
         s.tracker.finish(failed=True)
+        if isinstance(error, OSError) and not s.directory.is_dir():  # whichever file was missed first
+            raise FileNotFoundError(errno.ENOENT, GONE, str(s.directory)) from error
         raise
 
 

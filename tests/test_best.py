@@ -139,7 +139,7 @@ def test_a_run_ends_after_so_many_rounds_without_a_better_value(
     assert again.history == result.history, "a run that ended early has nothing left to train"
     more = dataclasses.replace(evaluation, stop_after=0)
     longer = train(tmp_path / "early", evaluation=more, checkpoint=CheckpointConfig(every=5))
-    assert len(longer.history) == 12, "without the limit it goes on"
+    assert len(longer.history) == 12, "without the limit it continues"
 
 
 class Stop(Callback):
@@ -187,7 +187,9 @@ def test_all_ranks_end_in_the_same_round(tmp_path: Path, asynchronous: bool) -> 
 def test_a_value_that_is_no_number_is_never_the_best() -> None:
     best = Best("eval/loss")
     assert not best.update({"eval/loss": math.nan}, 1)
+    assert best.evaluated == 1
     assert not best.update({}, 2)
+    assert best.evaluated == 1, "nothing was measured"
     assert not best.update({"eval/loss": None}, 3)
     assert best.update({"eval/loss": 2.0}, 4)
     assert not best.update({"eval/loss": math.nan}, 5)
@@ -214,6 +216,56 @@ def test_a_metric_that_is_not_measured_is_refused_before_training(
     with pytest.raises(ConfigError, match=message):
         train(tmp_path, checkpoint=CheckpointConfig(**changes["checkpoint"]), **sections)
     assert not (tmp_path / "run" / "history.jsonl").exists()
+
+
+class Diverges(nn.Module):
+    """Its loss is no number after the first round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 4)
+        self.register_buffer("steps", torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert isinstance(self.steps, Tensor)
+        if self.training:
+            self.steps += 1
+        logits: Tensor = self.layer(images.flatten(1))
+        return logits if self.training or self.steps < 5 else logits * math.nan
+
+
+def test_a_loss_that_is_no_number_any_more_ends_the_run(tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        BASE,
+        output=str(tmp_path),
+        checkpoint=CheckpointConfig(best="eval/loss"),
+        evaluation=EvaluationConfig(stop_after=3),
+    )
+    result = Federation(config, module=Diverges(), train=TRAIN, test=TEST).run()
+    finite = [row["round"] for row in result.history if row["eval/loss"] is not None]
+    assert finite
+    assert len(result.history) == best_round(result.history, "eval/loss") + 3 < 12
+
+
+def test_a_best_model_that_was_never_kept_is_looked_for_anew(tmp_path: Path) -> None:
+    still: dict[str, Any] = {
+        "local": LocalConfig(batch_size=10, lr=1e-9),
+        "evaluation": EvaluationConfig(stop_after=50),
+    }
+    train(tmp_path, checkpoint=CheckpointConfig(), rounds=2, **still)
+    folder = train(tmp_path, checkpoint=CheckpointConfig(best="eval/accuracy"), rounds=4, **still).folder
+    with safe_open(folder / "best.safetensors", framework="pt") as opened:
+        assert opened.metadata()["round"] == "3"
+
+
+def test_a_resume_of_a_run_that_ended_early_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluation = EvaluationConfig(stop_after=1)
+    done = len(train(tmp_path, evaluation=evaluation).history)
+    with caplog.at_level(logging.INFO, "fedddp"):
+        assert len(train(tmp_path, evaluation=evaluation, rounds=50).history) == done
+    assert f"evaluation.stop_after=1 ended this run after round {done}; raise it" in caplog.text
 
 
 def test_without_test_data_there_is_nothing_to_stop_by(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import random
 import sys
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +72,10 @@ class Recording(Callback):
 
 
 class Meddling(Callback):
-    """Draws at random and spoils the model that it is given."""
+    """Draws at random, takes its time, and spoils the model that it is given."""
 
     def on_round_end(self, round: int, metrics: dict[str, Any], model: nn.Module) -> None:
+        time.sleep(0.5)
         random.random()
         np.random.rand()
         torch.rand(3)
@@ -81,6 +84,7 @@ class Meddling(Callback):
         with torch.no_grad():
             for tensor in model.state_dict().values():
                 tensor.zero_()
+        model.half().float().to(memory_format=torch.channels_last).double()
 
 
 def run(output: Path, *callbacks: Callback | str, **changes: Any) -> Result:
@@ -114,6 +118,25 @@ def test_a_callback_does_not_change_the_run(tmp_path: Path, algorithm: Any) -> N
         for result in (plain, meddled)
     ]
     assert seconds_left_out[0] == seconds_left_out[1]
+    logged = json.loads((meddled.folder / "run.json").read_text())["sessions"][0]
+    begun, ended = (datetime.fromisoformat(logged[key]) for key in ("started", "ended"))
+    longest = (ended - begun).total_seconds() + 2  # both to the second
+    assert sum(row["time/round"] for row in meddled.history) <= longest - 1.0, (
+        "two calls lie between the rows"
+    )
+
+
+def test_a_callback_that_raises_loses_no_round(tmp_path: Path) -> None:
+    class Raises(Callback):
+        def on_round_end(self, round: int, metrics: dict[str, Any], model: nn.Module) -> None:
+            if round == 3:
+                raise RuntimeError("after the last round")
+
+    with pytest.raises(RuntimeError, match="after the last round"):
+        run(tmp_path, Raises())
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["round-00003"]
+    error = json.loads((tmp_path / "run" / "run.json").read_text())["error"]
+    assert error.startswith("after the last round; raised by the callback ")
 
 
 @pytest.mark.parametrize("hook", ["start", "round", "end"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedddp import evaluation
 from fedddp.data.datasets import DataConfig, Images
 from fedddp.data.loader import ClientLoader
 from fedddp.distributed.launch import connect
@@ -162,3 +163,34 @@ def test_what_torch_raises_for_want_of_memory(error: Exception, expected: bool) 
     message = "^out of CPU memory while evaluating with evaluation.batch_size=7; lower it$"
     with pytest.raises(NoMemoryError if expected else RuntimeError, match=message if expected else "mat1"):
         measure(Failing(), Classification(), loader, np.arange(3), 7)
+
+
+def test_an_examination_has_no_matrix_of_very_many_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = connect(TopologyConfig())
+    try:
+        module, loader = Constant(), loader_of(LABELS, world.device)
+        found = evaluation.examine(world, module, Classification(), loader, 3)
+        assert found.confusion is not None
+        assert found.confusion[:, 0].tolist() == [3, 3, 2, 2]
+        monkeypatch.setattr(evaluation, "CONFUSED_CLASSES", 3)
+        without = evaluation.examine(world, module, Classification(), loader, 3)
+        assert without.confusion is None
+        assert without.wrong == found.wrong
+    finally:
+        world.close()
+
+
+def test_probabilities_that_are_no_numbers_are_not_the_most_certain() -> None:
+    class Overflowing(Constant):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(images)
+            logits[0] = float("nan")
+            return logits
+
+    world = connect(TopologyConfig())
+    try:
+        loader = loader_of(LABELS, world.device)
+        found = evaluation.examine(world, Overflowing(), Classification(), loader, 5)
+        assert [one["index"] for one in found.wrong] == [1, 2, 3, 6, 7, 9]
+    finally:
+        world.close()

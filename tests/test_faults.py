@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from torch import nn
 from fedddp import Config, ConfigError, TopologyConfig, load_config
 from fedddp.cli import main
 from fedddp.config.loader import to_yaml
+from fedddp.distributed import environment as launch_environment
 from fedddp.distributed.launch import connect
 from fedddp.storage.checkpoint import Checkpoints
 from fedddp.storage.history import read_rows
@@ -100,7 +103,8 @@ def test_a_killed_coordinator_resumes_and_a_rank_that_raises_ends_the_job(
     *before, line = [line for line in broken.stderr.splitlines() if line.startswith("error:")]
     assert all("rank 0: no heartbeat" in line for line in before)
     assert len(before) <= 1
-    assert line.startswith("error: rank 1: the disk of this rank is on fire; while training client ")
+    started = "error: rank 1: RuntimeError: the disk of this rank is on fire; while training client "
+    assert line.startswith(started)
     assert line.endswith(" in round 3")
     code, out, _ = command(f"{INTERRUPTED} --resume auto")
     assert code == 0
@@ -243,3 +247,19 @@ def test_with_any_corruption_a_yaml_file_is_a_configuration_or_a_one_line_error(
             load_config(str(path))
         except ConfigError as error:  # any other exception is a traceback for the user
             assert "\n" not in str(error)  # noqa: PT017 - a configuration is allowed, too
+
+
+def test_a_rank_that_waits_for_another_ones_error_reports_no_killed_loader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def as_torchs_loader(*_: object) -> None:
+        raise RuntimeError("DataLoader worker is killed by signal: Terminated.")
+
+    monkeypatch.setattr(launch_environment, "FIRST_ERROR_S", 0.5)
+    before = signal.signal(signal.SIGCHLD, as_torchs_loader)
+    try:
+        worker = subprocess.Popen(["sleep", "0.1"])
+        launch_environment.wait_for_first_error()
+        worker.wait()
+    finally:
+        signal.signal(signal.SIGCHLD, before)

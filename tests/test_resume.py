@@ -27,6 +27,7 @@ from fedddp import (
     CheckpointConfig,
     CohortConfig,
     Config,
+    ConfigError,
     DataConfig,
     EvaluationConfig,
     Federation,
@@ -35,12 +36,14 @@ from fedddp import (
     TopologyConfig,
     TrackingConfig,
 )
-from fedddp.algorithms import Algorithm, AsynchronousAlgorithm, FedAvg
+from fedddp.algorithms import SCAFFOLD, Algorithm, AsynchronousAlgorithm, FedAvg
 from fedddp.data.partition import Dirichlet
 from fedddp.distributed.world import World
 from fedddp.section import choices
 from fedddp.storage.history import read_rows
 from fedddp.testing import run_world
+from fedddp.training import assembly
+from fedddp.training.engine import channels_last
 
 LOCALS = (
     LocalConfig(batch_size=20, lr=0.1, epochs=2),
@@ -313,6 +316,54 @@ def test_the_history_of_a_resumed_run_has_every_round(tmp_path: Path, name: str)
     again = run(resumed)  # nothing is left to train
     assert again.finished
     assert again.history == finished.history
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedBuff"])
+@pytest.mark.parametrize("fate", ["deleted", "emptied", "line lost", "line twice"])
+def test_missing_rows_about_clients_are_noticed_at_resume(tmp_path: Path, name: str, fate: str) -> None:
+    config = dataclasses.replace(
+        BASE, **CASES[name], output=str(tmp_path), name="one", resume="auto", rounds=4
+    )
+    file = run(config).folder / "clients.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == 6, "three clients after rounds 2 and 4"
+    left = {"emptied": [], "line lost": lines[:2] + lines[3:], "line twice": [*lines[:3], *lines[2:]]}
+    if fate == "deleted":
+        file.unlink()
+    else:
+        file.write_text("".join(left[fate]))
+    rows = len(left.get(fate, []))
+    with pytest.raises(ConfigError, match=rf"clients.jsonl has {rows} of the 6 rows before the checkpoint"):
+        run(dataclasses.replace(config, rounds=5))
+    file.write_text("".join(lines) + '{"round": 9, "client": 1}\n')  # a row after the checkpoint is cut off
+    assert run(dataclasses.replace(config, rounds=5)).finished
+    assert len(file.read_text().splitlines()) == 9
+
+
+@pytest.mark.parametrize("algorithm", [FedAvg(momentum=0.5), SCAFFOLD()], ids=["momentum", "SCAFFOLD"])
+def test_a_run_resumed_on_a_device_of_another_layout_keeps_its_own(
+    tmp_path: Path, algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(BASE, algorithm=algorithm, local=LOCALS[0], output=str(tmp_path), rounds=4)
+    config = dataclasses.replace(config, resume="auto", checkpoint=CheckpointConfig(every=1))
+
+    def run_convolutions(name: str, rounds: int) -> dict[str, Tensor]:
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            module = nn.Sequential(
+                nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(96, 10)
+            )
+        changed = dataclasses.replace(config, name=name, rounds=rounds)
+        result = Federation(changed, module=module, train=TRAIN, test=TEST).run()
+        return load_file(result.folder / "model.safetensors")
+
+    whole = run_convolutions("whole", 4)
+    run_convolutions("resumed", 2)
+    monkeypatch.setattr(assembly, "channels_last", lambda *given: not channels_last(*given))  # as on a GPU
+    other = run_convolutions("other", 4)
+    assert any(not torch.equal(whole[name], other[name]) for name in whole), "the layout decides the bits"
+    resumed = run_convolutions("resumed", 4)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedBuff"])

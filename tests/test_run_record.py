@@ -24,7 +24,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fedddp
-from fedddp import CohortConfig, Config, DataConfig, Federation, LocalConfig, Result, TrackingConfig
+from fedddp import (
+    CohortConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    Federation,
+    LocalConfig,
+    Result,
+    TrackingConfig,
+)
 from fedddp.data.datasets import load
 from fedddp.data.partition import Dirichlet
 from fedddp.storage.run_record import (
@@ -32,6 +41,7 @@ from fedddp.storage.run_record import (
     age_s,
     begin,
     end,
+    held,
     launch_record,
     log_file,
     read_record,
@@ -111,7 +121,9 @@ def test_a_failed_run_records_its_error_and_a_resume_starts_afresh(tmp_path: Pat
     assert record.error is not None
     assert record.error.startswith("no forward pass in this model")
     begin(tmp_path / "one", record.sessions[0])
-    assert state_of(tmp_path / "one") == "running"
+    with held(tmp_path / "one"):
+        assert state_of(tmp_path / "one") == "running"
+    assert state_of(tmp_path / "one") == "failed", "no process holds its lock"
     end(tmp_path / "one", "stopped")
     again = read_record(tmp_path / "one")
     assert again is not None
@@ -148,9 +160,53 @@ def test_runs_of_before_have_a_state_by_their_model(tmp_path: Path) -> None:
     assert state_of(tmp_path) == "stopped"
     (tmp_path / "model.safetensors").touch()
     assert state_of(tmp_path) == "finished"
-    for content in ("", "[]", '{"state": "finished"}', '{"sessions": [{"x": 1}]}'):
+    for content in ("", "[]", '{"state": "finished"}', '{"sessions": [{"x": 1}]}', "[" * 100_000):
         (tmp_path / "run.json").write_text(content)
         assert read_record(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("started", 5), ("started", "yesterday"), ("started", "2026-11-26T10:00:00"), ("ended", 5)),
+        *(("git_commit", 5), ("from_round", "x"), ("ranks", None), ("device", ["cpu"])),
+        *(("state", "odd"), ("state", [1]), ("error", 5), ("sessions", [])),
+    ],
+    ids=str,
+)
+def test_a_record_with_a_wrong_value_is_none(finished: Result, tmp_path: Path, key: str, value: Any) -> None:
+    content = json.loads((finished.folder / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    assert read_record(tmp_path) is not None
+    (content if key in content else content["sessions"][0])[key] = value
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    assert read_record(tmp_path) is None
+
+
+def test_a_run_does_not_end_its_own_lock_by_looking_at_itself(tmp_path: Path) -> None:
+    """A run killed after its last checkpoint: its record is `running`, and nothing is left to train."""
+    folder = train(tmp_path).folder
+    record = folder / "run.json"
+    record.write_text(record.read_text().replace('"finished"', '"running"'))
+    look = (
+        "import sys; from pathlib import Path; from fedddp.storage.run_record import state_of\n"
+        f"print(state_of(Path({str(folder)!r})))"
+    )
+    seen: list[str] = []
+
+    class Look(fedddp.Callback):
+        def on_run_end(self, result: Any) -> None:
+            env = {**os.environ, "PYTHONPATH": str(ROOT)}
+            run = subprocess.run(
+                [sys.executable, "-c", look], env=env, capture_output=True, text=True, check=False
+            )
+            seen.append(run.stdout.strip() or run.stderr)
+
+    config = dataclasses.replace(BASE, output=str(tmp_path), resume="auto")
+    (folder / ".lock").chmod(0o644)
+    Federation(config, callbacks=[Look()]).run()
+    assert seen == ["running"]
+    assert state_of(folder) == "finished"
 
 
 def test_the_commit_of_the_working_folder_is_recorded(
@@ -184,23 +240,79 @@ def test_the_commit_of_the_working_folder_is_recorded(
 
 def test_warnings_are_read_back_from_the_log(tmp_path: Path) -> None:
     logger = logging.getLogger("fedddp.some.module")
-    for _ in range(2):
-        with log_file(tmp_path):
+    lost = ["round 3: lost", "worse: WARNING"] * 2
+    for launch in range(2):
+        with log_file(tmp_path) as write:
             logger.info("not a warning")
             logger.warning("round %d: lost", 3)
+            assert read_warnings(tmp_path) == lost[: 2 * launch], "held until the run begins"
+            write()
+            assert read_warnings(tmp_path)[-1] == "round 3: lost"
             logger.error("worse: WARNING")
     logger.warning("outside of the run")
-    assert read_warnings(tmp_path) == ["round 3: lost", "worse: WARNING"] * 2
+    with log_file(tmp_path):
+        logger.warning("of a run that was refused")
+    assert read_warnings(tmp_path) == lost
     assert read_warnings(tmp_path / "none") == []
+
+
+def test_a_log_that_cannot_be_opened_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "run.log").mkdir()
+    with log_file(tmp_path) as write:
+        logging.getLogger("fedddp").warning("lost")
+        write()
+        logging.getLogger("fedddp").warning("lost too")
+
+
+def test_what_a_full_disk_leaves_of_the_last_evaluation_is_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "one" / "wrong.safetensors").mkdir(parents=True)
+    result = train(tmp_path)
+    assert state_of(result.folder) == "finished"
+    (line,) = read_warnings(result.folder)
+    assert line.endswith("; the run has no evaluation.json")
+
+
+def test_what_is_known_of_the_final_model_goes_with_it(tmp_path: Path) -> None:
+    class Stop(fedddp.Callback):
+        def on_round_end(self, round: int, metrics: dict[str, Any], model: nn.Module) -> None:
+            if round == 3:
+                raise KeyboardInterrupt
+
+    folder = train(tmp_path).folder
+    files = ("model.safetensors", "evaluation.json", "wrong.safetensors")
+    lines = (folder / "history.jsonl").read_text()
+    config = dataclasses.replace(BASE, output=str(tmp_path), resume="auto", rounds=4)
+    (folder / "history.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="does not have one row"):
+        Federation(config).run()
+    assert all((folder / name).exists() for name in files), "a resume that is refused takes nothing away"
+    (folder / "history.jsonl").write_text(lines)
+    with pytest.raises(KeyboardInterrupt):
+        Federation(config, callbacks=[Stop()]).run()
+    assert not any((folder / name).exists() for name in files)
+    assert (folder / "model-00002.safetensors").exists()
 
 
 def test_a_log_on_a_full_disk_is_no_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     (tmp_path / "run.log").symlink_to("/dev/full")
-    with log_file(tmp_path):
+    with log_file(tmp_path) as write:
+        write()
         logging.getLogger("fedddp").warning("lost")
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_run_ends_with_its_report_where_a_setting_asks_for_it(tmp_path: Path) -> None:
+    tracking = TrackingConfig(trackers=[], progress=False, report=True)
+    folder = train(tmp_path, tracking=tracking).folder
+    assert ">finished<" in (folder / "report.html").read_text()
+    (folder / "report.html").unlink()
+    (folder / "report.html").mkdir()
+    assert train(tmp_path, tracking=tracking, resume="auto", rounds=3).finished
+    (line,) = read_warnings(folder)
+    assert line.startswith("report: ")
+    assert line.endswith("; the run has no report page")
 
 
 def test_the_record_of_the_split_holds_what_each_client_holds(finished: Result) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fedddp.section import ConfigError
@@ -76,6 +80,21 @@ def threads_of_environment() -> int:
     return int(text) if text.isdigit() and int(text) else 1
 
 
+@contextlib.contextmanager
+def kineto_silenced() -> Iterator[None]:
+    """Keep torch's profiler from writing its own log to standard error in the block."""
+    given = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["KINETO_LOG_LEVEL"]
+
+
 def wait_for_first_error() -> None:
     """Wait for the launcher to end this rank, so that the rank that failed first reports the error."""
+    if threading.current_thread() is threading.main_thread():
+        # The launcher ends the workers of data loaders too, of which torch would report each in a traceback.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     time.sleep(FIRST_ERROR_S)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fedddp.distributed.environment import Launch, threads_of_environment
 from fedddp.distributed.topology import TopologyConfig
+
+logger = logging.getLogger(__name__)
 
 STOP_POLL_S = 0.2
 NUMBERS = 1  # the tag of messages of numbers; tensors have 0
@@ -73,8 +77,17 @@ class World:
         """Whether this rank's error was the first in the world; None while it has none."""
         self.interrupted = False
         """Whether this rank was asked to stop by Ctrl-C."""
+        self.on_stop: Callable[[], None] = self._log_stop
+        """Called once, in a thread of its own, when a rank was asked to stop."""
         self._stopping = self._announced = False
         self._asked_at = 0.0
+
+    def __str__(self) -> str:
+        """Return this rank's part in the world, for logs."""
+        part = "dedicated coordinator"
+        if self.group is not None:
+            part = f"client group {self.group} of {self.groups}, data rank {self.data_rank}"
+        return f"rank {self.rank} of {self.size}: {part}, on {self.device}"
 
     @property
     def is_coordinator(self) -> bool:
@@ -205,7 +218,14 @@ class World:
 
     def request_stop(self) -> None:
         """Ask the run to stop at its next safe point; may be called from a signal handler."""
-        self._stopping = True
+        if not self._stopping:
+            self._stopping = True
+            # Not from here: a signal may come while this thread prints, and holds the lock of the stream.
+            _thread.start_new_thread(self.on_stop, ())
+
+    def _log_stop(self) -> None:
+        if self.is_coordinator:
+            logger.info("stopping as soon as the run is set up (Ctrl-C again stops at once)")
 
     def stop_requested(self) -> bool:
         """Return whether any rank was asked to stop; not a collective, ranks may differ for a moment."""
@@ -215,7 +235,9 @@ class World:
                 self._announced = True
         elif time.monotonic() - self._asked_at > STOP_POLL_S:
             self._asked_at = time.monotonic()
-            self._stopping = self._announced = bool(self.store.check(["fedddp/stop"]))
+            if self.store.check(["fedddp/stop"]):
+                self._announced = True
+                self.request_stop()
         return self._stopping
 
     def report_failure(self) -> bool:

@@ -24,7 +24,7 @@ class BatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input`, (b, C, ...), channel by channel; same shape and dtype."""
-        if input.numel() > input.shape[1] or self.running_mean is None:
+        if not self.training or input.numel() > input.shape[1] or self.running_mean is None:
             return super().forward(input)
         return _with_running_statistics(self, input)
 

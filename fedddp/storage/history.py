@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 Row = dict[str, Any]
 GONE = "it was deleted or moved while the run lasted"
-HISTORY = "history.jsonl"
+HISTORY, CLIENTS = "history.jsonl", "clients.jsonl"
 
 
 class History:
@@ -23,23 +23,27 @@ class History:
     the line it was writing, and a full disk leaves no partial row.
     """
 
-    def __init__(self, folder: Path, keep_rounds: int = 0) -> None:
+    def __init__(self, folder: Path, keep_rounds: int = 0, keep_client_rows: int | None = None) -> None:
         """Open both files; lines of rounds after `keep_rounds` are cut off, and so is a partial one.
 
         Args:
             folder: the run folder.
             keep_rounds: the round of the checkpoint that the run resumes from; 0 starts from scratch.
+            keep_client_rows: lines of `clients.jsonl` before the checkpoint; None where it does not know.
 
         Raises:
-            ValueError: a line before the last is corrupt.
+            ValueError: a line before the last is corrupt, or lines are missing.
             OSError: a file cannot be written.
         """
         if not folder.is_dir():  # a half-made folder in its place would hide that
             raise FileNotFoundError(errno.ENOENT, GONE, str(folder))
         self._files: list[BinaryIO] = []
         try:
-            for name in (HISTORY, "clients.jsonl"):
-                self._files.append(_open_after(folder / name, keep_rounds))
+            for name, rows in ((HISTORY, keep_rounds), (CLIENTS, keep_client_rows)):
+                file, kept = _open_after(folder / name, keep_rounds, rows)
+                self._files.append(file)
+                self.client_rows = kept
+                """Lines of `clients.jsonl`, which a checkpoint records."""
         except (ValueError, OSError):
             self.close()
             raise
@@ -51,6 +55,7 @@ class History:
     def log_clients(self, rows: list[Row]) -> None:
         """Append the metrics of clients; each row has its "round"."""
         write_rows(self._files[1], rows)
+        self.client_rows += len(rows)
 
     def sync(self) -> None:
         """Force the lines to the disk, so that no checkpoint is newer than its lines."""
@@ -116,7 +121,8 @@ def _complete_lines(path: Path) -> Iterator[tuple[int, Row]]:
             yield end, row
 
 
-def _open_after(path: Path, keep_rounds: int) -> BinaryIO:
+def _open_after(path: Path, keep_rounds: int, expected: int | None) -> tuple[BinaryIO, int]:
+    """Open a file after the lines of `keep_rounds` rounds, and return it with the number of these lines."""
     end, rounds = 0, []
     if keep_rounds and path.exists():
         for offset, row in _complete_lines(path):
@@ -129,9 +135,14 @@ def _open_after(path: Path, keep_rounds: int) -> BinaryIO:
             f"{path} does not have one row for each of the rounds 1 to {keep_rounds} that the checkpoint "
             "follows; restore it, or start another run with another --name"
         )
+    if expected is not None and len(rounds) != expected:
+        raise ValueError(
+            f"{path} has {len(rounds)} of the {expected} rows before the checkpoint; restore it, or start "
+            "another run with another --name"
+        )
     file = path.open("ab", buffering=0)
     file.truncate(end)  # one system call: a kill leaves the file before or after it
-    return file
+    return file, len(rounds)
 
 
 def write_rows(file: BinaryIO, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -173,6 +184,17 @@ def read_config(path: Path) -> Row:
     if not isinstance(config, dict):
         raise ValueError("it holds no sections")
     return config
+
+
+def number(row: Mapping[str, Any], key: str, *, finite: bool = True) -> float | None:
+    """Return the number that a row has at `key`; None where it has none, or something else, such as text.
+
+    With `finite` NaN and infinity are no numbers either.
+    """
+    value = row.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return value if math.isfinite(value) or not finite else None
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Row:

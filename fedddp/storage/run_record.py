@@ -9,17 +9,18 @@ import fcntl
 import importlib.metadata
 import json
 import logging
+import logging.handlers
 import os
 import platform
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedddp.storage.history import read_text
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     import torch
 
 RECORD, LOG = "run.json", "run.log"
+
+HELD_RECORDS = 1000
+"""Log records of the start of a run that are held until it is known that it can start."""
 
 GIT_TIMEOUT_S = 2.0
 """A large working folder is not waited for longer at the start of a run."""
@@ -99,9 +103,18 @@ def launch_record(
     )
 
 
-def begin(folder: Path, launch: LaunchRecord) -> None:
-    """Write that the run in `folder` is running, launched once more; by the process that holds its lock."""
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Note that this process holds the lock of the run in `folder`: in the block it does not look at it."""
     _OWN.add(folder.resolve())
+    try:
+        yield
+    finally:
+        _OWN.discard(folder.resolve())
+
+
+def begin(folder: Path, launch: LaunchRecord) -> None:
+    """Write that the run in `folder` is running, launched once more."""
     earlier = read_record(folder)
     sessions = (*(earlier.sessions if earlier else ()), launch)
     _write(folder, RunRecord("running", None, sessions))
@@ -109,7 +122,6 @@ def begin(folder: Path, launch: LaunchRecord) -> None:
 
 def end(folder: Path, state: State, error: str | None = None) -> None:
     """Write how the last launch ended; a directory that is gone, or was never begun, is left alone."""
-    _OWN.discard(folder.resolve())
     record = read_record(folder)
     if record is not None and record.state != "finished":
         *before, last = record.sessions
@@ -122,10 +134,31 @@ def read_record(folder: Path) -> RunRecord | None:
     """Return the record of the run in `folder`; None where it has none, or it is corrupt."""
     try:
         content = json.loads(read_text(folder / RECORD))
-        sessions = tuple(LaunchRecord(**session) for session in content["sessions"])
-        return RunRecord(content["state"], content["error"], sessions)
-    except (OSError, ValueError, KeyError, TypeError):
+        sessions = tuple(_launch(session) for session in content["sessions"])
+        state, error = content["state"], content["error"]
+        if not sessions or state not in get_args(State) or not isinstance(error, str | None):
+            return None
+        return RunRecord(state, error, sessions)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _launch(session: dict[str, Any]) -> LaunchRecord:
+    """Return the launch that a file describes.
+
+    Raises:
+        TypeError: a value has another type, or one is missing.
+        ValueError: a moment is no date and time of UTC.
+    """
+    launch = LaunchRecord(**session)
+    for item in dataclasses.fields(launch):
+        kinds = {"str": str, "int": int, "str | None": str | None}
+        if not isinstance(getattr(launch, item.name), kinds[str(item.type)]):
+            raise TypeError(item.name)
+    for moment in filter(None, (launch.started, launch.ended)):
+        if datetime.fromisoformat(moment).utcoffset() is None:
+            raise ValueError(moment)
+    return launch
 
 
 def state_of(folder: Path) -> State:
@@ -153,19 +186,30 @@ def unchanged_s(path: Path) -> float:
 
 
 @contextlib.contextmanager
-def log_file(folder: Path) -> Iterator[None]:
-    """Append fedddp's log records to `run.log` in the block."""
-    handler = _LogFile(folder / LOG, encoding="utf-8", delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    handler.setLevel(logging.INFO)  # `--verbose` logs more
+def log_file(folder: Path) -> Iterator[Callable[[], None]]:
+    """Append fedddp's log records in the block to `run.log`, from the first on, once the block calls it.
+
+    A run that is refused, or that has nothing left to train, changes no file.
+    """
+    file = _LogFile(folder / LOG, encoding="utf-8", delay=True)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    held = logging.handlers.MemoryHandler(HELD_RECORDS, flushLevel=100, flushOnClose=False)
+    held.setLevel(logging.INFO)  # `--verbose` logs more
+
+    def write() -> None:
+        held.setTarget(file)
+        held.flush()
+        held.flushLevel = 0
+
     logger = logging.getLogger("fedddp")
-    logger.addHandler(handler)
+    logger.addHandler(held)
     try:
-        yield
+        yield write
     finally:
-        logger.removeHandler(handler)
+        logger.removeHandler(held)
+        held.close()
         with contextlib.suppress(OSError):
-            handler.close()
+            file.close()
 
 
 def read_warnings(folder: Path) -> list[str]:
@@ -180,6 +224,11 @@ def read_warnings(folder: Path) -> list[str]:
 
 class _LogFile(logging.FileHandler):
     """A log file on a disk that may be full: a line that cannot be written is lost, and no error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write `record`, if that is possible."""
+        with contextlib.suppress(OSError):  # of opening the file, which no handler catches
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Do nothing: the default prints a traceback for every line."""

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 STAGE = {"stage": True}
 """Marks a log record of what a run does before its first round: a terminal shows it, a file does not."""
+
+EXAMINED = ("evaluation.json", "wrong.safetensors")
+"""Files of the run directory about the final model."""
 
 WANDB_RUN = ".wandb-run"
 """File of the run directory with the id of its wandb run."""
@@ -76,6 +79,7 @@ def assemble(
     module: nn.Module | None,
     train: Images,
     test: Images | None,
+    record: Mapping[str, Any] | None = None,
 ) -> Session:
     """Collective. Return the session of a run: from scratch, or resumed from its newest intact checkpoint.
 
@@ -86,6 +90,7 @@ def assemble(
         module: the user's own model instead of `config.model.name`; it is copied.
         train: the training images.
         test: the images of central evaluation; None for none.
+        record: what config.yaml holds, for trackers; by default `config`.
 
     Raises:
         ValueError: the configuration cannot run.
@@ -95,7 +100,7 @@ def assemble(
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, world)
     saved = _newest_checkpoint(checkpoints, world) if config.resume == "auto" else None
     built = _build(config, world, module, train, pretrained=saved is None and world.is_coordinator)
-    laid_out = _with_layout(config, built, train, world)
+    laid_out = _with_layout(config, built, train, world, saved)
     flat = FlatModel(built)
     config.algorithm.check_model(flat)
     split, sizes, malicious, train = _clients(config, train)
@@ -117,18 +122,26 @@ def assemble(
         checkpoints=checkpoints,
         directory=directory,
         data_digest=train.digest(pixels=False),
+        channels_last=bool(laid_out.local.channels_last),
         malicious=frozenset(malicious.tolist()),
     )
     session.best = _best(session)
     if saved is not None:
         _restore(session, saved)
-    _track(session)
+    _track(session, record or to_dict(config))
     return session
 
 
-def _with_layout(config: Config, built: nn.Module, train: Images, world: World) -> Config:
-    """Return `config` with the layout of images decided, and put the weights of `built` into it."""
-    last = channels_last(config.local, built, train.shape, world.device)
+def _with_layout(
+    config: Config, built: nn.Module, train: Images, world: World, saved: Saved | None
+) -> Config:
+    """Return `config` with the layout of images decided, and put the weights of `built` into it.
+
+    A resumed run keeps the layout that it had, also on another device: flat vectors are in that order.
+    """
+    last = saved.metadata.get("channels_last") if saved else None
+    if last is None:
+        last = channels_last(config.local, built, train.shape, world.device)
     built.to(memory_format=torch.channels_last if last else torch.contiguous_format)
     return dataclasses.replace(config, local=dataclasses.replace(config.local, channels_last=last))
 
@@ -154,7 +167,7 @@ def _best(s: Session) -> Best | None:
     return Best(metric)
 
 
-def _track(s: Session) -> None:
+def _track(s: Session, record: Mapping[str, Any]) -> None:
     """Start the coordinator's tracker, which resumes the run's history and its wandb run."""
     if not s.world.is_coordinator:
         return
@@ -164,10 +177,11 @@ def _track(s: Session) -> None:
     s.tracker = Tracker(
         s.config.tracking,
         s.directory,
-        to_dict(s.config),
+        {**record, "name": s.directory.name},
         name=s.directory.name,
         total_rounds=s.config.rounds,
         resume_round=s.rounds_done,
+        resume_client_rows=s.metadata.get("client_rows"),
         run_id=run_id,
     )
     s.world.on_stop = s.tracker.stopping
@@ -211,9 +225,7 @@ def _copied(module: nn.Module) -> nn.Module:
         ) from error
 
 
-def _clients(
-    config: Config, train: Images
-) -> tuple[Split, NDArray[np.int64], NDArray[np.int64], Images]:
+def _clients(config: Config, train: Images) -> tuple[Split, NDArray[np.int64], NDArray[np.int64], Images]:
     """Return the clients: their data and its sizes, the malicious ones, and the images with their labels."""
     split, sizes = config.data.split(train, config.seed)
     malicious = config.attacks.malicious(len(split), config.seed)
@@ -269,7 +281,11 @@ def _restore(s: Session, saved: Saved) -> None:
         )
     if s.world.is_coordinator:
         logger.info("resuming %s from %s", s.directory, saved.folder.name)
-        _set_model_aside(s)
+        if s.stalled and s.rounds_done < s.config.rounds:
+            logger.info(
+                "evaluation.stop_after=%d ended this run after round %d; raise it, or set 0, to train more",
+                *(s.config.evaluation.stop_after, s.rounds_done),
+            )
 
 
 def _wandb_run(s: Session) -> str | None:
@@ -282,11 +298,13 @@ def _wandb_run(s: Session) -> str | None:
     return text if re.fullmatch(r"\w+", text) else s.metadata.get("wandb_run_id")
 
 
-def _set_model_aside(s: Session) -> None:
+def set_model_aside(s: Session) -> None:
     """Rename the final model of a finished run that is given more rounds: until its end it has none."""
     model = s.directory / "model.safetensors"
     if not s.complete and model.exists():
         model.rename(s.directory / f"model-{s.rounds_done:05d}.safetensors")
+        for name in EXAMINED:
+            (s.directory / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -25,16 +25,17 @@ class Best:
     round: int = 0
     """The round of the best value, from 1."""
     evaluated: int = 0
-    """The round of the last evaluation that had a value."""
+    """The round of the last evaluation."""
     state: dict[str, Tensor] | None = None
     """The state dict of the best model, on the CPU, until it is written."""
 
     def update(self, metrics: Metrics, round_number: int) -> bool:
         """Take the metrics of an evaluation; return whether they are the best so far."""
-        value = metrics.get(self.metric)
-        if value is None or math.isnan(value):
+        if self.metric not in metrics:
             return False
-        self.evaluated = round_number
+        value, self.evaluated = metrics[self.metric], round_number
+        if value is None or math.isnan(value):  # no better one, and so a reason to stop
+            return False
         lower = self.metric.endswith("loss")
         better = self.value is None or (value < self.value if lower else value > self.value)
         if better:
@@ -45,17 +46,18 @@ class Best:
         """Copy the state of `module`, the best model."""
         self.state = {n: t.detach().to("cpu", copy=True) for n, t in distinct_state(module).items()}
 
-    def metadata(self) -> dict[str, Any]:
-        """Return what a checkpoint records."""
+    def metadata(self, *, kept: bool) -> dict[str, Any]:
+        """Return what a checkpoint records; `kept`: whether the best model is in a file."""
         return {
             "metric": self.metric,
             "value": self.value,
             "round": self.round,
             "evaluated": self.evaluated,
+            "kept": kept,
         }
 
-    def restore(self, metadata: Mapping[str, Any]) -> None:
-        """Resume from what a checkpoint recorded, unless it is of another metric."""
-        if metadata.get("metric") == self.metric:
+    def restore(self, metadata: Mapping[str, Any], *, needs_file: bool) -> None:
+        """Resume from what a checkpoint recorded, unless of another metric or without the file it needs."""
+        if metadata.get("metric") == self.metric and (metadata["kept"] or not needs_file):
             self.value, self.round = metadata["value"], metadata["round"]
             self.evaluated = metadata["evaluated"]

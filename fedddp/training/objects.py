@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from fedddp.config.loader import OBJECTS, to_dict
 from fedddp.config.schema import Config
 from fedddp.data.datasets import Images, from_dataset, load
+from fedddp.rng import drawing_from
 from fedddp.section import ConfigError
 
 
@@ -22,6 +23,10 @@ class Objects:
     module: nn.Module | None = None
     train: Dataset[Any] | None = None
     test: Dataset[Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.test is not None and self.train is None:
+            raise ConfigError("test is given without train; give both, or data.dataset for both")
 
     def load_images(self, config: Config) -> tuple[Images, Images | None]:
         """Return the training and the test images: the user's own, or those that `config.data` names.
@@ -56,18 +61,28 @@ class Objects:
         return recorded | ({OBJECTS: objects} if objects else {})
 
 
-def check_objects(module: object, train: object, test: object) -> None:
-    """Refuse objects of the wrong kind.
+def made(module: object, seed: int) -> nn.Module | None:
+    """Return the user's `module`; a function that makes it draws the initial weights by `seed`.
 
     Raises:
-        ConfigError: the module is no `nn.Module`, or test data come without training data.
+        ConfigError: it is no `nn.Module`, or the function cannot make one.
     """
-    if module is not None and not isinstance(module, nn.Module):
+    result = module
+    if callable(module) and not isinstance(module, nn.Module):
+        try:
+            with drawing_from("model", seed):
+                result = module()
+        except TypeError as error:
+            raise ConfigError(
+                f"module: cannot make it without arguments ({error}); pass a function, as in "
+                "module=lambda: Net(classes=10)"
+            ) from error
+    if result is not None and not isinstance(result, nn.Module):
         raise ConfigError(
-            f"module must be an nn.Module, got {type(module).__name__}; name models by model.name"
+            f"module must be an nn.Module or a function that makes one, got {type(result).__name__}; name "
+            "models by model.name"
         )
-    if test is not None and train is None:
-        raise ConfigError("test is given without train; give both, or data.dataset for both")
+    return result
 
 
 def _describe_module(module: nn.Module) -> dict[str, Any]:

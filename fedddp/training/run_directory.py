@@ -21,6 +21,7 @@ from fedddp.distributed.world import World
 from fedddp.section import ConfigError, local_path
 from fedddp.storage.checkpoint import write_text
 from fedddp.storage.history import read_config, read_text
+from fedddp.storage.run_record import held
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +75,11 @@ def run_directory(
         directory, problem, resumes = world.gather((directory, problem, resumes))[0]
         if problem is not None:
             raise ConfigError(problem)
-        yield (
-            directory,
-            dataclasses.replace(config, name=directory.name, resume="auto" if resumes else "never"),
-        )
+        with held(directory) if locks else contextlib.nullcontext():
+            yield (
+                directory,
+                dataclasses.replace(config, name=directory.name, resume="auto" if resumes else "never"),
+            )
     finally:
         for descriptor in locks:
             _unlock(descriptor)
@@ -182,12 +184,13 @@ def write_record(directory: Path, record: Mapping[str, Any]) -> None:
 def _warn_of_schedule(config: Config, earlier: Path) -> None:
     """Log that another number of rounds changes a schedule that depends on it."""
     before = read_config(earlier).get("rounds", config.rounds) if earlier.exists() else config.rounds
-    if config.local.schedule == "cosine" and before != config.rounds:
+    if config.local.schedule not in ("constant", "step") and before != config.rounds:
         logger.warning(
-            "rounds was %s and is %d: local.schedule=cosine continues at another learning rate, so the "
+            "rounds was %s and is %d: local.schedule=%s continues at another learning rate, so the "
             "model is not that of a run of %d rounds from the start",
             before,
             config.rounds,
+            config.local.schedule,
             config.rounds,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
@@ -64,6 +65,8 @@ class Session:
     """The run directory."""
     data_digest: str
     """Of the training examples, without their pixels; what a resume must find again."""
+    channels_last: bool = False
+    """Whether images and weights are laid out so, flat vectors too."""
     malicious: frozenset[int] = frozenset()
     """The malicious clients."""
     best: Best | None = None
@@ -183,18 +186,12 @@ class Session:
         return names
 
     def _compare_with_best(self, row: Metrics, round_number: int) -> None:
-        """Keep the model if it is the best so far; log where the run ends because it was not for long."""
+        """Keep the model if it is the best so far."""
         if self.best is None:
             return
         if self.best.update(row, round_number) and self.config.checkpoint.best and self.world.is_coordinator:
             self.load_global_model()
             self.best.keep(self.flat.module)
-        if self.stalled and round_number < self.config.rounds and self.world.is_coordinator:
-            logger.info(
-                "no better %s for %d rounds; the run ends after round %d (best: %.4g after round %d)",
-                *(self.best.metric, round_number - self.best.round, round_number),
-                *(self.best.value or 0.0, self.best.round),
-            )
 
     @property
     def complete(self) -> bool:
@@ -269,7 +266,11 @@ class Session:
         }
 
     def record(self, row: Metrics) -> None:
-        """Write one round's line: metrics, bytes, seconds by phase."""
+        """Write one round's line: metrics, bytes, seconds by phase; then call the callbacks."""
+        self.call_back(self._write(row))
+
+    def _write(self, row: Metrics) -> Metrics:
+        """Write one round's line, and return it."""
         times = {f"time/{phase}": spent for phase, spent in sorted(self.seconds.items())}
         now = time.perf_counter()
         line = {**row, "time/round": now - self._row_began, **times}
@@ -279,10 +280,23 @@ class Session:
         self.seconds.clear()
         self.tracker.log(line)
         self.profiler.step()
+        ended_early = self.stalled and line["round"] < self.config.rounds
+        if self.best is not None and ended_early and self.world.is_coordinator:
+            logger.info(
+                "no better %s for %d rounds; the run ends after round %d (best: %s after round %d)",
+                *(self.best.metric, line["round"] - self.best.round, line["round"]),
+                *("none" if self.best.value is None else f"{self.best.value:.4g}", self.best.round),
+            )
+        return line
+
+    def call_back(self, line: Metrics) -> None:
+        """Call the callbacks with a round's line and a copy of the model; their time is in no row."""
         if self.callbacks.members:
+            began = time.perf_counter()
             self.load_global_model()
-            self.flat.module.eval()
-            self.callbacks = self.callbacks("on_round_end", line["round"], line, self.flat.module)
+            model = copy.deepcopy(self.flat.module).eval()
+            self.callbacks = self.callbacks("on_round_end", line["round"], line, model)
+            self._row_began += time.perf_counter() - began
 
     # ---- save and restore ----
 
@@ -299,8 +313,7 @@ class Session:
         The line comes first: a line without its checkpoint is cut off at a resume, but a checkpoint
         without its line would leave a hole in the history.
         """
-        if row is not None:
-            self.record(row)
+        line = None if row is None else self._write(row)
         self.tracker.sync()
         with self.timed("checkpoint"):
             if self.world.is_coordinator:
@@ -309,11 +322,13 @@ class Session:
             server = {f"server.{n}": tensor for n, tensor in self.server.vectors.items()}
             common = {
                 "data": self.data_digest,
+                "channels_last": self.channels_last,
                 "threads": torch.get_num_threads(),
                 "round": self.rounds_done,
                 "version": self.server.version,
                 "wandb_run_id": self.tracker.run_id,
-                "best": self.best.metadata() if self.best else {},
+                "client_rows": self.tracker.client_rows,
+                "best": self.best.metadata(kept=self.config.checkpoint.best is not None) if self.best else {},
             }
             self.checkpoints.save(
                 name,
@@ -322,11 +337,14 @@ class Session:
                 {**common, **(metadata or {})},
                 self.states.save,
             )
+        if line is not None:  # after the checkpoint: what a callback raises loses no round
+            self.call_back(line)
 
     def _write_best(self) -> None:
         """Write the best model, if it is a new one; before the checkpoint that knows of it."""
         if self.best is not None and self.best.state is not None:
-            metadata = self.model_metadata() | {k: str(v) for k, v in self.best.metadata().items()}
+            of_best = {"metric": self.best.metric, "value": self.best.value, "round": self.best.round}
+            metadata = self.model_metadata() | {key: str(value) for key, value in of_best.items()}
             save_tensors(self.best.state, self.directory / FILE, metadata)
             self.best.state = None
 
@@ -363,6 +381,7 @@ class Session:
         self.states.load(saved.files("clients-*.safetensors"))
         self.metadata = saved.metadata
         if self.best is not None:
-            self.best.restore(saved.metadata.get("best", {}))
+            keeps = self.config.checkpoint.best is not None
+            self.best.restore(saved.metadata.get("best", {}), needs_file=keeps)
         self.server.version = int(saved.metadata["version"])
         self.rounds_done = int(saved.metadata["round"])

@@ -215,8 +215,9 @@ def take(s: Session, current: Round, job: ClientJob, state: dict[str, Tensor], r
         current.results.put(position, result, valid=valid)
         if valid:
             s.states.keep(job.client, state)
-        loss = float(result.loss[0] / result.loss[1].clamp(min=1))
-        logger.debug("client %d: %d steps, loss %.4f", job.client, result.steps, loss)
+        if logger.isEnabledFor(logging.DEBUG):
+            total, count = result.loss.tolist()
+            logger.debug("client %d: %d steps, loss %.4f", job.client, result.steps, total / max(count, 1))
     s.tracker.client_done(s.world.groups)
 
 
