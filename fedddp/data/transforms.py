@@ -27,6 +27,10 @@ def torchvision_v2() -> Any:
     return functional
 
 
+RESIZE = "shorter side to size, bilinear with antialiasing, then the centre"
+"""What `resize` does, for the users of an exported model."""
+
+
 def resize(images: Tensor, size: int | None) -> Tensor:
     """Resize the shorter side of (..., C, H, W) to `size` and crop the centre; None: no change."""
     if size is None or tuple(images.shape[-2:]) == (size, size):

@@ -1,0 +1,232 @@
+"""An evaluation as tables for a terminal, and as plain data for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fedddp.evaluation import Metrics
+    from fedddp.inference import TrainedModel
+    from fedddp.inference.metrics import ClientMetrics, RunMetrics
+
+WIDTH, MOST_IN_MATRIX = 80, 10
+"""Columns of the terminal that a confusion matrix has to fit, and its classes."""
+
+MOST_CLASSES, MOST_PAIRS, MOST_CLIENTS = 20, 8, 5
+"""Rows of the tables: classes with the lowest recall, confused pairs, worst and best clients."""
+
+
+class Confused(NamedTuple):
+    """Examples of one class that were taken for another."""
+
+    true: str
+    predicted: str
+    examples: int
+    share: float
+    """Of the examples of the true class."""
+
+
+def confused_pairs(found: RunMetrics, classes: Sequence[str]) -> list[Confused]:
+    """Return all pairs of classes that were confused, the most frequent first."""
+    if found.confusion is None:
+        return []
+    rows = found.confusion.tolist()
+    pairs = [
+        Confused(classes[true], classes[predicted], count, count / sum(row))
+        for true, row in enumerate(rows)
+        for predicted, count in enumerate(row)
+        if count and predicted != true
+    ]
+    return sorted(pairs, key=lambda pair: -pair.examples)
+
+
+def as_json(found: RunMetrics, model: TrainedModel) -> dict[str, Any]:
+    """Return an evaluation as plain data."""
+    clients = found.clients
+    recall = found.metrics.get("recall")
+    if isinstance(recall, list):
+        recall = dict(zip(_distinct(model.classes), recall, strict=True))
+    return {
+        "round": int(model.metadata["round"]) if "round" in model.metadata else None,
+        "data": {
+            "dataset": found.dataset,
+            "root": found.root,
+            "examples": found.examples,
+            "of_the_run": found.own,
+        },
+        "metrics": found.metrics,
+        "classes": list(model.classes),
+        "recall": recall,
+        "confusion": None if found.confusion is None else found.confusion.tolist(),
+        "confused": [pair._asdict() for pair in confused_pairs(found, model.classes)],
+        "clients": None
+        if clients is None
+        else {
+            "data": "held out" if clients.held_out else "training",
+            "personalized": clients.personalized,
+            "states_round": clients.states_round,
+            "accuracy": clients.spread,
+            "rows": clients.rows,
+        },
+        "clients_left_out": found.left_out,
+    }
+
+
+def _distinct(classes: Sequence[str]) -> Sequence[str]:
+    """Return the names of the classes, each behind its number where two have the same name."""
+    twice = len({*classes}) < len(classes)
+    return [f"{number} {name}" for number, name in enumerate(classes)] if twice else classes
+
+
+def evaluation_tables(found: RunMetrics, model: TrainedModel, run: str, *, best: bool) -> list[Any]:
+    """Return what `fedddp eval` prints: the metrics, the classes, the confused pairs, the clients."""
+    parts = [_summary(found, model, run, best=best)]
+    recall = found.metrics.get("recall")
+    if isinstance(recall, list):
+        examples = None if found.confusion is None else found.confusion.sum(1).tolist()
+        parts.append(_class_table(recall, examples, model.classes))
+    if found.confusion is not None:
+        parts += _confusion_table(found.confusion.tolist(), model.classes)
+    pairs = confused_pairs(found, model.classes)
+    if pairs:
+        table = _table("taken for another class", "predicted", "examples", "share of the class")
+        for pair in pairs[:MOST_PAIRS]:
+            _add(table, pair.true, pair.predicted, f"{pair.examples:,}", _percent(pair.share))
+        parts.append(table)
+    if found.clients is not None and len(found.clients.rows) > 1:
+        parts.append(_client_table(found.clients.rows))
+    return parts
+
+
+def _summary(found: RunMetrics, model: TrainedModel, run: str, *, best: bool) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    which = (
+        f"best by {model.metadata.get('metric')}, round {model.metadata.get('round')}" if best else "final"
+    )
+    test = "test data of the run" if found.own else "other data than the run's test data"
+    lines = [
+        ("model", f"{run} ({which})"),
+        ("data", f"{found.dataset}: {found.examples:,} examples, {test}"),
+        ("central", ", ".join(_scores(found.metrics))),
+    ]
+    if found.clients is not None:
+        lines += _client_lines(found.clients)
+    elif found.left_out is not None:
+        lines.append(("clients", found.left_out))
+    for label, text in lines:
+        table.add_row(Text(label), Text(text))
+    return table
+
+
+def _client_lines(clients: ClientMetrics) -> Iterator[tuple[str, str]]:
+    where = "the data that each held out" if clients.held_out else "the training examples of each"
+    whose = "the global model"
+    if clients.personalized:
+        whose = "each client's own model"
+        whose += (
+            f" of round {clients.states_round}" if clients.states_round else ", but no checkpoint has one"
+        )
+    yield "clients", f"{len(clients.rows):,}, on {where}, with {whose}"
+    spread = clients.spread
+    if spread:
+        yield (
+            "",
+            f"accuracy: mean {_percent(spread['mean'])}, worst tenth {_percent(spread['worst10'])}, "
+            f"best tenth {_percent(spread['best10'])}, deviation {_percent(spread['std'])}",
+        )
+
+
+def _scores(metrics: Metrics) -> Iterator[str]:
+    for name, value in metrics.items():
+        if isinstance(value, int | float):
+            yield f"{name} {_percent(value) if 'accuracy' in name else f'{value:.4f}'}"
+
+
+def _class_table(
+    recall: Sequence[float | None], examples: Sequence[int] | None, classes: Sequence[str]
+) -> Table:
+    """Return the classes with their recall, and their `examples` where they were counted."""
+    title, labels = "class", list(range(len(classes)))
+    if len(labels) > MOST_CLASSES:
+        labels = sorted(labels, key=lambda label: _sortable(recall[label]))[:MOST_CLASSES]
+        title = f"class ({MOST_CLASSES} lowest of {len(classes)})"
+    table = _table(title, *(["examples"] if examples else []), "recall")
+    for label in labels:
+        value, count = recall[label], [f"{examples[label]:,}"] if examples else []
+        _add(table, classes[label], *count, "not tested" if value is None else _percent(value))
+    return table
+
+
+def _sortable(recall: float | None) -> float:
+    return 2.0 if recall is None else recall
+
+
+def _confusion_table(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> list[Table]:
+    """Return the confusion matrix, 0 left blank; nothing where it is too large for a terminal.
+
+    Columns have the classes' numbers where their names do not fit; the rows have both then.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    if len(classes) > MOST_IN_MATRIX:
+        return []
+    numbers = list(map(str, range(len(classes))))
+    both = [f"{number} {name}" for number, name in zip(numbers, classes, strict=True)]
+    for rows, columns in ((classes, classes), (both, numbers)):
+        table = _table("true \\ predicted")
+        for name in columns:
+            table.add_column(Text(name), justify="right")
+        for true, row in enumerate(counts):
+            cells = (
+                Text(f"{count:,}" if count else "", "bold" if predicted == true else "")
+                for predicted, count in enumerate(row)
+            )
+            table.add_row(Text(rows[true]), *cells)
+        if Console(width=1000).measure(table).maximum <= WIDTH:
+            return [table]
+    return []
+
+
+def _client_table(rows: Sequence[Metrics]) -> Table:
+    names = [name for name in rows[0] if name not in ("client", "examples", "accuracy_top5")]
+    ranked = sorted(rows, key=lambda row: (row.get("accuracy", 0.0), -row.get("loss", 0.0)))
+    shown, title = ranked, "client"
+    if len(ranked) > 2 * MOST_CLIENTS:
+        shown = [*ranked[:MOST_CLIENTS], {}, *ranked[-MOST_CLIENTS:]]
+        title = f"client ({MOST_CLIENTS} worst, {MOST_CLIENTS} best)"
+    table = _table(title, "examples", *names)
+    for row in shown:
+        cells = [_percent(row[n]) if "accuracy" in n else f"{row[n]:.4f}" for n in names if row]
+        _add(table, *([str(row["client"]), f"{row['examples']:,}", *cells] if row else ["..."]))
+    return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    """Add a row of cells that are shown as they are: a name may look like markup."""
+    from rich.text import Text
+
+    table.add_row(*map(Text, cells))
+
+
+def _table(first: str, *others: str) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold")
+    table.add_column(first, overflow="fold")
+    for title in others:
+        table.add_column(Text(title), justify="left" if title == "predicted" else "right")
+    return table
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %"

@@ -1,0 +1,354 @@
+"""A model card in Markdown: what the run directory records of a model, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedddp.config.loader import OBJECTS, dump_yaml
+from fedddp.data.catalog import TORCHVISION
+from fedddp.inference.loading import model_file, read_weights
+from fedddp.section import ConfigError, local_path
+from fedddp.storage.history import HISTORY, Row, flat, read_config, read_rows, read_text
+from fedddp.storage.run_record import RunRecord, read_record, read_warnings
+
+PERSONAL = {"FedBN": "norm layers", "FedPer": "last layer", "Ditto": "whole model"}
+"""What the clients of these algorithms keep to themselves."""
+
+MOST_CLASSES, MOST_WARNINGS = 50, 5
+"""Rows of a table, and warnings that are quoted."""
+
+EDITED = ("name", "output", "resume", "replay", "tracking", "topology", "checkpoint")
+"""Sections that decide nothing that a card is about."""
+
+
+def model_card(run: str | Path, best: bool = False) -> str:
+    """Return the card of the final (or best) model of a finished run, with the front matter of Hugging Face.
+
+    Raises:
+        ConfigError: the run is not finished, or one of its files is corrupt.
+    """
+    card = _Card(local_path(str(run), "run"), best)
+    parts = (
+        card.front_matter(),
+        card.summary(),
+        ("## Model", *card.model()),
+        ("## Data", *card.data()),
+        ("## Training", *card.training()),
+        ("## Results", *card.results()),
+        ("## Limits", *card.limits()),
+        ("## Use", *card.use()),
+        ("## Origin", *card.origin()),
+    )
+    return "\n\n".join(block for part in parts for block in part) + "\n"
+
+
+class _Card:
+    """The files of a run, and the parts of its card; each part yields its blocks of Markdown."""
+
+    def __init__(self, directory: Path, best: bool) -> None:
+        self.directory, self.best = directory, best
+        self.file = model_file(directory, best)
+        weights, self.header = read_weights(self.file)
+        self.parameters = sum(tensor.numel() for tensor in weights.values() if tensor.is_floating_point())
+        try:
+            self.classes: list[str] = json.loads(self.header["classes"])
+            self.preprocessing: Row = json.loads(self.header["preprocessing"])
+            self.config = read_config(directory / "config.yaml")
+            self.rows = read_rows(directory / HISTORY)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"{directory}: the card needs all files of the run ({error})") from None
+        self.record: RunRecord | None = read_record(directory)
+        self.split = _json(directory / "split.json")
+        self.examination = {} if best else _json(directory / "evaluation.json")
+        self.settings = flat(self.config)
+        last = self.rows[-1]["round"] if self.rows else 0
+        self.round = int(self.header.get("round", last)) if best else last
+        self.row: Row = next((row for row in self.rows if row["round"] == self.round), {})
+
+    @property
+    def dataset(self) -> str:
+        """The name of the dataset, or the class of the user's own."""
+        objects = self.config.get(OBJECTS, {})
+        return str(objects["train"]["class"] if "train" in objects else self.settings["data.dataset"])
+
+    @property
+    def network(self) -> str:
+        """The name of the network, or the class of the user's own."""
+        objects = self.config.get(OBJECTS, {})
+        return str(objects["module"]["class"] if "module" in objects else self.settings["model.name"])
+
+    @property
+    def algorithm(self) -> str:
+        """The name of the algorithm."""
+        return str(self.settings["algorithm.name"])
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics on the test data that are one number."""
+        found = {name: value for name, value in self.row.items() if name.startswith("eval/")}
+        return {n.removeprefix("eval/"): v for n, v in found.items() if isinstance(v, int | float)}
+
+    def recall(self) -> list[tuple[str, float | None]]:
+        """Return the name and the recall of every class; empty where it was not recorded."""
+        recall = self.row.get("eval/recall") or []
+        return list(zip(self.classes, recall, strict=True)) if len(recall) == len(self.classes) else []
+
+    # ---- the parts ----
+
+    def front_matter(self) -> Iterator[str]:
+        """Yield the block that Hugging Face reads."""
+        classifies = self.header.get("task") == "Classification"
+        matter: dict[str, Any] = {"library_name": "fedddp", "tags": ["federated-learning", self.algorithm]}
+        if classifies:
+            matter = {"pipeline_tag": "image-classification", **matter}
+        if self.dataset in TORCHVISION:
+            matter["datasets"] = [self.dataset]
+        numbers = {n: v for n, v in self.metrics().items() if n != "loss"}
+        if classifies and numbers:
+            matter["metrics"] = list(numbers)
+            results = {
+                "task": {"type": "image-classification"},
+                "dataset": {"name": self.dataset, "type": self.dataset, "split": "test"},
+                "metrics": [{"type": name, "value": value} for name, value in numbers.items()],
+            }
+            matter["model-index"] = [{"name": self.directory.resolve().name, "results": [results]}]
+        yield f"---\n{dump_yaml(matter)}---"
+
+    def summary(self) -> Iterator[str]:
+        """Yield title and summary."""
+        yield f"# {self.directory.resolve().name}"
+        clients, version = self.settings["data.clients"], self.header.get("fedddp")
+        score = self.metrics().get("accuracy")
+        accuracy = "" if score is None else f" Its accuracy on the test data is {_percent(score)}."
+        chosen = ""
+        if self.best:
+            chosen = f" It is the best model by {self.header.get('metric')}, of round {self.round}."
+        yield (
+            f"A {self.network} for {len(self.classes)} classes, trained with {self.algorithm} on "
+            f"{clients:,} clients in {self.round:,} rounds, by fedddp {version}.{accuracy}{chosen}"
+        )
+
+    def model(self) -> Iterator[str]:
+        """Yield what the network takes and gives."""
+        channels, (height, width) = self.preprocessing["channels"], self.preprocessing["size"]
+        kind = {1: " (grey)", 3: " (RGB)"}.get(channels, "")
+        yield _table(
+            ("", ""),
+            [
+                ("network", f"`{self.network}`"),
+                ("numbers in the file", f"{self.parameters:,} (weights and statistics)"),
+                ("images", f"{channels} × {height} × {width}{kind}"),
+                ("mean of pixel / 255", _numbers(self.preprocessing["mean"])),
+                ("deviation of pixel / 255", _numbers(self.preprocessing["std"])),
+                ("task", f"`{self.header.get('task')}`"),
+                ("classes", _some(self.classes)),
+                ("file", f"`{self.file.name}`"),
+            ],
+        )
+
+    def data(self) -> Iterator[str]:
+        """Yield the dataset and its split over the clients."""
+        settings, objects = self.settings, self.config.get(OBJECTS, {})
+        rows = [("dataset", f"`{self.dataset}`")]
+        if "examples" in self.split:
+            rows.append(("training examples", f"{self.split['examples']:,}"))
+        elif "train" in objects:
+            rows.append(("training examples", f"{objects['train']['examples']:,}"))
+        tested = self._tested()
+        if tested:
+            rows.append(("test examples", f"{tested:,}"))
+        rows.append(("clients", f"{settings['data.clients']:,}"))
+        rows.append(("partition", _choice(self.config["data"].get("partition"))))
+        sizes = [self.split.get(name) for name in ("smallest", "median", "largest")]
+        if all(isinstance(size, int | float) for size in sizes):
+            rows.append(("examples per client", f"{sizes[0]:,g} to {sizes[2]:,g}, median {sizes[1]:,g}"))
+        if isinstance(self.split.get("classes_per_client"), int | float):
+            rows.append(("classes per client", f"{self.split['classes_per_client']:.3g} on average"))
+        if settings.get("data.holdout"):
+            rows.append(("held out per client", f"{100 * settings['data.holdout']:g} %"))
+        if self.config["data"].get("feature_shift"):
+            rows.append(("feature shift", _choice(self.config["data"]["feature_shift"])))
+        rows.append(("augmentation", f"`{settings['data.augment']}`"))
+        yield _table(("", ""), rows)
+
+    def _tested(self) -> int:
+        """Return the number of test examples; 0 where it was not recorded."""
+        confusion = self.examination.get("confusion")
+        if confusion:
+            return int(sum(map(sum, confusion)))
+        return int(self.config.get(OBJECTS, {}).get("test", {}).get("examples", 0))
+
+    def training(self) -> Iterator[str]:
+        """Yield the algorithm and the settings of the training."""
+        config, local, cohort = self.config, self.config["local"], self.config["cohort"]
+        rows = [
+            ("algorithm", _choice(config["algorithm"])),
+            ("aggregation", _choice(config["aggregation"])),
+            ("rounds", f"{self.round:,}"),
+            ("cohort", _choice(cohort)),
+            ("local training", _choice(local)),
+            ("seed", str(config["seed"])),
+        ]
+        if self._attacked():
+            rows.insert(2, ("attack", _choice(config["attacks"])))
+        until = [row for row in self.rows if row["round"] <= self.round]
+        trained = [row["train/examples"] for row in until if "train/examples" in row]
+        if trained:
+            rows.append(("examples trained on", f"{sum(trained):,}, repetitions counted"))
+        up, down = (sum(row.get(f"bytes/{way}", 0) for row in until) for way in ("up", "down"))
+        rows.append(("bytes", f"{up:,} sent by clients, {down:,} sent to them"))
+        yield _table(("", ""), rows)
+
+    def _attacked(self) -> bool:
+        attacks = self.config.get("attacks", {})
+        return bool(attacks.get("name", "NoAttack") != "NoAttack" and attacks.get("fraction", 0) > 0)
+
+    def results(self) -> Iterator[str]:
+        """Yield metrics, their spread over clients, and the recall per class."""
+        metrics = self.metrics()
+        if not metrics:
+            yield "The run recorded no metrics on test data."
+        else:
+            rows = [(name, _score(name, value)) for name, value in metrics.items()]
+            yield f"On the test data, after round {self.round:,}:"
+            yield _table(("metric", "value"), rows)
+        spread = {n: self.row.get(f"clients/accuracy_{n}") for n in ("mean", "worst10", "best10", "std")}
+        if isinstance(spread["mean"], float):
+            yield f"On held-out data of {self._clients_evaluated()} clients, accuracy over clients:"
+            titles = ("mean", "worst 10 %", "best 10 %", "standard deviation")
+            yield _table(titles, [tuple(_percent(value) for value in spread.values())])
+        else:
+            yield "The run recorded no metrics per client (`evaluation.clients`)."
+        rows = [(name, "not tested" if v is None else _percent(v)) for name, v in self.recall()]
+        if rows:
+            rows.sort(key=lambda row: row[1] == "not tested")
+            yield "Recall per class:" if len(rows) <= MOST_CLASSES else f"Recall of {MOST_CLASSES} classes:"
+            yield _table(("class", "recall"), rows[:MOST_CLASSES])
+
+    def _clients_evaluated(self) -> str:
+        path = self.directory / "clients.jsonl"
+        rows = read_rows(path) if path.is_file() else []
+        return f"{len([row for row in rows if row['round'] == self.round]):,}"
+
+    def limits(self) -> Iterator[str]:
+        """Yield what the run shows of the model's limits."""
+        height, width = self.preprocessing["size"]
+        tested = self._tested()
+        lines = [
+            f"It knows {len(self.classes)} classes and gives every image one of them.",
+            f"It sees images at {height} × {width} pixels; "
+            + ("others are resized and cropped." if height == width else "it takes no others."),
+            f"The metrics are of the test data of `{self.dataset}`"
+            + (f", {tested:,} examples" if tested else "")
+            + "; the run measured it on no other data.",
+        ]
+        known = [(value, name) for name, value in self.recall() if value is not None]
+        if known:
+            value, name = min(known)
+            lines.append(f"The class with the lowest recall is {_text(name)}: {_percent(value)}.")
+        worst = self.row.get("clients/accuracy_worst10")
+        if isinstance(worst, float):
+            lines.append(f"For the worst tenth of the evaluated clients the accuracy is {_percent(worst)}.")
+        if self.algorithm in PERSONAL:
+            lines.append(
+                f"With {self.algorithm} each client has its own {PERSONAL[self.algorithm]}. The file has the "
+                "global model; metrics per client are of the clients' own."
+            )
+        if self._attacked():
+            share = 100 * self.config["attacks"]["fraction"]
+            lines.append(f"{share:g} % of the clients were malicious ({self.config['attacks']['name']}).")
+        warnings = read_warnings(self.directory)
+        lines += [f"Logged in training: {_text(line)}" for line in dict.fromkeys(warnings[-MOST_WARNINGS:])]
+        yield "\n".join(f"- {line}" for line in lines)
+
+    def use(self) -> Iterator[str]:
+        """Yield a program that loads the model, and the commands."""
+        run, best = str(self.directory), ", best=True" if self.best else ""
+        own = f', module="{self.network}"' if "module" in self.config.get(OBJECTS, {}) else ""
+        yield (
+            "```python\n"
+            "from fedddp import load_model\n\n"
+            f"model = load_model({json.dumps(run)}{own}{best})\n"
+            'probabilities = model.predict("image.png")\n'
+            "print(model.classes[int(probabilities.argmax())])\n"
+            "```"
+        )
+        yield "`predict` resizes and normalises images as in training."
+
+    def origin(self) -> Iterator[str]:
+        """Yield when, where, and by which command it was trained."""
+        names = ("fedddp", "torch")
+        rows: list[tuple[str, str]] = [(name, self.header[name]) for name in names if name in self.header]
+        if self.record and self.record.sessions:
+            first, last = self.record.sessions[0], self.record.sessions[-1]
+            commit = last.git_commit
+            rows = [
+                ("trained", f"{first.started} to {last.ended or 'unknown'}"),
+                ("launches", str(len(self.record.sessions))),
+                ("command", f"`{last.command}`"),
+                (
+                    "git commit",
+                    "none" if commit is None else commit.replace("+", " with uncommitted changes"),
+                ),
+                (
+                    "versions",
+                    f"fedddp {last.fedddp}, PyTorch {last.torch}, torchvision {last.torchvision}, "
+                    f"Python {last.python}",
+                ),
+                ("device", f"{last.device}; ranks: {last.ranks}, client groups: {last.groups}"),
+                ("platform", last.platform),
+            ]
+        digest = self.header.get("config_digest")
+        if digest:
+            rows.append(("digest of the settings", f"`{digest}`"))
+        yield _table(("", ""), rows)
+        settings = {key: value for key, value in self.config.items() if key not in EDITED}
+        yield f"<details><summary>Settings</summary>\n\n```yaml\n{dump_yaml(settings)}```\n\n</details>"
+
+
+def _json(path: Path) -> Row:
+    """Return a JSON file of the run; empty where there is none, as in older runs, or it is corrupt."""
+    try:
+        content = json.loads(read_text(path))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _choice(section: Any) -> str:
+    """Return a section as `Name(setting=value, ...)`, without what is not set."""
+    if not isinstance(section, Mapping):
+        return f"`{section}`"
+    given = {n: v for n, v in flat(dict(section)).items() if n != "name" and v is not None}
+    settings = ", ".join(f"{name}={value}" for name, value in given.items())
+    name = section.get("name", "")
+    return f"`{name}({settings})`" if name and settings else f"`{name or settings}`"
+
+
+def _percent(value: Any) -> str:
+    return f"{100 * value:.2f} %"
+
+
+def _score(name: str, value: float) -> str:
+    return _percent(value) if "accuracy" in name else f"{value:.4f}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(_text, names[:20]))
+    return f"{len(names)}: {shown}{', ...' if len(names) > 20 else ''}"
+
+
+def _text(text: str) -> str:
+    """Return `text` so that Markdown shows it as it is, on one line."""
+    return "".join(f"\\{c}" if c in "\\`*_[]<>#" else c for c in " ".join(text.split()))

@@ -1,0 +1,190 @@
+"""A run directory to its trained model and its configuration."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fedddp.config.loader import OBJECTS, build, read_sections
+from fedddp.config.schema import Config
+from fedddp.inference.model import TrainedModel
+from fedddp.section import ConfigError, local_path
+from fedddp.storage.checkpoint import load_into
+from fedddp.storage.history import check_file
+from fedddp.storage.run_record import state_of
+
+WEIGHTS, BEST = "model.safetensors", "best.safetensors"
+
+
+def load_model(run: str | Path, module: nn.Module | str | None = None, best: bool = False) -> TrainedModel:
+    """Return the final model of a finished run, on the CPU.
+
+    Args:
+        run: the run directory.
+        module: for a run of your own module: one of the same architecture, whose weights are replaced; or
+            the dotted path of what makes it, as for `model.name`.
+        best: return the best model by the run's `checkpoint.best` instead, which a run has before its end.
+
+    Raises:
+        ConfigError: there is no such model, its file is corrupt, or it needs `module`.
+    """
+    directory = local_path(str(run), "run")
+    file = model_file(directory, best)
+    weights, metadata = read_weights(file)
+    try:
+        preprocessing, classes = json.loads(metadata["preprocessing"]), json.loads(metadata["classes"])
+        shape = (preprocessing["channels"], *preprocessing["size"])
+        mean, std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{file} is not a model of fedddp 0.1.0 or newer ({error!r}); train the run again"
+        ) from None
+    sections = read_sections(str(directory / "config.yaml"))
+    objects = sections.pop(OBJECTS, {})
+    if module is None and "module" in objects:
+        raise ConfigError(_needs_module(directory, str(objects["module"]["class"])))
+    config = _described(sections, module)
+    if isinstance(module, nn.Module):
+        built = config.model.adapt(module, classes=len(classes), shape=shape, seed=config.seed)
+    else:
+        if module is None:
+            _check_maker(config.model.name, directory)
+        built = config.model.build(classes=len(classes), shape=shape, seed=config.seed)
+    try:
+        load_into(built, weights)
+    except ValueError as error:
+        raise ConfigError(f"{file} does not fit the module: {error}") from None
+    return TrainedModel(built.eval(), tuple(classes), shape, mean, std, config.task, metadata)
+
+
+def _described(sections: Mapping[str, Any], module: nn.Module | str | None) -> Config:
+    """Return what `sections` describe of the model, which `module` may replace.
+
+    An algorithm of the program that trained it need not be importable here.
+
+    Raises:
+        ConfigError: the user's own module cannot be imported.
+    """
+    model = {key: value for key, value in sections["model"].items() if key != "weights"}  # those of the run
+    if module is not None:
+        model.pop("name", None)
+    if isinstance(module, str):
+        model["name"] = module
+    try:
+        return build({"model": model, "task": sections["task"], "seed": sections["seed"]})
+    except ConfigError as error:
+        if not str(error).startswith("model.name: cannot import"):
+            raise
+        raise ConfigError(
+            f"{error}; start in the folder of that module, or pass another path of it as module= (on the "
+            "command line: --module my_lab.Net)"
+        ) from None
+
+
+def _needs_module(directory: Path, recorded: str) -> str:
+    """Return what to report of a run of the user's own module, whose class is `recorded`."""
+    location, _, name = recorded.rpartition(".")
+    path, where = recorded, ""
+    if location == "__main__":  # another program has another
+        path, where = f"PROGRAM.{name}", ", where PROGRAM.py is what trained it"
+    return (
+        f"{directory} is a run of the module {recorded}; pass one as module=, or its dotted path (on the "
+        f"command line: --module {path}{where})"
+    )
+
+
+def _check_maker(name: str, directory: Path) -> None:
+    """Refuse the model `name` of a run if what it names is not made to build models.
+
+    Raises:
+        ConfigError: it is neither a subclass of nn.Module nor a function outside of the standard library.
+    """
+    if "." not in name:
+        return
+    location, _, attribute = name.rpartition(".")
+    maker = getattr(importlib.import_module(location), attribute)  # the configuration has checked it
+    if inspect.isclass(maker):
+        fits = issubclass(maker, nn.Module)
+    else:
+        package = str(getattr(maker, "__module__", "")).partition(".")[0]
+        fits = inspect.isfunction(maker) and package not in sys.stdlib_module_names
+    if not fits:
+        raise ConfigError(
+            f"{directory}: model.name={name} is neither a subclass of nn.Module nor a function of your own; "
+            f"if it makes the model, say so with module= (on the command line: --module {name})"
+        )
+
+
+def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the header of a .safetensors file.
+
+    Raises:
+        ConfigError: it is corrupt, or cannot be read.
+    """
+    try:
+        check_file(file)
+        with safe_open(file, framework="pt") as opened:
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+            return weights, opened.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file} is corrupt or cannot be read ({' '.join(str(error).split())}); restore it, or train the "
+            "run again"
+        ) from None
+
+
+def model_file(directory: Path, best: bool = False) -> Path:
+    """Return the file of the final model of the run in `directory`, or of its best.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    file = directory / (BEST if best else WEIGHTS)
+    if not file.is_file():
+        raise ConfigError(_missing(directory, best))
+    return file
+
+
+def _missing(directory: Path, best: bool) -> str:
+    """Return why there is no model, and what to do."""
+    if not (directory / "config.yaml").is_file():
+        return f"{directory} has no {WEIGHTS}; give the directory of a finished run"
+    if best:
+        return f"{directory} has no {BEST}; leave out best, or train a run with checkpoint.best=eval/accuracy"
+    state = state_of(directory)
+    if state == "running":
+        return f"{directory} has no {WEIGHTS}: the run is still running; wait for its end"
+    return f"{directory} has no {WEIGHTS}: the run is {state}; finish it with {resume_command(directory)}"
+
+
+def resume_command(directory: Path) -> str:
+    """Return what resumes the run in `directory`."""
+    try:
+        own = OBJECTS in read_sections(str(directory / "config.yaml"))
+    except ConfigError:
+        own = False
+    if own:
+        return 'resume="auto" in the program that started it'
+    words = [str(directory / "config.yaml"), "--output", str(directory.parent), "--name", directory.name]
+    return f"`fedddp run {shlex.join(words)} --resume auto`, started as before"
+
+
+def read_run(run: str | Path, flags: Sequence[str] = ()) -> tuple[Config, Mapping[str, Any]]:
+    """Return the configuration of a run with `flags` on top, and what it records of the user's own objects.
+
+    Raises:
+        ConfigError: there is no run, or a flag is wrong.
+    """
+    sections = read_sections(str(local_path(str(run), "run") / "config.yaml"))
+    objects = sections.pop(OBJECTS, {})
+    sections.pop("model", None)  # for `load_model`: the user's own may not be importable by that path
+    return build({**sections, "resume": "auto"}, flags), objects

@@ -1,0 +1,206 @@
+"""Predict the classes of image files, and show them on a contact sheet."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from fedddp.data.decode import naming
+from fedddp.data.pixels import to_uint8
+from fedddp.data.transforms import torchvision_v2
+from fedddp.inference.model import TrainedModel
+from fedddp.section import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BATCH = 250
+"""Images that are in memory together."""
+
+MOST_ON_SHEET = 200
+"""Images on a contact sheet, the first of them."""
+
+TILE, MARGIN, LINE = 320, 28, 34
+"""Of a contact sheet, in pixels: a picture, the space around it, a line of text."""
+
+INK, MUTED, PAPER, FRAME = "#1a1d21", "#6b7280", "#ffffff", "#e5e7eb"
+SURE, UNSURE = "#2f7d4f", "#b45309"
+"""Colours of a probability of half and more, and of less."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image file."""
+
+    file: Path
+    classes: tuple[str, ...]
+    """The most probable first."""
+    probabilities: tuple[float, ...]
+    """Of `classes`."""
+
+
+def find_images(paths: Sequence[str]) -> list[Path]:
+    """Return the files that `paths` name: files as they are given, and the images below folders, sorted.
+
+    Raises:
+        ConfigError: a path does not exist, or there is no image.
+    """
+    found: list[Path] = []
+    for text in paths:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            files = (p for p in path.rglob("*") if p.is_file() and _is_image(p.relative_to(path)))
+            inside = sorted(files, key=_natural)
+            if not inside:
+                raise ConfigError(f"{path} has no images; give image files, or folders of them")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ConfigError(f"{path} does not exist; give image files, or folders of them")
+    return list(dict.fromkeys(found))
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Return a key by which 2.png comes before 10.png."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path)) if part
+    ]
+
+
+def _is_image(path: Path) -> bool:
+    """Return whether a path in a folder is an image by its ending, and not hidden."""
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and path.suffix.lower() in Image.registered_extensions()
+
+
+def predict_files(
+    model: TrainedModel, files: Sequence[Path], top: int
+) -> Iterator[tuple[Prediction, Image.Image]]:
+    """Yield the prediction and a small picture of every file; one that is no image is logged and left out.
+
+    Args:
+        model: from `load_model`.
+        files: image files of any mode and size.
+        top: classes per image, >= 1; at most those that there are.
+    """
+    for start in range(0, len(files), BATCH):
+        some, pictures, pixels = [], [], []
+        for file in files[start : start + BATCH]:
+            try:
+                picture, prepared = _read(model, file)
+            except ValueError as error:
+                logger.warning("%s", error)
+                continue
+            some.append(file)
+            pictures.append(picture)
+            pixels.append(prepared)
+        probabilities = model.predict(pixels)
+        best = probabilities.topk(min(top, len(model.classes)), dim=1)
+        for number, (file, picture) in enumerate(zip(some, pictures, strict=True)):
+            names = tuple(model.classes[index] for index in best.indices[number].tolist())
+            yield Prediction(file, names, tuple(best.values[number].tolist())), picture
+
+
+def _read(model: TrainedModel, file: Path) -> tuple[Image.Image, torch.Tensor]:
+    """Return a small picture of an image file, and its pixels as the model takes them.
+
+    Raises:
+        ValueError: it is no image, or has other channels than the model.
+    """
+    with naming(str(file)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PIL: large or sloppily written files
+        with Image.open(file) as opened:
+            opened.load()
+            # Of a colour model a grey picture becomes grey pixels of three channels, as in training.
+            pixels = model.pixels(opened)
+            shown = torchvision_v2().to_pil_image(to_uint8(opened, str(file)))
+    return _fitted(shown), pixels
+
+
+def _fitted(picture: Image.Image) -> Image.Image:
+    """Return `picture` as RGB that fills a tile in one direction; few pixels stay visible as such."""
+    factor = TILE / max(picture.size)
+    size = tuple(max(1, round(side * factor)) for side in picture.size)
+    small = max(picture.size) <= TILE // 4
+    filtered = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    return picture.convert("RGB").resize((size[0], size[1]), filtered)
+
+
+# ---- the contact sheet ----
+
+
+def check_sheet(path: Path) -> None:
+    """Raise ConfigError unless PIL can write a picture with the ending of `path`."""
+    ending = path.suffix.lower()
+    if Image.registered_extensions().get(ending) not in Image.SAVE:
+        raise ConfigError(f"--save {path}: {ending or 'no ending'} is no format of pictures; use sheet.png")
+
+
+def contact_sheet(title: str, shown: Sequence[tuple[Prediction, Image.Image]]) -> Image.Image:
+    """Return a sheet of pictures with their most probable class, its probability, and their file's name.
+
+    Args:
+        title: the line above them.
+        shown: from `predict_files`; the first `MOST_ON_SHEET` are drawn.
+    """
+    shown = shown[:MOST_ON_SHEET]
+    columns = min(max(1, len(shown)), max(2, min(8, math.ceil(math.sqrt(1.6 * len(shown))))))
+    rows = math.ceil(len(shown) / columns)
+    cell = TILE + MARGIN, TILE + 3 * LINE + MARGIN
+    top = MARGIN + 2 * LINE
+    wide = max(MARGIN + columns * cell[0], 2 * MARGIN + round(_font(26, bold=True).getlength(title)))
+    files = [prediction.file for prediction, _ in shown]
+    alike = len({file.name for file in files}) < len(files)
+    sheet = Image.new("RGB", (wide, top + rows * cell[1]), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, INK, _font(26, bold=True))
+    for number, (prediction, picture) in enumerate(shown):
+        left, upper = MARGIN + number % columns * cell[0], top + number // columns * cell[1]
+        draw.rectangle((left - 1, upper - 1, left + TILE, upper + TILE), "#f8f9fa", FRAME)
+        sheet.paste(picture, (left + (TILE - picture.width) // 2, upper + (TILE - picture.height) // 2))
+        file = prediction.file
+        _caption(
+            draw, prediction, f"{file.parent.name}/{file.name}" if alike else file.name, left, upper + TILE
+        )
+    return sheet
+
+
+def _caption(draw: ImageDraw.ImageDraw, prediction: Prediction, name: str, left: int, upper: int) -> None:
+    probability = prediction.probabilities[0]
+    colour = SURE if probability >= 0.5 else UNSURE
+    draw.rectangle((left - 1, upper + 6, left + TILE, upper + 13), FRAME)
+    draw.rectangle((left - 1, upper + 6, left - 1 + round((TILE + 1) * probability), upper + 13), colour)
+    percent, small, bold = f"{100 * probability:.1f} %", _font(19), _font(24, bold=True)
+    space = TILE - bold.getlength(percent) - 12
+    baseline = upper + 16 + LINE
+    draw.text((left, baseline), _shortened(prediction.classes[0], bold, space), INK, bold, anchor="ls")
+    draw.text((left + TILE, baseline), percent, colour, bold, anchor="rs")
+    draw.text((left, baseline + LINE - 4), _shortened(name, small, TILE), MUTED, small, anchor="ls")
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """Return `text`, with an ellipsis in its middle where it is longer than `width` pixels."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    for kept in range(len(text) - 1, 0, -1):
+        shorter = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+        if font.getlength(shorter) <= width:
+            return shorter
+    return "…"
+
+
+def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Return matplotlib's DejaVu Sans, which has the letters of most alphabets."""
+    import matplotlib as mpl  # here: a model is loaded without it
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / name), size)
