@@ -4,23 +4,47 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 
-from fedddp.commands.console import fail, load_configuration, show
+from fedddp.commands.console import fail, is_coordinator, load_configuration, say, show
 from fedddp.distributed.environment import Launch
 
 
 def partition(rest: list[str]) -> None:
-    """Print how the data are split over the clients."""
+    """Print how the data are split over the clients; with `--figure FILE` draw it too."""
+    rest, figure = _figure(rest)
     config, _ = load_configuration(rest)
     from fedddp.data.datasets import load
-    from fedddp.reporting.partition_table import describe, table
+    from fedddp.data.description import describe
+    from fedddp.reporting.partition_table import table
+    from fedddp.reporting.split_figures import SHOWN, save_split
 
     try:
         train, _ = load(config.data)
         split, _ = config.data.split(train, config.seed)
+        names = train.class_names or tuple(map(str, range(train.classes)))
+        if figure is not None and is_coordinator():
+            save_split(describe(split, train.labels, train.classes, SHOWN), names, figure)
     except (ValueError, OSError) as error:
         fail(str(error))
-    show(table(describe(split, train.labels, train.classes)))
+    show(table(describe(split, train.labels, train.classes), names))
+    if figure is not None and is_coordinator():
+        say(str(figure))
+
+
+def _figure(rest: list[str]) -> tuple[list[str], Path | None]:
+    """Return the arguments without `--figure FILE`, and the file; None where it is not given."""
+    from fedddp.reporting.figures import KINDS, check_file
+
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("--figure")
+    try:
+        own, others = options.parse_known_args(rest)
+        return others, check_file(own.figure, KINDS, "--figure")
+    except argparse.ArgumentError as error:
+        fail(f"--figure: {error.message}; give a .pdf, .svg or .png file")
+    except ValueError as error:
+        fail(str(error))
 
 
 def dry_run_table(rest: list[str]) -> None:

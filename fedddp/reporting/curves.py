@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 
 from fedddp.config.loader import OBJECTS
 from fedddp.config.schema import execution_settings, fields_with
-from fedddp.section import RENAMED
-from fedddp.storage.history import Row, flat, read_config, read_rows
+from fedddp.reporting.labels import distinguish
+from fedddp.reporting.runs import read_settings
+from fedddp.storage.history import Row
 
 AXES = ("rounds", "examples", "bytes", "virtual s", "wall s")
 """What accuracy is drawn against. Examples are counted as often as they are trained on, bytes in both
@@ -21,6 +23,8 @@ directions; wall seconds leave out evaluation and checkpoints."""
 
 COMPARED = (*fields_with("experiment", "common"), OBJECTS)
 """Settings that distinguish algorithms; others belong to one run."""
+
+UNFINISHED = " (unfinished)"
 
 Floats = NDArray[np.float64]
 
@@ -34,19 +38,35 @@ class Curve:
     """Each of `AXES` at the E evaluations, (E,); NaN where the run did not record it."""
     accuracy: Floats
     """In [0, 1], (E,)."""
-    low: Floats
-    """The lowest of the seeds', (E,)."""
-    high: Floats
+    std: Floats
+    """Sample standard deviation of the accuracy over seeds, (E,); 0 for one run."""
     staleness: NDArray[np.int64]
     """Arrivals by their staleness 0, 1, ...; empty for rounds."""
     idle: Floats
     """Share of the wall time in which each group did not train, (G,); empty where it is not known."""
     settings: Mapping[str, Any]
     """The configuration, with dotted keys."""
-    seeds: tuple[int, ...] = ()
+    members: tuple[Curve, ...] = ()
+    """The runs of a mean; empty for one run."""
+
+    @property
+    def runs(self) -> tuple[Curve, ...]:
+        """The runs of a mean, or the run itself."""
+        return self.members or (self,)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each run."""
+        return tuple(int(run.settings.get("seed", 0)) for run in self.runs)
 
     def reach(self, accuracy: float) -> dict[str, float]:
-        """Return each axis where `accuracy` is first measured; NaN if it never is."""
+        """Return each axis where `accuracy` is first measured; NaN if it never is.
+
+        Of a mean over seeds it is the mean of its runs, NaN where one of them never reaches it.
+        """
+        if self.members:
+            reached = [run.reach(accuracy) for run in self.members]
+            return {axis: float(np.mean([one[axis] for one in reached])) for axis in self.x}
         there = np.flatnonzero(self.accuracy >= accuracy)
         return {axis: float(x[there[0]]) if len(there) else float("nan") for axis, x in self.x.items()}
 
@@ -57,67 +77,61 @@ def read(folder: Path) -> Curve:
     Raises:
         ValueError: it is no run, is corrupt, or was never evaluated.
     """
-    try:
-        config, rows = _config(folder / "config.yaml"), read_rows(folder / "history.jsonl")
-    except OSError as error:
-        raise ValueError(
-            f"{folder} is no run directory: cannot read {error.filename}: {error.strerror}"
-        ) from None
-    measured = [i for i, row in enumerate(rows) if row.get("eval/accuracy") is not None]
-    if not measured:
+    settings, _, rows = read_settings(folder)
+    measured, accuracy = series(rows, "eval/accuracy")
+    if not len(measured):
         raise ValueError(
             f"{folder} has no eval/accuracy in its history; compare runs that were evaluated on test data"
         )
-    steps, accuracy = _steps(rows), np.array([rows[i]["eval/accuracy"] for i in measured])
-    # A choice's name stands for it: `algorithm`, beside `algorithm.mu`.
-    settings = {_key_now(key.removesuffix(".name")): value for key, value in flat(config).items()}
-    idle = _added(row.get("time/idle", []) for row in rows) / max(float(steps["wall s"].sum()), 1e-9)
+    passed = steps(rows)
+    idle = added(lists_of(rows, "time/idle")) / max(float(passed["wall s"].sum()), 1e-9)
     return Curve(
-        name=folder.name + ("" if (folder / "model.safetensors").exists() else " (unfinished)"),
-        x={axis: np.cumsum(step)[measured] for axis, step in steps.items()},
+        name=folder.name + ("" if (folder / "model.safetensors").exists() else UNFINISHED),
+        x={axis: np.cumsum(step)[measured] for axis, step in passed.items()},
         accuracy=accuracy,
-        low=accuracy,
-        high=accuracy,
-        staleness=_added(row.get("staleness/histogram", []) for row in rows).astype(np.int64),
+        std=np.zeros(len(accuracy)),
+        staleness=added(lists_of(rows, "staleness/histogram")).astype(np.int64),
         idle=np.minimum(idle, 1.0),
         settings=settings,
-        seeds=(int(settings.get("seed", 0)),),
     )
 
 
-def _key_now(key: str) -> str:
-    """Return what a setting of an earlier version is called now."""
-    for old, new in RENAMED.items():
-        if key == old or key.startswith(f"{old}."):
-            return new + key.removeprefix(old)
-    return key
+def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.int64], Floats]:
+    """Return the positions of the rows that have a number at `key`, and these numbers."""
+    values = numbers(rows, key)
+    found = np.flatnonzero(np.isfinite(values))
+    return found, values[found]
 
 
-def _config(path: Path) -> Row:
-    try:
-        return read_config(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is corrupt: {error}") from None
+def numbers(rows: Sequence[Row], key: str) -> Floats:
+    """Return what every row has at `key`, (rows,); NaN where that is no number."""
+    values = [row.get(key) for row in rows]
+    return np.array([float(value) if is_number(value) else np.nan for value in values])  # type: ignore[arg-type]
 
 
-def _steps(rows: list[Row]) -> dict[str, Floats]:
+def steps(rows: Sequence[Row]) -> dict[str, Floats]:
     """Return the step of every round along each axis."""
-
-    def column(*keys: str) -> Floats:
-        values = [[row.get(key) for key in keys] for row in rows]
-        return np.array([sum(np.nan if value is None else float(value) for value in row) for row in values])
-
-    pauses = [row.get("time/evaluate", 0.0) + row.get("time/checkpoint", 0.0) for row in rows]
+    pauses = [np.nan_to_num(numbers(rows, f"time/{phase}")) for phase in ("evaluate", "checkpoint")]
     return {
         "rounds": np.ones(len(rows)),
-        "examples": column("train/examples"),
-        "bytes": column("bytes/up", "bytes/down"),
-        "virtual s": column("time/virtual"),
-        "wall s": column("time/round") - np.array(pauses),
+        "examples": numbers(rows, "train/examples"),
+        "bytes": numbers(rows, "bytes/up") + numbers(rows, "bytes/down"),
+        "virtual s": numbers(rows, "time/virtual"),
+        "wall s": numbers(rows, "time/round") - pauses[0] - pauses[1],
     }
 
 
-def _added(lists: Iterable[list[float]]) -> Floats:
+def lists_of(rows: Sequence[Row], key: str) -> list[list[float]]:
+    """Return the lists of numbers that the rows have at `key`; what is none is left out."""
+    return [row[key] for row in rows if isinstance(row.get(key), list) and all(map(is_number, row[key]))]
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value of a history is a number; null and truth are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def added(lists: Iterable[list[float]]) -> Floats:
     """Return the sums of lists of different lengths, element by element."""
     lists = list(lists)
     total = np.zeros(max(map(len, lists), default=0))
@@ -131,42 +145,64 @@ def matters(setting: str) -> bool:
     return setting.split(".", maxsplit=1)[0] in COMPARED and setting not in execution_settings()
 
 
-def differing(curves: list[Curve]) -> list[str]:
-    """Return the settings that matter in which the curves differ."""
-    keys = dict.fromkeys(key for curve in curves for key in curve.settings)
-    values = {key: [curve.settings.get(key) for curve in curves] for key in keys}
+def differing(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the settings that matter in which the runs of these settings differ."""
+    keys = dict.fromkeys(key for settings in runs for key in settings)
+    values = {key: [settings.get(key) for settings in runs] for key in keys}
     return [key for key, seen in values.items() if matters(key) and seen.count(seen[0]) < len(seen)]
 
 
 def over_seeds(curves: list[Curve]) -> list[Curve]:
     """Return one curve for all runs that differ in the seed alone, in the order of the first of each.
 
-    Of several runs with one seed the last counts; runs that are all of one seed stay apart.
+    Runs of other rounds, or evaluated in other rounds, stay apart: points of a mean are of the same rounds.
+    Of several runs with one seed the last counts; runs that are all of one seed stay apart. A mean is named
+    by its settings, or as its runs are but for the seed. Runs that have only numbered names are too.
     """
-    keys = differing(curves)
+    keys = differing([curve.settings for curve in curves])
     alike: dict[str, list[Curve]] = {}
     for curve in curves:
-        alike.setdefault(repr([curve.settings.get(key) for key in keys]), []).append(curve)
+        same = [curve.settings.get(key) for key in (*keys, "rounds", "evaluation.every")]
+        alike.setdefault(repr(same), []).append(curve)
     merged: list[Curve] = []
     for runs in alike.values():
         by_seed = {run.seeds: run for run in runs}
-        merged += [_mean([*by_seed.values()], keys)] if len(by_seed) > 1 else runs
-    return merged
+        merged += [_mean([*by_seed.values()])] if len(by_seed) > 1 else runs
+    return _named(merged, keys)
 
 
-def _mean(runs: list[Curve], keys: list[str]) -> Curve:
+def _mean(runs: list[Curve]) -> Curve:
     first = runs[0]
     length = min(len(run.accuracy) for run in runs)
     accuracies = np.array([run.accuracy[:length] for run in runs])
-    named = [f"{key}={first.settings[key]}" for key in keys if key != "algorithm" and key in first.settings]
     return Curve(
-        name=" ".join([str(first.settings.get("algorithm", first.name)), *named]),
+        name=first.name,
         x={axis: np.mean([run.x[axis][:length] for run in runs], axis=0) for axis in AXES},
         accuracy=accuracies.mean(0),
-        low=accuracies.min(0),
-        high=accuracies.max(0),
-        staleness=_added(run.staleness.tolist() for run in runs).astype(np.int64),
-        idle=_added(run.idle.tolist() for run in runs) / len(runs),
+        std=accuracies.std(0, ddof=1),
+        staleness=added(run.staleness.tolist() for run in runs).astype(np.int64),
+        idle=added(run.idle.tolist() for run in runs) / len(runs),
         settings=first.settings,
-        seeds=tuple(seed for run in runs for seed in run.seeds),
+        members=tuple(runs),
     )
+
+
+def _named(curves: list[Curve], keys: list[str]) -> list[Curve]:
+    """Return the curves with readable names, which differ."""
+    labels = distinguish([curve.settings for curve in curves], keys)
+    own = [curve.name.removesuffix(UNFINISHED) for curve in curves]
+    numbered = len(curves) > 1 and len({re.sub(r"-\d+$", "", name) for name in own}) == 1
+    names = []
+    for curve, label, name in zip(curves, labels, own, strict=True):
+        stems = {
+            re.sub(rf"-seed={seed}$", "", run.name) for seed, run in zip(curve.seeds, curve.runs, strict=True)
+        }
+        suffix = UNFINISHED if any(run.name.endswith(UNFINISHED) for run in curve.runs) else ""
+        if curve.members:
+            names.append((stems.pop() if len(stems) == 1 else label) + suffix)
+        else:
+            names.append((label if numbered and labels.count(label) == 1 else name) + suffix)
+    return [
+        replace(curve, name=name if names.count(name) == 1 else f"{name} [{curve.name}]")
+        for curve, name in zip(curves, names, strict=True)
+    ]

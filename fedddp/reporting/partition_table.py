@@ -2,35 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedddp.data.description import Description
+from fedddp.reporting.split_figures import caption
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+WIDTH = 80
+"""Columns of the terminal that names of classes have to fit."""
 
-def table(description: Description) -> Table:
-    """Return `description` as a printable table: a row per client, the summary below."""
+MOST = "class:examples"
+"""The only column of a split over many classes, or of too large numbers: the most frequent classes."""
+
+
+def table(description: Description, names: Sequence[str] = ()) -> Table:
+    """Return `description` as a printable table: a row per client, the summary below.
+
+    Args:
+        description: what is shown.
+        names: the name of every class; where they are too long, the caption has them.
+    """
+    from rich.console import Console
+
+    numbers = list(map(str, range(len(description.shares[0].histogram))))
+    if len(numbers) > 10:
+        return _table(description, [MOST])
+    legend = ""
+    choices = [(numbers, 2), (numbers, 1)]
+    if len(names) == len(numbers) and list(names) != numbers:
+        choices = [(list(names), 2), (list(names), 1), *choices]
+        legend = "\nclasses: " + ", ".join(f"{n} {name}" for n, name in zip(numbers, names, strict=True))
+    for columns, gap in choices:
+        result = _table(description, columns, legend if columns == numbers else "", gap)
+        if Console(width=1000).measure(result).maximum <= WIDTH:
+            return result
+    return _table(description, [MOST], legend)
+
+
+def _table(description: Description, columns: Sequence[str], legend: str = "", gap: int = 2) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     d = description
-    classes = len(d.shares[0].histogram)
-    columns = [str(label) for label in range(classes)] if classes <= 10 else ["class:examples"]
+    many = len(columns) < len(d.shares[0].histogram)
     result = Table(
-        caption=f"{d.clients:,} clients hold {d.examples:,} examples: {d.smallest:,} to "
-        f"{d.largest:,} each (median {d.median:,.0f}) of {d.classes_per_client:.1f} classes; "
-        f"{d.empty:,} are empty"
+        box=None,
+        header_style="bold",
+        padding=(0, gap, 0, 0),
+        caption=Text(f"{caption(d)}{legend}", "table.caption"),
+        caption_justify="left",
     )
-    for name in ("client", "examples", *columns):
-        result.add_column(name, justify="right" if name != "class:examples" else "left")
+    result.add_column("client", justify="right")
+    result.add_column("examples", justify="right")
+    for name in columns:
+        result.add_column(Text(name), justify="left" if many else "right")
     expected = 0
     for share in d.shares:
         if share.client != expected:
             result.add_row(*["…"] * (2 + len(columns)))
         expected = share.client + 1
         counts = [str(count) if count else "" for count in share.histogram]
-        cells = counts if classes <= 10 else [_most_frequent(share.histogram)]
+        cells = [_most_frequent(share.histogram)] if many else counts
         result.add_row(f"{share.client:,}", f"{share.size:,}", *cells)
     return result
 

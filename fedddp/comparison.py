@@ -17,7 +17,10 @@ from fedddp.data.datasets import load as load_images
 from fedddp.distributed.environment import Launch
 from fedddp.federation import Federation
 from fedddp.reporting.curves import over_seeds, read
-from fedddp.reporting.render import target_of, terminal, write
+from fedddp.reporting.paper import PaperFiles, write_paper
+from fedddp.reporting.render import write
+from fedddp.reporting.runs import run_folders
+from fedddp.reporting.tables import target_of, terminal
 from fedddp.section import ConfigError, NonNegativeInt, checked, local_path
 from fedddp.simulation.clock import examples_trained
 
@@ -38,7 +41,7 @@ class Comparison:
     finished: Sequence[Path]
     """Run directories that are compared as they are."""
     accuracy: float | None
-    """The accuracy to race for, in (0, 1]; by default 95 % of the best."""
+    """The accuracy to race for, in (0, 1]; by default that of `target_of`."""
 
 
 def prepare(
@@ -66,7 +69,7 @@ def prepare(
     stem = "comparison"
     for target in targets:
         if Path(target).is_dir():
-            finished += _run_folders(Path(target))
+            finished += run_folders(Path(target), ", recipes or .yaml files")
             continue
         sections = read_sections(target)
         variants, seeds = sections.pop("compare", None), sections.pop("seeds", None)
@@ -97,20 +100,6 @@ def prepare(
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
     return Comparison(folder, configs, finished, accuracy)
-
-
-def _run_folders(folder: Path) -> list[Path]:
-    """Return `folder` if it is a run, else all the runs in it."""
-    found = (
-        [folder]
-        if (folder / "config.yaml").exists()
-        else sorted(p.parent for p in folder.glob("*/config.yaml"))
-    )
-    if not found:
-        raise ConfigError(
-            f"{folder} holds no runs; give run directories, a folder of them, recipes or .yaml files"
-        )
-    return found
 
 
 def _variants(target: str, common: dict[str, Any], variants: Any) -> dict[str, dict[str, Any]]:
@@ -211,13 +200,17 @@ def _stretched(config: Config, first: Config, factor: float) -> Config:
     return dataclasses.replace(
         config,
         rounds=stretch(first.rounds),
-        evaluation=dataclasses.replace(config.evaluation, every=stretch(first.evaluation.every)),
+        evaluation=dataclasses.replace(
+            config.evaluation,
+            every=stretch(first.evaluation.every),
+            stop_after=stretch(first.evaluation.stop_after) if first.evaluation.stop_after else 0,
+        ),
         checkpoint=dataclasses.replace(config.checkpoint, every=stretch(first.checkpoint.every)),
     )
 
 
-def report(comparison: Comparison, console: Console) -> list[Path]:
-    """Print the table, and write it with the picture and the page; return the files.
+def report(comparison: Comparison, console: Console, paper: PaperFiles) -> list[Path]:
+    """Print the table, and write it with the picture, the page, and the files for a paper; return the files.
 
     Raises:
         ValueError: a run cannot be compared.
@@ -226,5 +219,6 @@ def report(comparison: Comparison, console: Console) -> list[Path]:
     folders = [*comparison.finished, *(comparison.folder / name for name in comparison.configs)]
     curves = over_seeds([read(folder) for folder in folders])
     target = comparison.accuracy or target_of(curves)
+    for_paper = write_paper(curves, target, paper)
     console.print(terminal(curves, target, console.width))
-    return write(curves, comparison.folder, target, f"Comparison: {comparison.folder.name}")
+    return [*write(curves, comparison.folder, target, f"Comparison: {comparison.folder.name}"), *for_paper]

@@ -1,0 +1,119 @@
+"""The report of one or several runs: one page that needs no other file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from fedddp.reporting import execution, sections
+from fedddp.reporting.curves import AXES, series, steps
+from fedddp.reporting.figures import size_of
+from fedddp.reporting.page import PageSection, html_table, page
+from fedddp.reporting.runs import RunFiles, read_run, run_folders, unique_names
+from fedddp.reporting.tables import UNKNOWN, Cells, seconds
+from fedddp.section import ConfigError
+
+REPORT = "report.html"
+
+
+def find_runs(targets: Sequence[str | Path]) -> list[Path]:
+    """Return the run directories of `targets`: each one itself, or all runs in it; each once.
+
+    Raises:
+        ConfigError: a target holds no runs.
+    """
+    found = [folder for target in targets for folder in run_folders(Path(target))]
+    return list({folder.resolve(): folder for folder in found}.values())
+
+
+def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Write the report of the runs in `folders`, and return its path.
+
+    Equal run directories make equal files. What a run does not hold is left out of its report.
+
+    Args:
+        folders: run directories, or folders of them.
+        output: the .html file; by default report.html in the run directory, or in the folder that holds all.
+
+    Raises:
+        ConfigError: a folder holds no runs.
+        ValueError: a run has no rounds yet, or a file of it is corrupt.
+        OSError: the file cannot be written.
+    """
+    found = find_runs(folders)
+    path = default_folder(found) / REPORT if output is None else Path(output)
+    names = unique_names(found)
+    runs = [replace(read_run(folder), name=name) for folder, name in zip(found, names, strict=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(report(runs), encoding="utf-8")
+    aside.replace(path)
+    return path
+
+
+def default_folder(folders: Sequence[Path]) -> Path:
+    """Return the folder of a report: the run directory, or the nearest folder that holds all."""
+    if len(folders) == 1:
+        return folders[0]
+    common = Path(os.path.commonpath([folder.resolve() for folder in folders]))
+    if common == common.parent:
+        raise ConfigError("the runs have no folder in common; give --output FILE.html")
+    inside = common.is_relative_to(Path.cwd().resolve())
+    return Path(os.path.relpath(common)) if inside else common
+
+
+def report(runs: Sequence[RunFiles]) -> str:
+    """Return the page of `runs`."""
+    names = [run.name for run in runs]
+    title = f"Report: {names[0]}" if len(runs) == 1 else f"Report: {len(runs)} runs"
+    recorded = [axis for axis in AXES if any(np.isfinite(steps(run.rows)[axis]).all() for run in runs)]
+    parts = [
+        PageSection("Summary", [html_table(summary(runs), numbers=True)]),
+        sections.learning(runs, names),
+        sections.clients(runs, names),
+        sections.data(runs),
+        sections.participation(runs),
+        sections.mistakes(runs),
+        execution.time(runs, names),
+        execution.traffic(runs, names),
+        execution.staleness(runs, names),
+        execution.warnings(runs, names),
+        execution.configuration(runs, names),
+    ]
+    return page(title, names, parts, recorded)
+
+
+def summary(runs: Sequence[RunFiles]) -> Cells:
+    """Return the table of the runs: its header, and a row for each."""
+    rows = [["run", "algorithm", "state", "rounds", "accuracy", "best (round)", "worst 10 %", "loss"]]
+    rows[0] += ["examples", "bytes", "virtual s", "wall s"]
+    for run in runs:
+        measured, accuracy = series(run.rows, "eval/accuracy")
+        worst, loss = (series(run.rows, key)[1] for key in ("clients/accuracy_worst10", "eval/loss"))
+        totals = {axis: float(step.sum()) for axis, step in steps(run.rows).items()}
+        best = UNKNOWN
+        if len(accuracy):
+            at = int(accuracy.argmax())
+            best = f"{100 * accuracy[at]:.2f} % ({run.rows[measured[at]]['round']})"
+        wanted = run.settings.get("rounds")
+        done = run.rows[-1]["round"]
+        rows.append(
+            [
+                run.name,
+                str(run.settings.get("algorithm", UNKNOWN)).rsplit(".", 1)[-1],
+                run.state,
+                f"{done} of {wanted}" if isinstance(wanted, int) and wanted != done else str(done),
+                f"{100 * accuracy[-1]:.2f} %" if len(accuracy) else UNKNOWN,
+                best,
+                f"{100 * worst[-1]:.2f} %" if len(worst) else UNKNOWN,
+                f"{loss[-1]:.4f}" if len(loss) else UNKNOWN,
+                f"{totals['examples']:,.0f}" if np.isfinite(totals["examples"]) else UNKNOWN,
+                size_of(totals["bytes"]) if np.isfinite(totals["bytes"]) else UNKNOWN,
+                *(seconds(totals[axis]) if np.isfinite(totals[axis]) else UNKNOWN for axis in AXES[3:]),
+            ]
+        )
+    return rows
