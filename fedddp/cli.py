@@ -15,10 +15,19 @@ from fedddp.distributed.signals import stop_signals_held
 COMMANDS = {
     "run": "fedddp.commands.train:run",
     "compare": "fedddp.commands.train:compare_runs",
+    "report": "fedddp.commands.report:report",
     "plan": "fedddp.commands.preview:dry_run_table",
     "partition": "fedddp.commands.preview:partition",
     "recipes": "fedddp.commands.preview:recipes",
     "runs": "fedddp.commands.runs:runs",
+    "show": "fedddp.commands.show:show_run",
+    "watch": "fedddp.commands.watch:watch",
+    "init": "fedddp.commands.init:init",
+    "slurm": "fedddp.commands.slurm:slurm",
+    "eval": "fedddp.commands.use:evaluate",
+    "predict": "fedddp.commands.use:predict",
+    "export": "fedddp.commands.use:export",
+    "card": "fedddp.commands.use:card",
 }
 """Where each command is; imported when it is called, so that `fedddp --help` is fast."""
 
@@ -30,10 +39,19 @@ fedddp: federated learning on DDP groups, in one torchrun.
 
   fedddp run RECIPE|FILE [--section.key value ...]    train; under torchrun on many ranks
   fedddp compare RECIPE|FILE|RUN ... [...]            train what is not trained yet; one table, one picture
+  fedddp report RUN [RUN ...]                         one page: curves, clients, mistakes, times, settings
   fedddp plan RECIPE|FILE [--ranks N] [...]           dry run: groups, bytes, memory
   fedddp partition RECIPE|FILE [...]                  how the data are split over the clients
   fedddp recipes                                      the configurations that ship with fedddp
-  fedddp runs [OUTPUT]                                the runs in a folder (default: runs)
+  fedddp init FOLDER [--output my.yaml]               write a configuration for a folder of images
+  fedddp runs [OUTPUT] [--sort accuracy] [...]        the runs in a folder (default: runs)
+  fedddp show RUN                                     one run: settings, versions, metrics, warnings, files
+  fedddp watch RUN                                    follow a run from its files, such as a batch job
+  fedddp eval RUN [--data.root FOLDER ...]            metrics of a trained model, per class and per client
+  fedddp predict RUN IMAGE|FOLDER ... [--save F.png]  classes of images, with a contact sheet
+  fedddp export RUN --format pt2|onnx|safetensors     one file that needs no fedddp
+  fedddp card RUN [--output FILE]                     a model card
+  fedddp slurm [FOLDER]                               write the batch scripts for Slurm (default: slurm)
 
   fedddp run --help lists every setting, fedddp run RECIPE|FILE --print_config all their values. Examples:
     fedddp run digits
@@ -58,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     command, *rest = arguments
     if command not in COMMANDS:
         fail(f"unknown command '{command}'; choose one of {', '.join(COMMANDS)} (see fedddp --help)")
-    if command in ("recipes", "runs") and rest in (["-h"], ["--help"]):
+    if command in ("recipes", "slurm") and rest in (["-h"], ["--help"]):
         say(USAGE, end="")
         sys.exit(0)
     sys.path.insert(0, os.getcwd())  # so that the dotted path of a class beside the user is found

@@ -28,10 +28,16 @@ PRINT = "--print_config"
 class PrintHandler(logging.Handler):
     """Prints log records on standard output, as it is at that moment: a progress bar redirects it."""
 
+    prefix = ""
+    """Stands before every line; where it is set, every rank prints all its records."""
+
     def emit(self, record: logging.LogRecord) -> None:
         """Print `record`, with its level if it is a warning or worse."""
+        stage = getattr(record, "stage", False)
+        if stage and not self.prefix and not (on_terminal() and is_coordinator()):
+            return
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        say(f"{level}{record.getMessage()}")
+        say(f"{self.prefix}{level}{record.getMessage()}{' ...' if stage else ''}")
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -40,6 +46,11 @@ def say(text: str, end: str = "\n") -> None:
         print(text, end=end, flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+
+
+def on_terminal() -> bool:
+    """Return whether standard output is a terminal."""
+    return sys.stdout.isatty()
 
 
 @contextlib.contextmanager
@@ -92,7 +103,8 @@ def report_error(error: Exception) -> NoReturn:
     rank = Launch.from_environment().rank
     where = f"rank {rank}: " if rank and not user_error else ""
     notes = "; ".join(getattr(error, "__notes__", []))
-    text = " ".join(f"{where}{error}".split()) or type(error).__name__
+    kind = "" if user_error else f"{type(error).__name__}: "
+    text = " ".join(f"{where}{kind}{error}".split()).removesuffix(":") or type(error).__name__
     print(f"error: {text}{'; ' + notes if notes else ''}", file=sys.stderr, flush=True)
     sys.exit(2 if isinstance(error, ConfigError) else 1)
 

@@ -6,20 +6,42 @@ import argparse
 import itertools
 import shlex
 
-from fedddp.commands.console import fail, is_coordinator, load_configuration, reporting, say, stop
+from fedddp.commands.console import (
+    PRINT,
+    fail,
+    is_coordinator,
+    load_configuration,
+    on_terminal,
+    reporting,
+    say,
+    show,
+    stop,
+)
+from fedddp.commands.options import OPTIONS_HELP, logging_as, show_profile, split_options
+from fedddp.commands.report import add_paper_options, paper_files
 from fedddp.distributed.environment import Launch
 
 
 def run(rest: list[str]) -> None:
     """Train one run."""
-    config, name = load_configuration(rest)
+    options = split_options(rest)
+    if not options.quiet and on_terminal() and is_coordinator() and not {PRINT, "-h", "--help"} & {*rest}:
+        say("loading PyTorch ...")  # takes seconds
+    if {"-h", "--help"} & {*rest} and is_coordinator():
+        say(OPTIONS_HELP, end="")
+    config, name = load_configuration(options.words)
     from fedddp.federation import Federation, Interrupted
+    from fedddp.tracking.summary import summary
 
-    with reporting():
+    with reporting(), logging_as(options):
         try:
             result = Federation(config, default_name=name).run()
         except Interrupted as interruption:
             result = interruption.result
+    if result.history and config.tracking.progress and not options.quiet:
+        show(summary(result.history, result.folder, config.rounds, finished=result.finished))
+        if config.tracking.profile:
+            show_profile(result.folder)
     if not result.finished:
         stop(f"run {shlex.join(_with_flags(rest, name=result.folder.name, resume='auto'))}")
     if is_coordinator():
@@ -42,14 +64,15 @@ def _with_flags(rest: list[str], **flags: str) -> list[str]:
 
 def compare_runs(rest: list[str]) -> None:
     """Train what is not trained yet, and compare all runs."""
+    from fedddp import comparison as compare
     from fedddp.distributed.launch import choose_device
     from fedddp.federation import Interrupted
-    from fedddp.reporting import compare
     from fedddp.tracking.progress import QuietConsole
 
     options = argparse.ArgumentParser(
         prog="fedddp compare",
-        usage="fedddp compare RECIPE|FILE|RUN ... [--output FOLDER] [--accuracy A] [--section.key value ...]",
+        usage="fedddp compare RECIPE|FILE|RUN ... [--output FOLDER] [--accuracy A] "
+        "[--figure FILE] [--panel P] [--table FILE] [--section.key value ...]",
         description="Train what is not trained yet; compare all runs in a table, a picture, a page.",
         epilog="A folder stands for all runs in it. Settings are for all runs trained: fedddp run --help.",
         allow_abbrev=False,
@@ -57,8 +80,12 @@ def compare_runs(rest: list[str]) -> None:
     )
     options.add_argument("--output", metavar="FOLDER", help="folder of the runs and the report")
     options.add_argument(
-        "--accuracy", metavar="A", type=float, help="test accuracy to race for, in (0, 1]; 0.95 of the best"
+        "--accuracy",
+        metavar="A",
+        type=float,
+        help="test accuracy to race for, in (0, 1]; by default 95 %% of the best",
     )
+    add_paper_options(options)
     if "-h" in rest or "--help" in rest:
         if is_coordinator():
             say(options.format_help(), end="")
@@ -68,6 +95,7 @@ def compare_runs(rest: list[str]) -> None:
         fail("give recipes, .yaml files or run directories, e.g. `fedddp compare compare-paradigms`")
     try:
         own, flags = options.parse_known_args(rest[len(targets) :])
+        paper = paper_files(own)
         comparison = compare.prepare(targets, flags, own.output, own.accuracy)
         for config in comparison.configs.values():
             choose_device(config.topology, Launch.from_environment())
@@ -79,7 +107,7 @@ def compare_runs(rest: list[str]) -> None:
         except Interrupted:
             finished = False
         if finished and is_coordinator():
-            for path in compare.report(comparison, QuietConsole()):
+            for path in compare.report(comparison, QuietConsole(), paper):
                 say(str(path))
     if not finished:
         stop(f"compare {shlex.join(rest)}")

@@ -1,24 +1,46 @@
-"""Progress on the screen: a live bar on a terminal, elsewhere a line per round."""
+"""Progress on the screen: a live bar on a terminal, one display in a notebook, elsewhere a line per round."""
 
 from __future__ import annotations
 
 import contextlib
+import html
+import importlib
 import os
 import sys
 import time
-from collections.abc import Mapping
-from datetime import timedelta
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedddp.tracking.memory import gpu_bytes, resident_bytes
+from fedddp.tracking.status import GAP, Part, Row, Status, fitting, size_text
 
 REFRESH_S = 0.1
 """Seconds between two drawings of the bar while a round lasts."""
 
+NOTEBOOK_REFRESH_S = 0.5
+
+SHORTEST_BAR = 6
+"""Columns of the bar; on a narrower terminal other parts are left out for it."""
+
 
 class QuietConsole(Console):
     """A console that falls silent when its reader leaves or its disk is full: progress is a convenience."""
+
+    silenced: ClassVar[bool] = False
+
+    def __init__(self, **options: Any) -> None:
+        """Take rich's `options`; in the block of `silence` nothing is shown.
+
+        Text is shown as it is: a name with brackets or colons is no markup and no emoji.
+        """
+        options = {"markup": False, "emoji": False, **options}
+        super().__init__(quiet=options.pop("quiet", False) or self.silenced, **options)
 
     def on_broken_pipe(self) -> None:
         """Write to nowhere from now on, so that later output of this process does not fail either."""
@@ -36,6 +58,16 @@ class QuietConsole(Console):
             self.on_broken_pipe()
 
 
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Let consoles that are made in the block show nothing, as with `fedddp run --quiet`."""
+    QuietConsole.silenced = True
+    try:
+        yield
+    finally:
+        QuietConsole.silenced = False
+
+
 def show(console: Console, line: str) -> None:
     """Write `line` as it is: not wrapped (paths are to be copied) and not read as markup."""
     console.print(line, soft_wrap=True, markup=False, highlight=False)
@@ -44,11 +76,21 @@ def show(console: Console, line: str) -> None:
 class RoundProgress:
     """Shows rounds as they end, and clients as they are trained.
 
-    On a terminal one line at the bottom is redrawn; in a file or a pipe every round is a line.
-    Both show the round, the loss, the last accuracy, clients/s and the remaining time.
+    On a terminal two lines at the bottom are redrawn, in a notebook one display is updated; in a file or a
+    pipe every round is a line.
     """
 
-    def __init__(self, total_rounds: int, done: int = 0, *, visible: bool, console: Console) -> None:
+    def __init__(
+        self,
+        total_rounds: int,
+        done: int = 0,
+        *,
+        visible: bool,
+        console: Console,
+        earlier: Iterable[Row] = (),
+        clock: Callable[[], float] = time.monotonic,
+        memory: bool = True,
+    ) -> None:
         """Start the clock and, on a terminal, the bar.
 
         Args:
@@ -56,75 +98,198 @@ class RoundProgress:
             done: rounds done before this process started (a resumed run).
             visible: False to show nothing.
             console: where to write.
+            earlier: rows of those rounds.
+            clock: returns seconds.
+            memory: whether to show the memory of this process, which trains.
         """
-        self._total, self._done, self._resumed = total_rounds, done, done
-        self._visible, self._console = visible, console
-        self._start = self._drawn = time.monotonic()
-        self._clients = 0
-        self._scores: dict[str, str] = {}
-        self._bar: Progress | None = None
-        if visible and console.is_interactive:
-            # Drawn from here and not from a thread: a drawing thread could hold a lock while a
-            # data loader forks its workers.
-            self._bar = Progress(
-                TextColumn("round [bold]{task.completed:.0f}/{task.total:.0f}[/]"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[status]}"),
-                console=console,
-                auto_refresh=False,
-                expand=True,
-            )
-            self._task = self._bar.add_task("", total=total_rounds, completed=done, status="")
-            self._bar.start()
+        self.status = Status(total_rounds, done, clock=clock)
+        self.status.earlier(earlier)
+        self._console, self._memory = console, memory
+        self._stopping = False
+        self._view: _View = _Nothing()
+        if visible and console.is_jupyter:
+            self._view = _Notebook(self.status, self._costs)
+        elif visible and console.is_interactive:
+            self._view = _Bar(self.status, self._costs, console)
+        elif visible:
+            self._view = _Lines(self.status, self._costs, console)
+
+    def begin_round(self, clients: int, at_once: int = 1) -> None:
+        """Start a round of `clients`, of which `at_once` train at a time, on all groups together."""
+        self.status.begin_round(clients, at_once)
+        self._view.within_round()
 
     def clients_done(self, count: int) -> None:
         """Count `count` more clients as trained."""
-        self._clients += count
-        if self._bar and time.monotonic() - self._drawn >= REFRESH_S:
-            self._draw(self._bar)
+        self.status.clients_done(count)
+        self._view.within_round()
 
     def round(self, row: Mapping[str, Any]) -> None:
         """Show that the round `row["round"]` (1-based) ended, with its losses and accuracy."""
-        self._done = row["round"]
-        loss = row.get("train/loss", row.get("eval/loss"))
-        accuracy = row.get("eval/accuracy")
-        if loss is not None:
-            self._scores["loss"] = f"{loss:.4f}"
-        if accuracy is not None:
-            self._scores["accuracy"] = f"{100 * accuracy:.2f} %"
-        if self._bar:
-            self._draw(self._bar)
-        elif self._visible:
-            scores = [f"{label} {value}" for label, value in self._scores.items()]
-            show(
-                self._console,
-                "  ".join([f"round {self._done}/{self._total}", *scores, *self._pace()]),
-            )
-            self._scores.clear()  # an old accuracy must not look like this round's
+        first = self.status.done == self.status.resumed
+        self.status.round(row)
+        self._view.round(row)
+        forecast = self.status.forecast(row) if first else None
+        if forecast:
+            self._view.note(forecast)
+
+    def stopping(self) -> None:
+        """Show, once, what is finished before the run stops; may be called from any thread."""
+        if not self._stopping:
+            self._stopping = True
+            self._view.note(self.status.stopping())
 
     def close(self) -> None:
         """Leave the last state of the bar on the screen and release the terminal."""
-        if self._bar:
-            self._draw(self._bar)
-            self._bar.stop()
-            self._bar = None
+        self._view.close()
+        self._view = _Nothing()
 
-    def _draw(self, bar: Progress) -> None:
-        scores = [f"[dim]{label}[/] [cyan]{value}[/]" for label, value in self._scores.items()]
-        status = "  ".join([*scores, *self._pace()])
-        bar.update(self._task, completed=self._done, status=status, refresh=True)
+    def _costs(self) -> list[Part]:
+        parts = self.status.costs()
+        if self._memory:
+            parts.append(Part("memory", size_text(resident_bytes()), 3))
+            on_gpu = gpu_bytes()
+            parts += [] if on_gpu is None else [Part("GPU", size_text(on_gpu), 4)]
+        return parts
+
+
+class _View:
+    """How progress is shown."""
+
+    def within_round(self) -> None:
+        """Show the clients of the round, if it is time."""
+
+    def round(self, row: Row) -> None:
+        """Show the end of a round."""
+
+    def note(self, line: str) -> None:
+        """Show a line that stays."""
+
+    def close(self) -> None:
+        """Show the last state."""
+
+
+class _Nothing(_View):
+    """Shows nothing."""
+
+
+class _Lines(_View):
+    """Writes a line per round; it is as wide as a bar's, and leaves out parts as that does."""
+
+    def __init__(self, status: Status, costs: Callable[[], list[Part]], console: Console) -> None:
+        self._status, self._costs, self._console = status, costs, console
+
+    def round(self, row: Row) -> None:
+        status, width = self._status, self._console.width
+        arrows = not self._console.options.ascii_only
+        memory = [part for part in self._costs() if part.label in ("memory", "GPU")]
+        head = f"round {status.done}/{status.total}"
+        line = [Part("", head, 0)]
+        for parts in ([*status.scores(row, arrows=arrows), *status.left()], [*status.pace(), *memory]):
+            used = sum(len(part.text) + GAP for part in line)
+            line += fitting(parts, width - used)
+        show(self._console, (" " * GAP).join(part.text for part in line))
+
+    def note(self, line: str) -> None:
+        show(self._console, line)
+
+
+class _Bar(_View):
+    """Redraws two lines at the bottom of the terminal.
+
+    They are drawn from here and not from a thread: a drawing thread could hold a lock while a data loader
+    forks its workers.
+    """
+
+    def __init__(self, status: Status, costs: Callable[[], list[Part]], console: Console) -> None:
+        self._status, self._costs, self._console = status, costs, console
+        self._closed = False
+        self._live = Live(self, console=console, auto_refresh=False)
+        self._live.start(refresh=True)
         self._drawn = time.monotonic()
 
-    def _pace(self) -> list[str]:
-        """Return clients/s and the remaining time, both from the mean pace since this process began."""
-        elapsed = max(time.monotonic() - self._start, 1e-6)
-        rate, left = self._clients / elapsed, self._total - self._done
-        rounds = self._done - self._resumed
-        parts = []
-        if self._clients:
-            parts.append(f"{rate:,.0f} clients/s" if rate >= 100 else f"{rate:.3g} clients/s")
-        if rounds and left > 0:
-            parts.append(f"ETA {timedelta(seconds=round(elapsed / rounds * left))}")
-        elif left <= 0:
-            parts.append(f"took {timedelta(seconds=round(elapsed))}")
-        return parts
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        status, width = self._status, options.max_width
+        number = status.done if self._closed else min(status.done + 1, status.total)
+        head = f"round {number}/{status.total}"
+        scores = [*status.scores(arrows=not options.ascii_only), *status.left(ended=self._closed)]
+        first = fitting(scores, width - len(head) - SHORTEST_BAR - 2 * GAP)
+        line = Table.grid(padding=(0, GAP, 0, 0), pad_edge=False, expand=True)
+        for ratio in (None, 1, None):
+            line.add_column(ratio=ratio, no_wrap=True)
+        bar = ProgressBar(total=status.total, completed=status.fraction)
+        line.add_row(Text(head, style="bold"), bar, _line(first))
+        yield line
+        second = fitting([*status.pace(within_round=not self._closed), *self._costs()], width)
+        if second or not status.done:
+            # Without it the ^C that a terminal echoes would wrap behind a line of full width.
+            yield _line(second or [Part("", "no round yet", 0)])
+
+    def within_round(self) -> None:
+        if time.monotonic() - self._drawn >= REFRESH_S:
+            self._draw()
+
+    def round(self, row: Row) -> None:
+        self._draw()
+
+    def note(self, line: str) -> None:
+        show(self._console, line)
+
+    def close(self) -> None:
+        self._closed = True
+        self._draw()
+        self._live.stop()
+
+    def _draw(self) -> None:
+        self._live.refresh()
+        self._drawn = time.monotonic()
+
+
+class _Notebook(_View):
+    """Updates one display of a notebook."""
+
+    def __init__(self, status: Status, costs: Callable[[], list[Part]]) -> None:
+        self._status, self._costs, self._notes = status, costs, dict[str, None]()
+        display = importlib.import_module("IPython.display").display  # a notebook has it
+        self._handle = display(self._content(), raw=True, display_id=True)
+        self._drawn = time.monotonic()
+
+    def within_round(self) -> None:
+        if time.monotonic() - self._drawn >= NOTEBOOK_REFRESH_S:
+            self._draw()
+
+    def round(self, row: Row) -> None:
+        self.within_round()
+
+    def note(self, line: str) -> None:
+        self._notes[line] = None
+        self._draw()
+
+    def close(self) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        self._handle.update(self._content(), raw=True)
+        self._drawn = time.monotonic()
+
+    def _content(self) -> dict[str, str]:
+        status = self._status
+        head = f"round {status.done}/{status.total}"
+        lines = [[*status.scores(), *status.left()], [*status.pace(within_round=True), *self._costs()]]
+        texts = [*("  ".join(part.text for part in line) for line in lines), *self._notes]
+        bar = f'<progress value="{status.fraction:.3f}" max="{status.total}"></progress>'
+        escaped = "<br>".join(html.escape(text) for text in texts)
+        return {
+            "text/plain": "\n".join([head, *texts]),
+            "text/html": f"<div><b>{head}</b> {bar}<br>{escaped}</div>",
+        }
+
+
+def _line(parts: Iterable[Part]) -> Text:
+    """Return parts side by side: labels dim, scores coloured."""
+    line = Text(no_wrap=True)
+    for part in parts:
+        line.append(" " * GAP if line else "")
+        line.append(f"{part.label} " if part.label else "", style="dim")
+        line.append(part.value, style="cyan" if part.label else "")
+    return line

@@ -1,0 +1,133 @@
+"""The table that ends a run: scores, work, time by phase, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from fedddp.storage.history import number, read_config
+from fedddp.tracking.status import Row, label_of, main_metric, score_text, size_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NOT_PHASES = ("time/round", "time/virtual", "time/idle")
+BEST = "best.safetensors"
+
+
+class Score(NamedTuple):
+    """The main metric of a run."""
+
+    name: str
+    """Its key, such as "eval/accuracy"."""
+    last: float
+    last_round: int
+    best: float
+    best_round: int
+
+    @property
+    def text(self) -> str:
+        """The last value with its round, and the best one where it is another."""
+        last = f"{score_text(self.name, self.last)} in round {self.last_round}"
+        if self.best == self.last:
+            return f"{last}, the best"
+        return f"{last} (best: {score_text(self.name, self.best)} in round {self.best_round})"
+
+
+def score_of(rows: Sequence[Row], name: str | None = None) -> Score | None:
+    """Return the last and the best value of a metric; None where no row has it.
+
+    `name` is its key, by default the main metric of the last row that has one. Of equal values the first is
+    the best; of a loss the smallest.
+    """
+    if name is None:
+        name = next(filter(None, map(main_metric, reversed(rows))), None)
+    if name is None:
+        return None
+    values = ((number(row, name), row["round"]) for row in rows)
+    found = [(value, round_number) for value, round_number in values if value is not None]
+    if not found:
+        return None
+    sign = -1 if name.endswith("loss") else 1
+    best, best_round = max(found, key=lambda item: (sign * item[0], -item[1]))
+    last, last_round = found[-1]
+    return Score(name, last, last_round, best, best_round)
+
+
+def last_value(rows: Sequence[Row], name: str) -> float | None:
+    """Return the last value of a metric; None where no row has it."""
+    found = (number(row, name) for row in reversed(rows))
+    return next((float(value) for value in found if value is not None), None)
+
+
+def compared_metric(rows: Sequence[Row], folder: Path) -> str | None:
+    """Return the metric of `checkpoint.best` or `evaluation.stop_after`; None where the run has neither."""
+    try:
+        config = read_config(folder / "config.yaml")
+        metric, after = config["checkpoint"].get("best"), config["evaluation"].get("stop_after")
+    except (OSError, ValueError, KeyError, AttributeError):  # no file, or one of an older version
+        return None
+    if metric is None and after:
+        metric = "eval/accuracy" if any("eval/accuracy" in row for row in rows) else "eval/loss"
+    return None if metric is None else str(metric)
+
+
+def next_commands(folder: Path) -> list[str]:
+    """Return the commands that come after a finished run; with its best model where it kept that."""
+    path = shlex.quote(str(folder))
+    best = " --best" if (folder / BEST).exists() else ""
+    return [f"fedddp report {path}", f"fedddp predict {path} IMAGE{best}"]
+
+
+def phases_text(rows: Sequence[Row]) -> str:
+    """Return the seconds of all rounds, with those of the phases that took more than a hundredth of them."""
+    total = _sum(rows, "time/round")
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith("time/"))
+    phases = {name.removeprefix("time/"): _sum(rows, name) for name in names if name not in NOT_PHASES}
+    largest = sorted((item for item in phases.items() if item[1] > total / 100), key=lambda item: -item[1])
+    parts = [f"{name} {seconds:.1f}" for name, seconds in largest]
+    return f"{total:.1f} s{': ' if parts else ''}{', '.join(parts)}"
+
+
+def _sum(rows: Sequence[Row], name: str) -> float:
+    """Return the sum of what the rows have at `name`; of integers it is one."""
+    return sum(number(row, name) or 0 for row in rows)
+
+
+def summary(rows: Sequence[Row], folder: Path, total_rounds: int, *, finished: bool) -> Table:
+    """Return the table that ends a run.
+
+    Args:
+        rows: one per round, at least one.
+        folder: the run directory.
+        total_rounds: rounds that the run was given.
+        finished: False where it was stopped.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("", "", box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.columns[0].style = "dim"
+    table.columns[1].overflow = "fold"
+    score, compared = score_of(rows), compared_metric(rows, folder)
+    if score:
+        table.add_row(Text(label_of(score.name)), score.text)
+    other = score_of(rows, compared) if compared and not (score and score.name == compared) else None
+    if other:
+        table.add_row(label_of(other.name), other.text)
+    loss = last_value(rows, "train/loss")
+    if loss is not None:
+        table.add_row("train loss", f"{loss:.4f}")
+    done = rows[-1]["round"]
+    early = " (ended early)" if finished and done < total_rounds else ""
+    table.add_row("rounds", f"{done} of {total_rounds}{early}")
+    table.add_row("examples", f"{_sum(rows, 'train/examples'):,}")
+    up, down = (int(_sum(rows, f"bytes/{way}")) for way in ("up", "down"))
+    table.add_row("bytes", f"{size_text(up)} up, {size_text(down)} down")
+    table.add_row("time", phases_text(rows))
+    if finished:
+        for index, command in enumerate(next_commands(folder)):
+            table.add_row("" if index else "next", Text(command))  # a folder may look like markup
+    return table
