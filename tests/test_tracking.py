@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import errno
+import importlib
+import importlib.util
 import io
 import json
 import resource
@@ -17,15 +18,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from rich.console import Console
+from safetensors.torch import save_file
+from wandb_files import history as wandb_history
+from wandb_files import last_summary, read_run
 
 from fedddp.distributed.launch import connect
 from fedddp.distributed.topology import TopologyConfig
 from fedddp.storage.history import History, read_rows
 from fedddp.testing import run_world
-from fedddp.tracking import tracker as module
-from fedddp.tracking.progress import QuietConsole, RoundProgress
+from fedddp.tracking import wandb_run
+from fedddp.tracking.heat_map import heat_map
 from fedddp.tracking.tracker import NullTracker, Tracker, TrackingConfig
 
 CONFIG = {"seed": 3, "data": {"clients": 20, "partition": {"alpha": 0.3}}, "tags": ["a", "b"]}
@@ -57,23 +62,12 @@ def track_run(folder: Path, tracking: TrackingConfig, rounds: int = 3, **options
             [{"round": index, "client": c, "eval/accuracy": c / 4 + index / 100} for c in range(2)]
         )
     model = folder / "model.safetensors"
-    model.write_bytes(b"weights")
+    save_file({"weight": torch.ones(2)}, model, {"config_digest": "0123"})
     tracker.finish(model, {"eval/accuracy": 0.75})
     tracker.finish()
     assert tracker.run_id is None or tracker.run_id in str(list(folder.glob("wandb/*")))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
-
-
-def inspect(folder: Path) -> list[dict[str, Any]]:
-    """Read a run file with wandb's own reader."""
-    done = subprocess.run(
-        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_rows_are_on_disk_as_json_before_the_run_ends(tmp_path: Path) -> None:
@@ -202,78 +196,6 @@ def test_a_full_disk_is_reported_in_one_line_and_leaves_no_partial_row(
     history.close()
 
 
-def test_plain_progress_is_one_unwrapped_line_per_round(tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), width=20)
-    progress = RoundProgress(12, 2, visible=True, console=console)
-    progress._start -= 10
-    progress.clients_done(30)
-    progress.round({"round": 4, "train/loss": 0.25, "eval/accuracy": 0.5})
-    progress.round({"round": 12, "train/loss": float("nan")})
-    progress.close()
-    assert isinstance(console.file, io.StringIO)
-    assert console.file.getvalue().splitlines() == [
-        "round 4/12  loss 0.2500  accuracy 50.00 %  3 clients/s  ETA 0:00:40",
-        "round 12/12  loss nan  3 clients/s  took 0:00:10",
-    ]
-
-
-def test_a_terminal_shows_one_live_line_and_its_cursor_is_restored() -> None:
-    file = io.StringIO()
-    console = Console(file=file, width=90, force_terminal=True, force_interactive=True)
-    progress = RoundProgress(8, visible=True, console=console)
-    progress.round({"round": 2, "train/loss": 0.25, "eval/accuracy": 0.5})
-    progress.round({"round": 3, "train/loss": 0.125})
-    progress.close()
-    text = file.getvalue()
-    assert text.endswith("\x1b[?25h")
-    *_, last = text.split("\r")
-    shown = Console(file=io.StringIO()).render_str("")
-    shown = type(shown).from_ansi(last)
-    assert shown.plain.startswith("round 3/8 ━")
-    assert "loss 0.1250  accuracy 50.00 %  ETA 0:00:00" in shown.plain
-    assert text.count("\n") == 1
-
-
-class Gone(io.StringIO):
-    """A stream whose reader has left, or whose disk is full."""
-
-    def __init__(self, error: OSError) -> None:
-        super().__init__()
-        self.error, self.lines = error, 0
-
-    def write(self, text: str) -> int:
-        self.lines += 1
-        if self.lines > 2:
-            raise self.error
-        return super().write(text)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        BrokenPipeError(errno.EPIPE, "Broken pipe"),
-        OSError(errno.ENOSPC, "No space left on device"),
-        OSError(errno.EIO, "Input/output error"),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("terminal", [False, True])
-def test_progress_falls_silent_where_it_cannot_be_written(
-    tmp_path: Path, patch: pytest.MonkeyPatch, error: OSError, terminal: bool
-) -> None:
-    patch.setattr(sys, "stdout", io.StringIO())  # which the console would turn away from its file
-    stream = Gone(error)
-    console = QuietConsole(file=stream, width=80, force_terminal=terminal, force_interactive=terminal)
-    tracker = Tracker(
-        TrackingConfig(trackers=[]), tmp_path, CONFIG, name="demo", total_rounds=5, console=console
-    )
-    for index in range(1, 6):
-        tracker.log({"round": index, "train/loss": 1.0})
-    tracker.finish()
-    assert len(read_rows(tmp_path / "history.jsonl")) == 5
-    assert stream.lines == 3, "nothing is written after the error"
-
-
 def test_without_progress_nothing_is_printed(tmp_path: Path) -> None:
     assert track_run(tmp_path, TrackingConfig(trackers=[], progress=False)) == ""
     assert len(read_rows(tmp_path / "clients.jsonl")) == 6
@@ -285,28 +207,27 @@ def test_an_offline_wandb_run_is_complete_and_a_resume_continues_it(tmp_path: Pa
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert shown.splitlines()[-1] == f"To upload the run: wandb sync {folder}"
     assert "wandb:" not in shown
-    records = inspect(folder)
+    records = read_run(folder)
     run = next(record["run"] for record in records if record["type"] == "run")
     assert {**run["config"]["update"], "_wandb": 0} == {**CONFIG, "_wandb": 0}
     assert (run["project"], run["display_name"], run["run_group"]) == ("lab", "demo", "sweep")
-    items = [(r["history"]["step"]["num"], r["history"]["item"]) for r in records if "history" in r]
-    assert [(step, item["train/loss"]) for step, item in items] == [(1, 1), (2, 1 / 2), (3, 1 / 3)]
-    assert items[-1][1]["clients.nrows"] == 2
-    table = json.loads((folder / "files" / items[-1][1]["clients.path"]).read_text())
+    items = wandb_history(records)
+    assert {step: item["train/loss"] for step, item in items.items()} == {1: 1, 2: 1 / 2, 3: 1 / 3}
+    assert items[3]["clients/table.nrows"] == 2
+    table = json.loads((folder / "files" / items[3]["clients/table.path"]).read_text())
     assert table["columns"] == ["round", "client", "eval/accuracy"]
     assert table["data"] == [[3, 0, 0.03], [3, 1, 0.28]]
     model = next(r["artifact"] for r in records if r.get("artifact", {}).get("type") == "model")
     (file,) = model["manifest"]["contents"]
     assert file["local_path"] == str(tmp_path / "model.safetensors")
-    summary = {k: v for r in records if "summary" in r for k, v in r["summary"]["update"].items()}
-    assert summary["eval/accuracy"] == 0.75
+    assert last_summary(records)["eval/accuracy"] == 0.75
     assert records[-1]["exit"]["exit_code"] == 0
 
     shown = track_run(tmp_path, tracking, rounds=5, resume_round=3, run_id=run["run_id"])
     (again,) = set(tmp_path.glob("wandb/offline-run-*")) - {folder}
-    records = inspect(again)
+    records = read_run(again)
     assert next(r["run"]["run_id"] for r in records if r["type"] == "run") == run["run_id"]
-    assert [r["history"]["step"]["num"] for r in records if "history" in r] == [4, 5]
+    assert list(wandb_history(records)) == [4, 5]
     pattern = shown.split()[-1]
     # As wandb names a second session within the same second.
     again = again.rename(folder.with_name(f"{folder.name}-1"))
@@ -315,6 +236,89 @@ def test_an_offline_wandb_run_is_complete_and_a_resume_continues_it(tmp_path: Pa
         again,
     }
     assert [row["round"] for row in read_rows(tmp_path / "history.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_what_a_run_ends_with_is_drawn_for_wandb_and_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_ending(tmp_path)
+    tracking = TrackingConfig(trackers=["wandb", "tensorboard"], mode="offline", progress=False)
+    track_run(tmp_path, tracking)
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    item = wandb_history(read_run(folder))[3]
+    table = json.loads((folder / "files" / item["eval/confusion_table.path"]).read_text())
+    assert table["columns"] == ["Actual", "Predicted", "nPredictions"]
+    assert table["data"] == [["cat", "cat", 5], ["cat", "dog", 2], ["dog", "cat", 0], ["dog", "dog", 9]]
+    assert (folder / "files" / item["clients/split.path"]).read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for key in ("clients/split", "eval/confusion"):
+        (picture,) = events.Images(key)
+        assert (picture.step, picture.width, picture.height) == (3, 700, 600)
+
+
+def write_ending(folder: Path, classes: int = 2) -> None:
+    """Write what federation.py writes for the end of a run."""
+    names = ["cat", "dog", *(f"class {index}" for index in range(2, classes))]
+    shares = [{"client": c, "size": 3, "histogram": [3 * (k == c) for k in range(classes)]} for c in range(2)]
+    (folder / "split.json").write_text(json.dumps({"class_names": names, "shares": shares}))
+    confusion = np.zeros((classes, classes), dtype=int)
+    confusion[:2, :2] = [[5, 2], [0, 9]]
+    (folder / "evaluation.json").write_text(json.dumps({"round": 3, "confusion": confusion.tolist()}))
+
+
+def test_a_confusion_matrix_of_many_classes_is_a_picture(tmp_path: Path) -> None:
+    write_ending(tmp_path, classes=wandb_run.MOST_CHART_CLASSES + 1)
+    track_run(tmp_path, TrackingConfig(mode="offline", progress=False))
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    item = wandb_history(read_run(folder))[3]
+    assert item["eval/confusion._type"] == "image-file"
+    assert "eval/confusion_table.path" not in item
+
+
+@pytest.mark.parametrize("ends", ["stopped", "failed"])
+def test_a_run_that_did_not_finish_has_no_model_and_no_confusion_matrix(tmp_path: Path, ends: str) -> None:
+    write_ending(tmp_path)  # of an earlier end of the run, before it was given more rounds
+    tracking = TrackingConfig(mode="offline", progress=False)
+    tracker = Tracker(tracking, tmp_path, CONFIG, name="demo", total_rounds=3)
+    tracker.log({"round": 1, "eval/accuracy": 0.5})
+    tracker.finish(failed=ends == "failed")
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    records = read_run(folder)
+    media = {key.partition(".")[0] for key in wandb_history(records)[1] if "." in key}
+    assert media == ({"clients/split"} if ends == "stopped" else set())
+    assert not any(record.get("artifact", {}).get("type") == "model" for record in records)
+    assert records[-1]["exit"]["exit_code"] == (1 if ends == "failed" else 0)
+    assert last_summary(records)["best/accuracy"] == 0.5
+
+
+def test_corrupt_files_of_a_run_cost_what_is_in_them_only(tmp_path: Path) -> None:
+    write_ending(tmp_path)
+    (tmp_path / "evaluation.json").write_text('{"confusion": [[1')
+    shown = track_run(tmp_path, TrackingConfig(mode="offline", progress=False)).splitlines()
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    pictures, sync = shown
+    assert pictures.startswith("wandb: Expecting")
+    assert pictures.endswith("; the pictures could not be added to the run")
+    assert sync == f"To upload the run: wandb sync {folder}"
+    records = read_run(folder)
+    assert records[-1]["exit"]["exit_code"] == 0
+    assert [r["artifact"]["aliases"] for r in records if r.get("artifact", {}).get("type") == "model"]
+
+    (shown_too,) = track_run(tmp_path, TrackingConfig(trackers=["tensorboard"], progress=False)).splitlines()
+    assert shown_too.startswith("tensorboard: Expecting")
+    assert list(tmp_path.glob("tensorboard/events*"))
+
+
+def test_a_heat_map_is_dark_where_the_count_is() -> None:
+    """The first row is at the top, the first column on the left."""
+    for row, column in ((0, 0), (0, 3), (3, 0)):
+        counts = np.zeros((4, 4), dtype=int)
+        counts[row, column] = 7
+        picture = heat_map(counts.tolist(), list("abcd"), list("wxyz"), ("columns", "rows"), "title")
+        dark = np.argwhere(np.abs(picture[:, :620].astype(int) - (8, 48, 107)).max(axis=2) < 4)
+        height, width = dark.mean(axis=0)
+        assert (height > 300, width > 300) == (row == 3, column == 3)
+        assert 15_000 < len(dark) < 20_000, "a sixteenth of the axes"
 
 
 def wandb_ids(folder: Path) -> list[str]:
@@ -326,7 +330,7 @@ def test_two_runs_of_one_process_are_two_wandb_runs_under_one_wandb_run_id(
     tmp_path: Path, patch: pytest.MonkeyPatch
 ) -> None:
     patch.setenv("WANDB_RUN_ID", "given")
-    patch.setattr(module, "_USED_IDS", set())
+    patch.setattr(wandb_run, "_USED_IDS", set())
     offline = TrackingConfig(mode="offline", progress=False)
     for name in ("a", "b", "c"):
         track_run(tmp_path / name, offline)
@@ -349,20 +353,19 @@ def test_a_model_that_wandb_refuses_costs_its_artifact_only(
     shown = track_run(tmp_path, TrackingConfig(mode="offline")).splitlines()
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert shown[-2:] == [
-        "wandb: artifact names must be shorter; the model is not among the run's artifacts",
+        "wandb: artifact names must be shorter; the model could not be added to the run",
         f"To upload the run: wandb sync {folder}",
     ]
-    records = inspect(folder)
+    records = read_run(folder)
     assert sum("history" in record for record in records) == 3
     assert records[-1]["exit"]["exit_code"] == 0
-    summary = {k: v for r in records if "summary" in r for k, v in r["summary"]["update"].items()}
-    assert summary["eval/accuracy"] == 0.75
+    assert last_summary(records)["eval/accuracy"] == 0.75
 
 
 def test_a_wandb_server_unreachable_at_the_start_makes_the_run_offline(
     tmp_path: Path, patch: pytest.MonkeyPatch
 ) -> None:
-    patch.setattr(module, "WANDB_INIT_TIMEOUT_S", 1.0)
+    patch.setattr(wandb_run, "INIT_TIMEOUT_S", 1.0)
     patch.setenv("WANDB_API_KEY", "k" * 40)
     patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     first, *_, last = track_run(tmp_path, TrackingConfig()).splitlines()
@@ -370,7 +373,7 @@ def test_a_wandb_server_unreachable_at_the_start_makes_the_run_offline(
     assert first.endswith("; the run is logged offline")
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert last == f"To upload the run: wandb sync {folder}"
-    assert sum("history" in record for record in inspect(folder)) == 3
+    assert sum("history" in record for record in read_run(folder)) == 3
 
 
 class WandbServer(BaseHTTPRequestHandler):
@@ -434,9 +437,10 @@ def test_a_wandb_server_unreachable_for_a_while_delays_only_the_upload(
     wandb_server: type[WandbServer],
     back_after_s: float | None,
 ) -> None:
-    patch.setattr(module, "WANDB_FINISH_TIMEOUT_S", 20.0 if back_after_s else 1.0)
+    patch.setattr(wandb_run, "FINISH_TIMEOUT_S", 20.0 if back_after_s else 1.0)
     console = Console(file=io.StringIO())
-    tracker = Tracker(TrackingConfig(), tmp_path, CONFIG, name="demo", total_rounds=3, console=console)
+    tracking = TrackingConfig(progress=False)
+    tracker = Tracker(tracking, tmp_path, CONFIG, name="demo", total_rounds=3, console=console)
     wandb_server.awake.clear()
     for index in (1, 2, 3):  # returns though the server answers only later
         tracker.log({"round": index, "train/loss": 1 / index})
@@ -448,20 +452,19 @@ def test_a_wandb_server_unreachable_for_a_while_delays_only_the_upload(
     assert shown[0].startswith("wandb: http://127.0.0.1")
     if back_after_s:
         assert [json.loads(line)["_step"] for line in wandb_server.streamed] == [1, 2, 3]
-        assert len(shown) == 4
+        assert len(shown) == 1
     else:
         (folder,) = tmp_path.glob("wandb/run-*")
         assert shown[-2:] == [
             "wandb: not all of the run was uploaded in 1 s",
             f"To upload the run: wandb sync {folder}",
         ]
-        assert sum("history" in record for record in inspect(folder)) == 3
+        assert sum("history" in record for record in read_run(folder)) == 3
 
 
 def test_wandb_disabled_by_the_user_stays_disabled(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("WANDB_MODE", "disabled")
-    shown = track_run(tmp_path, TrackingConfig())
-    assert len(shown.splitlines()) == 3
+    assert track_run(tmp_path, TrackingConfig(progress=False)) == ""
     assert not list(tmp_path.glob("wandb/*run*"))
 
 
@@ -472,19 +475,42 @@ def test_tensorboard_events_can_be_read_and_a_resume_repeats_none(tmp_path: Path
     track_run(tmp_path, tracking)
     track_run(tmp_path, tracking, rounds=4, resume_round=2)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert events.Tags()["scalars"] == ["train/loss"]
+    scalars = events.Tags()["scalars"]
+    assert {"train/loss", "eval/recall/1", "total/examples", "system/memory"} <= set(scalars)
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert losses == [(s, pytest.approx(1 / s)) for s in (1, 2, 3, 4)]
     (settings,) = tmp_path.glob("tensorboard/*/hparams.yml")
     assert "data.partition.alpha: 0.3" in settings.read_text()
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("mlflow"), reason="needs mlflow or mlflow-skinny")
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_continues_its_mlflow_run(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    tracking = TrackingConfig(trackers=["mlflow"], project="lab", progress=False)
+    assert track_run(tmp_path, tracking) == ""
+    assert track_run(tmp_path, tracking, rounds=5, resume_round=3) == ""
+    client: Any = importlib.import_module("mlflow.tracking").MlflowClient(f"file://{tmp_path}/mlruns")
+    experiment = client.get_experiment_by_name("lab")
+    (run,) = client.search_runs([experiment.experiment_id])
+    points = client.get_metric_history(run.info.run_id, "train/loss")
+    assert {point.step: point.value for point in points} == {n: 1 / n for n in (1, 2, 3, 4, 5)}
+    assert (run.info.run_name, run.info.status) == ("demo", "FINISHED")
+    assert run.data.params["data.partition.alpha"] == "0.3"
+
+    tracker = Tracker(tracking, tmp_path, CONFIG, name="broken", total_rounds=3)
+    tracker.finish(failed=True)
+    (failed,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'broken'")
+    assert failed.info.status == "FAILED"
+
+
 def test_a_failing_tracker_is_dropped_and_the_run_continues(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file where a folder should be")
-    shown = track_run(tmp_path, TrackingConfig(trackers=["tensorboard"])).splitlines()
-    assert len(shown) == 1 + 3
-    assert shown[0].startswith("tensorboard: ")
-    assert shown[0].endswith("; the run continues without this tracker")
+    (shown,) = track_run(tmp_path, TrackingConfig(trackers=["tensorboard"], progress=False)).splitlines()
+    assert shown.startswith("tensorboard: ")
+    assert shown.endswith("; the run continues without this tracker")
     assert len(read_rows(tmp_path / "history.jsonl")) == 3
 
 
@@ -506,6 +532,21 @@ def test_tracking_config_imports_no_heavy_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_without_trackers_nothing_of_them_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from fedddp.tracking.tracker import Tracker, TrackingConfig\n"
+        "quiet = TrackingConfig(trackers=[], progress=False)\n"
+        "tracker = Tracker(quiet, Path(sys.argv[1]), {}, name='demo', total_rounds=1)\n"
+        "tracker.log({'round': 1, 'train/loss': 1.0}); tracker.finish()\n"
+        "print({'wandb', 'accelerate', 'matplotlib', 'torch', 'fedddp.tracking.trackers'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+    assert (tmp_path / "history.jsonl").read_text() == '{"round": 1, "train/loss": 1.0}\n'
 
 
 def track_on_the_coordinator(folder: str) -> tuple[int, bool]:

@@ -7,29 +7,22 @@ that fails is reported in one line, and the run continues without it.
 
 from __future__ import annotations
 
-import logging
-import secrets
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedddp.section import Section
-from fedddp.storage.history import History, flat, plain
+from fedddp.section import NonNegativeInt, Section
+from fedddp.storage.history import HISTORY, History, plain, read_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedddp.tracking.trackers import RunDescription
+
 Row = dict[str, Any]
 
-_USED_IDS: set[str] = set()  # of the wandb runs that this process started
-
-WANDB_INIT_TIMEOUT_S = 30.0
-"""Seconds the start of a run waits for the wandb server before it logs offline."""
-
-WANDB_FINISH_TIMEOUT_S = 120.0
-"""Seconds the end of a run waits for uploads; what is left stays on disk for `wandb sync`."""
+REPORT = "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +46,14 @@ class TrackingConfig(Section):
     mode: Literal["auto", "offline"] = "auto"
     """wandb: `auto` is online with a login (`wandb login`), else offline; heeds WANDB_MODE."""
 
+    report: bool = False
+    """Write `report.html` to the run directory when the run ends; the wandb run shows it."""
+
     progress: bool = True
     """Show progress: a live bar on a terminal, one line per round elsewhere."""
+
+    profile: NonNegativeInt = 0
+    """Rounds that torch.profiler records after the first two; traces and tables are in RUN/profile."""
 
     def __post_init__(self) -> None:
         if set(self.trackers) <= {"wandb"}:
@@ -79,6 +78,12 @@ class NullTracker:
     def client_done(self, count: int = 1) -> None:
         """Count clients (of all groups) whose local training ended, for clients/s."""
 
+    def begin_round(self, clients: int, at_once: int = 1) -> None:
+        """Show that a round of `clients` begins, of which all groups together train `at_once` at a time."""
+
+    def stopping(self) -> None:
+        """Show what is finished before the run stops; may be called from any thread."""
+
     def log(self, row: Row) -> None:
         """Record one round.
 
@@ -96,6 +101,11 @@ class NullTracker:
         Raises:
             OSError: a line cannot be written.
         """
+
+    @property
+    def client_rows(self) -> int:
+        """Lines about clients so far; goes into checkpoints, so that a resume notices missing ones."""
+        return 0
 
     def sync(self) -> None:
         """Force all lines to the disk; call it before a checkpoint is written."""
@@ -124,6 +134,7 @@ class Tracker(NullTracker):
         name: str,
         total_rounds: int,
         resume_round: int = 0,
+        resume_client_rows: int | None = None,
         run_id: str | None = None,
         console: Console | None = None,
     ) -> None:
@@ -136,6 +147,7 @@ class Tracker(NullTracker):
             name: the run's name.
             total_rounds: rounds of the whole run.
             resume_round: rounds that the checkpoint has; lines after it are cut off.
+            resume_client_rows: lines about clients that the checkpoint has; None where it does not know.
             run_id: the `run_id` that the checkpoint has.
             console: where to write; standard output by default.
 
@@ -146,38 +158,76 @@ class Tracker(NullTracker):
         from fedddp.tracking.progress import QuietConsole, RoundProgress  # rich stays out of `fedddp --help`
 
         self.run_id = run_id
-        self._folder, self._round = folder, resume_round
-        self._history = History(folder, resume_round)
+        self._tracking, self._folder, self._round = tracking, folder, resume_round
+        self._history = History(folder, resume_round, resume_client_rows)
         self._console = console or QuietConsole()
         self._clients: list[Row] = []
         self._trackers: dict[str, Any] = {}
-        self._sync: str | None = None
         self._finished = False
-        for kind in tracking.trackers:
-            if kind == "wandb":
-                self._attempt(kind, self._start_wandb, tracking, plain(config), name)
-            else:
-                self._attempt(kind, self._start_other, kind, tracking, plain(config), name)
+        used = tracking.trackers or tracking.progress
+        earlier = read_rows(folder / HISTORY) if resume_round and used else []
+        if tracking.trackers:
+            self._start(plain(config), name, earlier)
         self._progress = RoundProgress(
-            total_rounds, resume_round, visible=tracking.progress, console=self._console
+            total_rounds, resume_round, visible=tracking.progress, console=self._console, earlier=earlier
         )
+
+    def _start(self, config: Row, name: str, earlier: list[Row]) -> None:
+        """Start the trackers; `earlier`: the rows that the run's earlier launches have logged."""
+        from fedddp.tracking.derived import DerivedMetrics
+        from fedddp.tracking.trackers import RunDescription
+
+        self._derived = DerivedMetrics(earlier)
+        run = RunDescription(self._tracking, self._folder, config, name, self._round)
+        for kind in self._tracking.trackers:
+            if kind == "wandb":
+                self._attempt(kind, self._start_wandb, run)
+            else:
+                self._attempt(kind, self._start_other, kind, run)
+
+    def _start_other(self, kind: str, run: RunDescription) -> None:
+        from fedddp.tracking.trackers import AccelerateTracker
+
+        self._trackers[kind] = AccelerateTracker(kind, run)
+
+    def _start_wandb(self, run: RunDescription) -> None:
+        from fedddp.tracking.wandb_run import WandbRun
+
+        tracker = WandbRun(run, self.run_id, self._show, self._derived)
+        if tracker.run_id:  # else wandb is disabled
+            self._trackers["wandb"], self.run_id = tracker, tracker.run_id
+
+    def begin_round(self, clients: int, at_once: int = 1) -> None:
+        """Show that a round begins."""
+        self._progress.begin_round(clients, at_once)
 
     def client_done(self, count: int = 1) -> None:
         """Count clients whose local training ended, for clients/s."""
         self._progress.clients_done(count)
+
+    def stopping(self) -> None:
+        """Show what is finished before the run stops."""
+        self._progress.stopping()
 
     def log(self, row: Row) -> None:
         """Record one round: on disk first, then on the screen and in the trackers."""
         self._history.log(row)
         self._round = row["round"]
         self._progress.round(row)
-        for kind, tracker in list(self._trackers.items()):
-            self._attempt(kind, tracker.log, _numbers(row), step=self._round)
+        if self._trackers:
+            numbers = self._derived.numbers(row)
+            for kind, tracker in list(self._trackers.items()):
+                self._attempt(kind, tracker.log, numbers, row)
 
     def log_clients(self, rows: list[Row]) -> None:
         """Record the metrics of clients; trackers get a table of the last call's rows when the run ends."""
         self._history.log_clients(rows)
         self._clients = rows
+
+    @property
+    def client_rows(self) -> int:
+        """Lines about clients so far."""
+        return self._history.client_rows
 
     def sync(self) -> None:
         """Force all lines to the disk."""
@@ -192,102 +242,19 @@ class Tracker(NullTracker):
         self._finished = True
         self._history.close()
         self._progress.close()
-        for kind, tracker in list(self._trackers.items()):
-            if hasattr(tracker, "log_table") and self._clients:
-                self._attempt(kind, self._log_table, tracker)
-            if kind == "wandb":
-                self._attempt(kind, self._finish_wandb, tracker.tracker, model_file, summary, failed)
-            else:
-                self._attempt(kind, tracker.finish)
-        if self._sync:
-            self._show(f"To upload the run: {self._sync}")
+        if self._trackers:
+            from fedddp.tracking.trackers import Ending
 
-    def _log_table(self, tracker: Any) -> None:
-        columns = list(dict.fromkeys(key for row in self._clients for key in row))
-        data = [[plain(row.get(column)) for column in columns] for row in self._clients]
-        tracker.log_table("clients", columns=columns, data=data, step=self._round)
+            ending = Ending(self._round, self._clients, model_file, plain(summary or {}), failed)
+            for kind, tracker in list(self._trackers.items()):
+                self._attempt(kind, tracker.finish, ending)
 
-    def _start_wandb(self, tracking: TrackingConfig, config: Row, name: str) -> None:
-        import wandb
-
-        quiet: dict[str, Any] = {
-            "silent": True,
-            "console": "off",
-        }  # standard output belongs to the progress
-        wandb.setup(settings=wandb.Settings(**quiet))
-        settings = wandb.Settings(
-            **quiet,
-            init_timeout=WANDB_INIT_TIMEOUT_S,
-            finish_timeout=WANDB_FINISH_TIMEOUT_S,
-            finish_timeout_raises=True,
-        )
-        # WANDB_RUN_ID is for one run: a second one in this process gets an id of its own.
-        taken = wandb.setup().settings.run_id
-        run_id = self.run_id or (secrets.token_hex(4) if taken in _USED_IDS else None)
-        options = {
-            "name": name,
-            # Not through accelerate's `store_init_configuration`: it writes to wandb's global run.
-            "config": config,
-            "group": tracking.group,
-            "tags": tracking.tags,
-            "dir": str(self._folder),
-            "id": run_id,
-            "resume": "allow" if self.run_id else None,
-            "reinit": "create_new",  # a run that the caller's own program has open is not ours
-            "settings": settings,
-        }
+    def _attempt(self, kind: str, action: Callable[..., object], *args: object) -> None:
         try:
-            mode = _wandb_mode(tracking)
-            tracker = _start("wandb", tracking.project, self._folder, mode=mode, **options)
-        except Exception as error:
-            mode = "offline"
-            self._show(f"wandb: {_reason(error)}; the run is logged offline")
-            tracker = _start("wandb", tracking.project, self._folder, mode=mode, **options)
-        self._trackers["wandb"] = tracker
-        if mode == "disabled":
-            return
-        run = tracker.tracker
-        if run.offline:
-            self._sync = _sync_line(run, resumed=self.run_id is not None)
-        else:
-            self._show(f"wandb: {run.url}")
-        self.run_id = run.id
-        _USED_IDS.add(run.id)
-
-    def _start_other(self, kind: str, tracking: TrackingConfig, config: Row, name: str) -> None:
-        if kind == "tensorboard":  # events go to RUN/tensorboard; a resume hides what it repeats
-            purge = {"purge_step": self._round + 1} if self._round else {}
-            tracker = _start(kind, "tensorboard", self._folder, **purge)
-        else:
-            tracker = _start(kind, tracking.project, self._folder)
-        self._trackers[kind] = tracker
-        if not self._round:
-            texts = {
-                key: value if isinstance(value, int | float) else str(value)
-                for key, value in flat(config).items()
-            }
-            tracker.store_init_configuration({"name": name, **texts})
-
-    def _finish_wandb(self, run: Any, model_file: Path | None, summary: Row | None, failed: bool) -> None:
-        if summary:
-            run.summary.update(plain(summary))
-        if model_file:
-            try:
-                _log_model(run, model_file, summary or {})
-            except Exception as error:  # the run itself is still finished properly
-                self._show(f"wandb: {_reason(error)}; the model is not among the run's artifacts")
-        try:
-            run.finish(exit_code=int(failed))
-        except TimeoutError:
-            self._sync = _sync_line(run, resumed=False)
-            self._show(f"wandb: not all of the run was uploaded in {WANDB_FINISH_TIMEOUT_S:.0f} s")
-
-    def _attempt(self, kind: str, action: Callable[..., object], *args: object, **options: object) -> None:
-        try:
-            action(*args, **options)
+            action(*args)
         except Exception as error:  # whatever happens to a tracker, training continues
             self._trackers.pop(kind, None)
-            self._show(f"{kind}: {_reason(error)}; the run continues without this tracker")
+            self._show(f"{kind}: {reason(error)}; the run continues without this tracker")
 
     def _show(self, line: str) -> None:
         from fedddp.tracking.progress import show
@@ -295,59 +262,6 @@ class Tracker(NullTracker):
         show(self._console, line)
 
 
-def _log_model(run: Any, model_file: Path, summary: Row) -> None:
-    """Add the final model to a wandb run as an artifact."""
-    import wandb
-
-    artifact = wandb.Artifact(f"model-{run.id}", "model", metadata=plain(summary))
-    artifact.add_file(str(model_file.resolve()), policy="immutable")  # not copied
-    run.log_artifact(artifact)
-
-
-class _Logger(logging.LoggerAdapter[logging.Logger]):
-    def warning_once(self, message: str) -> None:
-        self.debug(message)
-
-
-def _start(kind: str, run_name: str, folder: Path, **options: object) -> Any:
-    """Return accelerate's tracker of that kind, started on this rank and on no other."""
-    from accelerate import tracking as accelerate_tracking
-
-    # accelerate's trackers ask, and its logger insists on, a `PartialState`, which opens a process
-    # group when there is none and otherwise picks a GPU and a thread count: on one rank only.
-    accelerate_tracking.logger = _Logger(logging.getLogger("accelerate.tracking"))
-    maker: Any = accelerate_tracking.LOGGER_TYPE_TO_CLASS[kind]
-    directory = [str(folder)] if maker.requires_logging_directory else []
-    tracker = maker(run_name, *directory, **options)
-    tracker.main_process_only = False
-    tracker.start()
-    return tracker
-
-
-def _wandb_mode(tracking: TrackingConfig) -> str:
-    import wandb
-
-    mode: str = wandb.setup().settings.mode  # from WANDB_MODE or `wandb offline`
-    if tracking.mode == "offline" and mode != "disabled":
-        return "offline"
-    if mode != "online" or wandb.login(prompt=False, verify=False):
-        return mode
-    return "offline"
-
-
-def _sync_line(run: Any, *, resumed: bool) -> str:
-    folder = Path(run.settings.sync_dir)
-    if not resumed:
-        return f"wandb sync {shlex.quote(str(folder))}"
-    # Each session of the run has a folder; wandb uploads them in the order of their start.
-    return f"wandb sync {shlex.quote(str(folder.parent))}/offline-run-*-{run.id}*"
-
-
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return the first line of an error."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def _numbers(row: Row) -> dict[str, int | float]:
-    numbers = {key: value for key, value in plain(row).items() if isinstance(value, int | float)}
-    numbers.pop("round", None)  # trackers have it as the step
-    return numbers

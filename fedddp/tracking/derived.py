@@ -1,0 +1,74 @@
+"""What trackers get of a round besides its row: totals so far, numbers per class, the machine's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fedddp.storage.history import plain
+from fedddp.tracking.memory import gpu_bytes, resident_bytes
+
+Row = dict[str, Any]
+
+MOST_CLASSES = 20
+"""Entries of a list, such as the recall of every class, that become a number each; longer lists do not."""
+
+
+class DerivedMetrics:
+    """Sums and best values over the rows of a run, those of earlier launches included."""
+
+    def __init__(self, earlier: Iterable[Row] = ()) -> None:
+        """Add up the rows of `earlier` launches of the run."""
+        self._totals = {"total/examples": 0, "total/bytes": 0, "total/time": 0.0}
+        self.best: dict[str, float] = {}
+        """`best/NAME` for each number `eval/NAME`, and the round of it as `best/NAME_round`."""
+        for row in earlier:
+            self._add(plain(row))
+
+    def numbers(self, row: Row) -> dict[str, int | float]:
+        """Add a row; return its numbers, and those that are derived from it, without "round".
+
+        Lists below `eval/` become `NAME/0`, `NAME/1`, ...; what is no finite number is left out.
+        """
+        row = plain(row)
+        self._add(row)
+        found: dict[str, int | float] = {
+            key: value for key, value in row.items() if isinstance(value, int | float) and key != "round"
+        }
+        for key, values in row.items():
+            if key.startswith("eval/") and isinstance(values, list) and len(values) <= MOST_CLASSES:
+                found |= {f"{key}/{i}": v for i, v in enumerate(values) if isinstance(v, int | float)}
+        return {**found, **self._totals, **machine(row)}
+
+    def _add(self, row: Row) -> None:
+        self._totals["total/examples"] += row.get("train/examples") or 0
+        self._totals["total/bytes"] += (row.get("bytes/up") or 0) + (row.get("bytes/down") or 0)
+        self._totals["total/time"] += _working_seconds(row)
+        if row.get("time/virtual") is not None:
+            self._totals["total/virtual"] = self._totals.get("total/virtual", 0.0) + row["time/virtual"]
+        for key, value in row.items():
+            if key.startswith("eval/") and isinstance(value, int | float):
+                name = f"best/{key.removeprefix('eval/')}"
+                sign = -1 if key.endswith("loss") else 1
+                if name not in self.best or sign * value > sign * self.best[name]:
+                    self.best |= {name: value, f"{name}_round": row["round"]}
+
+
+def machine(row: Row) -> dict[str, int | float]:
+    """Return what the round of `row` made of the machine: `system/...` of the coordinator's process."""
+    found: dict[str, int | float] = {"system/memory": resident_bytes()}
+    gpu = gpu_bytes()
+    if gpu is not None:
+        found["system/gpu_memory"] = gpu
+    idle, seconds = row.get("time/idle") or [], _working_seconds(row)
+    if idle and seconds > 0:
+        found["system/idle"] = min(sum(idle) / len(idle) / seconds, 1.0)
+    if row.get("train/examples") and row.get("time/train"):
+        found["system/examples_per_s"] = row["train/examples"] / row["time/train"]
+    return found
+
+
+def _working_seconds(row: Row) -> float:
+    """Return the seconds of a round without evaluation and checkpoints."""
+    pauses: float = row.get("time/evaluate", 0.0) + row.get("time/checkpoint", 0.0)
+    return max(0.0, float(row.get("time/round") or 0.0) - pauses)

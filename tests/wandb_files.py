@@ -1,0 +1,32 @@
+"""Reads what wandb wrote, with wandb's own reader."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+Records = list[dict[str, Any]]
+
+
+def read_run(folder: Path) -> Records:
+    """Return the records of the run file in `folder`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def history(records: Records) -> dict[int, dict[str, Any]]:
+    """Return what was logged, by step."""
+    return {r["history"]["step"]["num"]: r["history"]["item"] for r in records if "history" in r}
+
+
+def last_summary(records: Records) -> dict[str, Any]:
+    """Return the summary of the run at its end."""
+    return {k: v for r in records if "summary" in r for k, v in r["summary"].get("update", {}).items()}
