@@ -14,6 +14,7 @@ import inspect
 import math
 import operator
 import os
+import pkgutil
 import types
 import typing
 from abc import ABC, ABCMeta
@@ -327,6 +328,31 @@ def find_choice(base: Any, name: Any, key: str) -> Any:
         f"{key}: unknown name {name!r}; choose one of {', '.join(sorted(known))}, or the dotted path of your "
         f"own{nearest(str(name), known)}"
     )
+
+
+def find_function(path: str, name: str, known: Iterable[str], example: str) -> Callable[..., Any]:
+    """Return the user's function at the dotted `path`, the value of the setting `name`.
+
+    Args:
+        path: such as "my_lab.cohorts.newest".
+        name: the setting's name in its section.
+        known: values that are no paths.
+        example: the function's form, such as "f(round_index, rounds)"; its arguments are positional.
+
+    Raises:
+        ValueError: there is none, or it takes other arguments.
+    """
+    if "." not in path:
+        raise ValueError(
+            f"{name} must be {' or '.join(', '.join(known).rsplit(', ', 1))}, got {path}; or give the dotted "
+            f"path of your own {example}{nearest(path, known)}"
+        )
+    try:
+        function: Callable[..., Any] = pkgutil.resolve_name(path)
+        inspect.signature(function).bind(*range(example.count(",") + 1))
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ValueError(f"{name}={path}: {error}; give the dotted path of a function {example}") from None
+    return function
 
 
 def settings(cls: Any) -> Iterator[tuple[str, Any, Any]]:

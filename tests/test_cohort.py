@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fedddp import ConfigError
+from fedddp.rng import stream
 from fedddp.simulation.cohort import CohortConfig, assign
 
 
@@ -65,3 +67,73 @@ def test_every_client_is_assigned_once_even_without_examples() -> None:
     assignment = assign(clients, np.zeros(17, dtype=np.int64), groups=4)
     assert sorted(client for group in assignment for client in group) == clients.tolist()
     assert {len(group) for group in assignment} == {4, 5}
+
+
+class Own:
+    """Functions as a user writes them, for their dotted paths."""
+
+    @staticmethod
+    def newest(population: int, size: int, round_index: int, rng: np.random.Generator) -> list[int]:
+        """The clients joined one per round, the last first; one of the first three beside them."""
+        return [
+            *range(population - 1 - round_index, population - 1 - round_index - size, -1),
+            rng.integers(3),
+        ]
+
+    @staticmethod
+    def returning(population: int, size: int, round_index: int, rng: np.random.Generator) -> object:
+        return Own.returned
+
+    returned: object = None
+
+
+OWN = f"{__name__}.Own"
+
+
+def test_a_sampler_of_your_own_gets_the_round_and_a_stream_of_its_seed() -> None:
+    cohort = CohortConfig(size=3, sampling=f"{OWN}.newest")
+    samples = [cohort.sample(20, seed, 4).tolist() for seed in range(12)]
+    assert all(sample[1:] == [13, 14, 15] for sample in samples), "sorted; population − 1 − round downwards"
+    assert {sample[0] for sample in samples} == {0, 1, 2}
+    assert samples == [cohort.sample(20, seed, 4).tolist() for seed in range(12)]
+    expected = stream("cohort", 5, 4).integers(3)
+    assert samples[5][0] == expected
+
+
+@pytest.mark.parametrize("returned", [[], [0], np.arange(9)[::-1]])
+def test_a_sampler_of_your_own_returns_as_many_clients_as_it_likes(returned: object) -> None:
+    Own.returned = returned
+    assert CohortConfig(sampling=f"{OWN}.returning").sample(9, 0, 0).tolist() == sorted(returned)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("returned", [[1, 1], [-1], [9], [0.5], [[0, 1]], 3, None, ["a"]])
+def test_what_are_no_clients_is_refused(returned: object) -> None:
+    Own.returned = returned
+    with pytest.raises(
+        ValueError, match=r"cohort.sampling=.* different whole numbers from 0 to 8, got .*in round 7"
+    ):
+        CohortConfig(sampling=f"{OWN}.returning").sample(9, 0, 7)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "extra", "refusal"),
+    [
+        ("poison", 0, r"^cohort\.sampling must be fixed or poisson, got poison; .*Did you mean 'poisson'\?$"),
+        (
+            f"{OWN}.missing",
+            0,
+            r"^cohort\.sampling=.*missing.*; give the dotted path of a function f\(population",
+        ),
+        (f"{__name__}.assert_takes_three", 0, r"^cohort\.sampling=.* argument.*; give the dotted path of"),
+        (f"{OWN}.newest", 1, r"^cohort\.extra=1 cannot be combined with sampling="),
+    ],
+)
+def test_a_sampler_that_cannot_work_is_refused_before_the_run(
+    sampling: str, extra: int, refusal: str
+) -> None:
+    with pytest.raises(ConfigError, match=refusal):
+        CohortConfig(sampling=sampling, extra=extra)
+
+
+def assert_takes_three(population: int, size: int, round_index: int) -> list[int]:
+    raise AssertionError

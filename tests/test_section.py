@@ -217,7 +217,8 @@ def test_a_range_in_the_documentation_of_a_setting_is_checked() -> None:
         ),
         (
             lambda: make(TrackingConfig, zebra=1),
-            "unknown key 'tracking.zebra'; tracking has trackers, project, group, tags, mode, progress",
+            "unknown key 'tracking.zebra'; tracking has trackers, project, group, tags, mode, report, "
+            "progress, profile",
         ),
         (lambda: make(LocalConfig, 3), "LocalConfig takes keywords only, got 3; write LocalConfig(...=...)"),
         (lambda: make(Config, "digits"), "Config takes keywords only, got 'digits'; write Config(...=...)"),
@@ -236,7 +237,7 @@ def test_python_names_the_nearest_setting(made: Callable[[], object], words: str
         ),
         ({"model": nn.Linear(1, 1)}, ("model must be a ModelConfig, got Linear; pass a module as module=",)),
         ({"model": "lenet"}, ("model must be a ModelConfig, got lenet",)),
-        ({"module": "lenet"}, ("module must be an nn.Module, got str", "model.name")),
+        ({"module": "lenet"}, ("module must be an nn.Module or a function that makes one, got str",)),
         ({"local": {"lr": 0.1}}, ("local must be a LocalConfig, got {'lr': 0.1}",)),
         ({"data": LocalConfig()}, ("data must be a DataConfig, got LocalConfig(",)),
         ({"aggregation": FedAvg()}, ("aggregation must be an Aggregation, one of Bulyan, ", "got FedAvg(")),

@@ -10,7 +10,19 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from fedddp.section import EXECUTION, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from fedddp.section import (
+    EXECUTION,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    find_function,
+)
+
+SCHEDULES = ("constant", "cosine", "step")
+OWN_SCHEDULE = "f(round_index, rounds)"
+"""The form of a user's own schedule."""
 
 
 class PlainSGD(torch.optim.Optimizer):
@@ -60,8 +72,9 @@ class LocalConfig(Section):
     clip_norm: PositiveFloat | None = None
     """Largest Euclidean norm of a step's gradient, > 0; none: not clipped."""
 
-    schedule: Literal["constant", "cosine", "step"] = "constant"
-    """Learning rate over rounds: constant, cosine to 0, or times `decay` every `decay_every` rounds."""
+    schedule: Literal["constant", "cosine", "step"] | str = "constant"
+    """Learning rate over rounds: constant, cosine to 0, times `decay` every `decay_every` rounds (`step`), or
+    the dotted path of your own f(round_index, rounds), which returns a factor of `lr`."""
 
     decay: Annotated[float, Interval(gt=0, le=1)] = 0.1
     """Factor of the step schedule, in (0, 1]."""
@@ -88,16 +101,30 @@ class LocalConfig(Section):
     """Clients that `stacked` trains side by side on a rank, >= 1; auto: by the model's size, 25 or fewer."""
 
     def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            find_function(self.schedule, "schedule", SCHEDULES, OWN_SCHEDULE)
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"momentum={self.momentum} is for sgd, got optimizer={self.optimizer}")
 
     def lr_at(self, round_index: int, rounds: int) -> float:
-        """Return the learning rate of round `round_index` (0-based) of `rounds`."""
+        """Return the learning rate of round `round_index` (0-based) of `rounds`.
+
+        Raises:
+            ValueError: the user's own schedule returns no positive number.
+        """
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * round_index / rounds))
         if self.schedule == "step":
             return self.lr * self.decay ** (round_index // self.decay_every)
-        return self.lr
+        if self.schedule == "constant":
+            return self.lr
+        factor = find_function(self.schedule, "local.schedule", SCHEDULES, OWN_SCHEDULE)(round_index, rounds)
+        if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+            raise ValueError(
+                f"local.schedule={self.schedule} must return a number > 0, got {factor!r} in round "
+                f"{round_index}"
+            )
+        return self.lr * factor
 
     @property
     def takes_plain_steps(self) -> bool:

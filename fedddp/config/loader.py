@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ OBJECTS = "objects"
 
 MOST_VALUES, MOST_LEVELS = 100_000, 50
 
+BEGINNINGS = dict.fromkeys(("quickstart", "start", "demo", "example", "tutorial"), "digits")
 NULL = ("null", "none", "~", "")
 TRUTH = {"true": True, "false": False}
 
@@ -96,8 +98,8 @@ def read_sections(target: str) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         if target not in recipes():
             raise ConfigError(
-                f"unknown recipe {target!r}{nearest(target, recipes())}; `fedddp recipes` lists them, "
-                "or give the path of a .yaml file"
+                f"unknown recipe {target!r}; `fedddp recipes` lists them, or give the path of a .yaml file"
+                f"{_near_recipe(target)}"
             )
         path = FOLDER / f"{target}.yaml"
     try:
@@ -111,6 +113,11 @@ def read_sections(target: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold sections such as `data:`, got {type(content).__name__.lower()}")
     return content
+
+
+def _near_recipe(target: str) -> str:
+    file = next((f"{target}{end}" for end in (".yaml", ".yml") if os.path.isfile(f"{target}{end}")), None)
+    return nearest(file or BEGINNINGS.get(target, target), [file] if file else recipes())
 
 
 class _Loader(yaml.SafeLoader):

@@ -43,7 +43,10 @@ def documented(cls: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         if dataclasses.is_dataclass(owner):
-            parsed = docstring_parser.parse_from_object(owner).params
+            try:
+                parsed = docstring_parser.parse_from_object(owner).params
+            except (OSError, TypeError, KeyError):  # a class without a source file, as one that was typed in
+                parsed = []
             found |= {p.arg_name: " ".join((p.description or "").split()) for p in parsed}
     return found
 
@@ -56,11 +59,12 @@ def summary(cls: type) -> str:
 def plain_settings(cls: Any) -> Iterator[tuple[str, Any, str, str]]:
     """Yield key, type, default and meaning of each setting of `cls` that is no section itself."""
     defaults = {item.name: default_of(item) for item in dataclasses.fields(cls)}
+    meanings = documented(cls)  # once: it parses the source
     for name, hint in field_hints(cls).items():
         if section_in(hint) is None:
             value = to_dict(defaults[name])
             shown = {"None": "none", "True": "true", "False": "false"}.get(str(value), str(value))
-            yield key_of(cls, name), hint, shown, documented(cls).get(name, "")
+            yield key_of(cls, name), hint, shown, meanings.get(name, "")
 
 
 def nested(cls: Any) -> Iterator[tuple[str, Any, Any]]:
