@@ -42,7 +42,7 @@ ONE_WORLD = "not 1-2 and not 2-1 and not 2-2 and not resumes_to and not number_o
 """Tests that train every algorithm in four worlds: one of these suffices for an equation."""
 NEAREST: dict[str, tuple[tuple[str, ...], str]] = {
     "algorithms/asynchronous": (("absorb", "clock", "events", "asynchronous"), ""),
-    "algorithms/local": (("algorithms", "client_trainer"), ONE_WORLD),
+    "algorithms/local": (("algorithms", "client_trainer", "schedule"), ONE_WORLD),
     "algorithms": (("algorithms", "identities"), ONE_WORLD),
     "aggregation/mean": (("mean", "algorithms"), ONE_WORLD),
     "aggregation/robust": (("robust",), ""),
@@ -57,6 +57,18 @@ NEAREST: dict[str, tuple[tuple[str, ...], str]] = {
     "data": (("datasets", "loader_edges", "loader"), ""),
     "evaluation": (("evaluation",), ""),
     "tasks": (("tasks",), ""),
+    "inference/export": (("export",), ""),
+    "inference": (("inference", "use"), ""),
+    "callbacks": (("callbacks",), ""),
+    "commands/init": (("init",), ""),
+    "commands/options": (("progress",), ""),
+    "commands": (("runs", "cli"), ""),
+    "reporting": (("report", "compare"), ""),
+    "storage/run_record": (("run_record",), ""),
+    "tracking/derived": (("metrics",), ""),
+    "tracking": (("progress", "tracking"), ""),
+    "training/best": (("best",), ""),
+    "training/profiling": (("profiling",), ""),
 }
 """Test files by module, and which of their tests; the longest beginning of a module's name counts."""
 

@@ -15,6 +15,7 @@ from fedddp.cli import main
 from fedddp.testing import run_world
 
 ROOT = Path(__file__).parent.parent
+REPOSITORY = "https://github.com/fedddp/fedddp/blob/main/"
 
 
 class Block(NamedTuple):
@@ -56,8 +57,10 @@ def targets(text: str) -> list[str]:
 
 
 def assert_target_exists(target: str, page: Path) -> None:
-    """Fail where a link of `page` leads nowhere; addresses on the web are not fetched."""
+    """Fail where a link of `page` leads nowhere; addresses of others on the web are not fetched."""
     name, _, anchor = target.partition("#")
+    if name.startswith(REPOSITORY):
+        assert (ROOT / name.removeprefix(REPOSITORY)).exists(), target
     if name.startswith("https://"):
         return
     linked = page.parent / name if name else page
@@ -68,7 +71,7 @@ def assert_target_exists(target: str, page: Path) -> None:
 
 
 def run_command(command: str) -> None:
-    """Run `fedddp ...` on this rank, or `torchrun ... -m fedddp ...` on as many ranks as it starts.
+    """Run `fedddp ...` or `python FILE` here, or `torchrun ... -m fedddp ...` on as many ranks as it starts.
 
     The ranks are those of `run_world`: torchrun itself is tested by tests/e2e.
     """
@@ -76,8 +79,12 @@ def run_command(command: str) -> None:
     if program == "torchrun":
         ranks = int(arguments[arguments.index("--nproc-per-node") + 1])
         typed = shlex.join(arguments[arguments.index("fedddp") + 1 :])
-        results = run_world(type_on_this_rank, typed, size=ranks, timeout_s=100)
+        results = run_world(type_on_this_rank, typed, size=ranks)
         assert [code for code, _ in results] == [0] * ranks, results
+        return
+    if program == "python":
+        (file,) = arguments
+        runpy.run_path(file, run_name="__main__")
         return
     assert program == "fedddp", command
     with pytest.raises(SystemExit) as stop:
@@ -100,7 +107,7 @@ def run_part(text: str, capsys: pytest.CaptureFixture[str], elsewhere: tuple[str
     for block in blocks(text):
         if block.language == "text":
             if printed and not block.after.strip():
-                assert _without_numbers(printed).endswith(_without_numbers(block.text)), printed
+                assert without_numbers(printed).endswith(without_numbers(block.text)), printed
             continue
         file = _file(block)
         printed = ""
@@ -124,5 +131,6 @@ def _file(block: Block) -> Path | None:
     return Path(named[1]) if named else None
 
 
-def _without_numbers(text: str) -> str:
+def without_numbers(text: str) -> str:
+    """Return a text with # for each number, which depends on the machine, and one space between words."""
     return " ".join(re.sub(r"\d[\d.,:]*", "#", text).split())

@@ -4,34 +4,65 @@ from __future__ import annotations
 
 import ast
 import gc
+import json
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
-from pages import ROOT, assert_target_exists, blocks, commands, run_part, sections, snippets, targets
+import yaml
+from pages import (
+    ROOT,
+    assert_target_exists,
+    blocks,
+    commands,
+    run_part,
+    sections,
+    snippets,
+    targets,
+    without_numbers,
+)
 
+from fedddp import load_config
 from fedddp.aggregation import Aggregation
 from fedddp.algorithms import Algorithm
 from fedddp.config.reference import page as configuration
 from fedddp.section import choices, class_name
 from fedddp.simulation.attacks import Attack
 
-DOCS = {path.stem: path for path in sorted((ROOT / "docs").glob("*.md"))}
+FOLDER = ROOT / "docs"
+DOCS = {str(path.relative_to(FOLDER).with_suffix("")): path for path in sorted(FOLDER.rglob("*.md"))}
 EXAMPLES = {title: text for title, text in sections(DOCS["examples"].read_text()).items() if blocks(text)}
 PARTS = {
     f"{page}: {title}": text
-    for page in ("examples", "extending", "algorithms", "asynchronous", "compare")
+    for page in ("examples", "extending", "algorithms", "asynchronous", "compare", "monitoring")
     for title, text in sections(DOCS[page].read_text()).items()
     if commands(text) or snippets(text)
 }
 """What a reader can run on its own: the sections of these pages."""
 
+WHOLE = [
+    "index",
+    "quickstart",
+    "concepts",
+    "reports",
+    "use",
+    *(name for name in DOCS if name.startswith("tutorials/")),
+]
+"""Pages that a reader types from top to bottom."""
+
 RUN_BY_OTHER_TESTS = {
     "./scripts/quickstart": "tests/test_scripts.py",
     "torchrun --standalone --nproc-per-node 2 -m fedddp compare compare-paradigms": "tests/test_compare.py",
 }
+BATCH = ("sbatch ", "'FEDDDP_TORCHRUN=")
+"""Commands for a cluster; tests/slurm submits the scripts."""
 
 
 @pytest.fixture
@@ -55,9 +86,14 @@ def test_a_section_runs_as_it_stands_and_prints_what_it_shows(
 
 
 @pytest.mark.usefixtures("user")
-def test_the_quickstart_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
-    run_part(DOCS["quickstart"].read_text(), capsys, tuple(RUN_BY_OTHER_TESTS))
-    assert {path.name for path in Path("runs").iterdir()} == {"alone", "prox", "prox-again", "run"}
+@pytest.mark.parametrize("page", WHOLE)
+def test_a_page_runs_from_top_to_bottom_and_prints_what_it_shows(
+    page: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_part(DOCS[page].read_text(), capsys, (*RUN_BY_OTHER_TESTS, *BATCH))
+    made = {path.name for path in Path("runs").iterdir()} if Path("runs").exists() else set()
+    named = set(re.findall(r"--name ([\w-]+)", DOCS[page].read_text()))
+    assert named - {"digits"} <= made
 
 
 def test_commands_left_to_other_tests_are_named_there() -> None:
@@ -66,7 +102,7 @@ def test_commands_left_to_other_tests_are_named_there() -> None:
 
 
 def test_python_stands_only_on_pages_that_are_run() -> None:
-    run = {"quickstart", *(part.partition(":")[0] for part in PARTS)}
+    run = {*WHOLE, "tracking", *(part.partition(":")[0] for part in PARTS)}  # tracking: tests/test_metrics.py
     with_python = {name for name, path in DOCS.items() if "```python" in path.read_text()}
     assert with_python <= run
 
@@ -114,3 +150,115 @@ def test_the_page_of_algorithms_counts_what_ships() -> None:
         shipped(Aggregation),
         shipped(Attack) - 1,  # NoAttack is none
     ]
+
+
+# ---- the site ----
+
+
+class Page(HTMLParser):
+    """What a page of the site links to, loads and can be linked to."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.links: set[str] = set()
+        self.loaded: set[str] = set()
+        self.ids: set[str] = set()
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value for name, value in attrs if value}
+        self.ids |= {given["id"]} if "id" in given else set()
+        target = given.get("href", given.get("src"))
+        if target is not None:
+            hint = given.get("rel") in ("canonical", "next", "prev", "icon")  # for machines
+            loads = tag in ("script", "img") or (tag == "link" and not hint)
+            (self.loaded if loads else self.links).add(target)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the site strictly, in a copy of its sources."""
+    pytest.importorskip("zensical")
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(FOLDER, folder / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", folder)
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    built = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, re.sub(r"\x1b\[[\d;]*m", "", built.stderr)
+    return folder / "site"
+
+
+def test_every_page_is_in_the_navigation_once_and_has_no_plugin() -> None:
+    def files(entry: object) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        for inner in entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ():
+            yield from files(inner)
+
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert sorted(files(settings["nav"])) == sorted(f"{name}.md" for name in DOCS)
+    assert "plugins" not in settings
+
+
+def test_links_pictures_and_titles_of_the_site_exist(site: Path) -> None:
+    pages = {file: Page(file) for file in site.rglob("*.html") if file.name != "404.html"}
+    assert len(pages) == len(DOCS)
+    for file, page in pages.items():
+        for target in page.links | page.loaded:
+            address, _, anchor = target.partition("#")
+            if address.startswith(("https://", "mailto:")):
+                continue
+            linked = (file.parent / unquote(address)).resolve() if address else file
+            linked = linked / "index.html" if linked.is_dir() else linked
+            assert linked.is_file(), f"{file.relative_to(site)}: {target}"
+            if anchor and linked in pages and not anchor.startswith("__"):
+                assert unquote(anchor) in pages[linked].ids, f"{file.relative_to(site)}: {target}"
+
+
+def test_the_site_loads_nothing_from_other_servers(site: Path) -> None:
+    for file in site.rglob("*.html"):
+        away = {target for target in Page(file).loaded if re.match(r"(https?:)?//", target)}
+        assert away == set(), file
+
+
+def test_the_pages_of_commands_and_names_are_generated_from_their_docstrings() -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "reference.py"), "--check"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- the notebook ----
+
+
+@pytest.mark.usefixtures("no_dashboards")
+def test_the_notebook_runs_and_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    notebook = json.loads((FOLDER / "notebook.ipynb").read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    names: dict[str, object] = {"__name__": "__main__"}
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        tree = ast.parse("".join(cell["source"]))
+        last = tree.body[-1] if isinstance(tree.body[-1], ast.Expr) else None
+        del tree.body[len(tree.body) - bool(last) :]
+        exec(compile(tree, "notebook.ipynb", "exec"), names)
+        value = eval(compile(ast.Expression(last.value), "notebook.ipynb", "eval"), names) if last else None
+        printed = {"stream": capsys.readouterr().out, "execute_result": repr(value)}
+        for output in cell["outputs"]:
+            if output["output_type"] in printed:  # else a picture, or the bar
+                shown = output.get("text") or output["data"]["text/plain"]
+                assert without_numbers("".join(shown)) == without_numbers(printed[output["output_type"]])
+    assert Path("runs/notebook/model.safetensors").exists()
+
+
+# ---- the cluster ----
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/slurm.md", "docs/tutorials/slurm.md"])
+def test_batch_lines_give_a_configuration_that_loads(page: str) -> None:
+    lines = [line for line in commands((ROOT / page).read_text()) if "federated.sbatch" in line]
+    assert lines
+    for line in lines:
+        words = shlex.split(line)
+        target, *flags = words[words.index("slurm/federated.sbatch") + 1 :]
+        load_config(target.replace("my-run.yaml", "digits"), flags)

@@ -51,7 +51,9 @@ def test_the_package_exports_exactly_the_public_names() -> None:
         "DataConfig ModelConfig LocalConfig CohortConfig TopologyConfig EvaluationConfig CheckpointConfig "
         "TrackingConfig FeatureShift"
     )
-    names = "Federation Result Callback Config ConfigError load_config load_model evaluate summarize __version__"
+    names = (
+        "Federation Result Callback Config ConfigError load_config load_model evaluate summarize __version__"
+    )
     assert sorted(fedddp.__all__) == sorted([*names.split(), *sections.split(), *TO_SUBCLASS])
     assert dir(fedddp) == sorted(fedddp.__all__)
     for name in fedddp.__all__:

@@ -89,6 +89,7 @@ def test_the_quickstart_job_learns_and_writes_a_run_directory(launch: Launcher) 
     folder = launch.folder / "OUT" / "digits"
     assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {
         *("config.yaml", "history.jsonl", "clients.jsonl", "checkpoints", "model.safetensors", "wandb"),
+        *("run.json", "run.log", "split.json", "evaluation.json", "wrong.safetensors"),
     }
     history = lines(folder / "history.jsonl")
     assert [row["round"] for row in history] == list(range(1, 31))

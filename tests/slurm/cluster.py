@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TEMPLATES = HERE.parent.parent / "slurm"
+TEMPLATES = HERE.parent.parent / "fedddp" / "slurm"
 SEARCH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 ACTIVE = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED", "SIGNALING"}
 
@@ -40,7 +40,7 @@ class Cluster:
         line = self.call("scontrol", "show", "job", "-o", job_id).splitlines()[0]
         return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
-    def end(self, job_id: str, timeout_s: float = 50) -> dict[str, str]:
+    def end(self, job_id: str, timeout_s: float = 500) -> dict[str, str]:
         """Wait until a job has ended and return Slurm's fields of it."""
         deadline = time.monotonic() + timeout_s
         while (job := self.job(job_id))["JobState"] in ACTIVE:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -12,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import ROOT, commands
 from slurm.cluster import HERE, TEMPLATES, Cluster
+
+PAGES = ("README.md", "docs/slurm.md", "docs/tutorials/slurm.md")
+LINES = [line for page in PAGES for line in commands((ROOT / page).read_text())]
+BATCH_LINES = sorted({line for line in LINES if line.startswith("sbatch ") and "--dependency" not in line})
+"""Lines that submit a script; their shape is fitted to the emulated nodes."""
 
 FEDERATED, SWEEP, COMPARE = (str(TEMPLATES / f"{name}.sbatch") for name in ("federated", "sweep", "compare"))
 
@@ -90,12 +98,22 @@ def test_torchrun_starts_on_each_node(submitter: Submitter) -> None:
     assert first["environment"]["SLURMD_NODENAME"] != second["environment"]["SLURMD_NODENAME"]
 
 
-def test_one_rank_per_gpu_and_all_cpus_are_the_default(submitter: Submitter) -> None:
-    job_id = submitter.submit("--gpus-per-node=2", "--cpus-per-task=4", FEDERATED, "digits")
+def test_one_rank_per_gpu_all_cpus_and_torchruns_own_options(submitter: Submitter) -> None:
+    options = {"FEDDDP_TORCHRUN": "--redirects 3 --log-dir logs"}
+    job_id = submitter.submit("--gpus-per-node=2", "--cpus-per-task=4", FEDERATED, "digits", **options)
     assert submitter.cluster.end(job_id)["JobState"] == "COMPLETED"
     (call,) = submitter.calls()
     assert "--nproc-per-node=2" in call["arguments"]
+    assert call["arguments"][5:12] == ["--redirects", "3", "--log-dir", "logs", "-m", "fedddp", "run"]
     assert call["environment"]["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize("line", BATCH_LINES)
+def test_slurm_accepts_the_lines_of_the_pages(submitter: Submitter, line: str) -> None:
+    shutil.copytree(TEMPLATES, submitter.folder / "slurm")
+    fitting = re.sub(r"(--(?:gpus-per-node|cpus-per-task|ntasks-per-node))=\d+", r"\1=2", line)
+    program, *words = shlex.split(fitting)
+    submitter.cluster.call(program, "--test-only", *words, cwd=submitter.folder)
 
 
 def test_a_failed_run_fails_the_job_without_a_requeue(submitter: Submitter) -> None:
