@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from fedddp import (
     Result,
     TrackingConfig,
 )
+from fedddp.cli import main
 from fedddp.data.datasets import load
 from fedddp.data.partition import Dirichlet
 from fedddp.storage.run_record import (
@@ -391,3 +393,18 @@ def test_a_record_survives_writing_and_reading(tmp_path: Path) -> None:
     assert (record.state, record.error) == ("failed", "why")
     end(tmp_path / "gone", "finished")
     assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("name", ["run.json", "split.json", "evaluation.json", "history.jsonl"])
+def test_a_file_that_is_nested_too_deeply_is_a_corrupt_file(
+    finished: Result, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "deep"
+    shutil.copytree(finished.folder, folder)
+    (folder / name).write_text("[" * 200_000 + "\n" + (folder / name).read_text())
+    for command in ("card", "show", "report", "runs"):
+        with pytest.raises(SystemExit):
+            main([command, str(folder if command != "runs" else tmp_path)])
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err + printed.out
+        assert len(printed.err.splitlines()) <= 1, command

@@ -11,7 +11,7 @@ from fedddp.config.loader import OBJECTS, dump_yaml
 from fedddp.data.catalog import TORCHVISION
 from fedddp.inference.loading import model_file, read_weights
 from fedddp.section import ConfigError, local_path
-from fedddp.storage.history import HISTORY, Row, flat, read_config, read_rows, read_text
+from fedddp.storage.history import HISTORY, Row, flat, parse_json, read_config, read_rows, read_text
 from fedddp.storage.run_record import RunRecord, read_record, read_warnings
 
 PERSONAL = {"FedBN": "norm layers", "FedPer": "last layer", "Ditto": "whole model"}
@@ -311,7 +311,7 @@ class _Card:
 def _json(path: Path) -> Row:
     """Return a JSON file of the run; empty where there is none, as in older runs, or it is corrupt."""
     try:
-        content = json.loads(read_text(path))
+        content = parse_json(read_text(path))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

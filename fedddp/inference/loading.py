@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from fedddp.config.schema import Config
 from fedddp.inference.model import TrainedModel
 from fedddp.section import ConfigError, local_path
 from fedddp.storage.checkpoint import load_into
-from fedddp.storage.history import check_file
+from fedddp.storage.history import check_file, parse_json
 from fedddp.storage.run_record import state_of
 
 WEIGHTS, BEST = "model.safetensors", "best.safetensors"
@@ -41,7 +40,7 @@ def load_model(run: str | Path, module: nn.Module | str | None = None, best: boo
     file = model_file(directory, best)
     weights, metadata = read_weights(file)
     try:
-        preprocessing, classes = json.loads(metadata["preprocessing"]), json.loads(metadata["classes"])
+        preprocessing, classes = (parse_json(metadata[name]) for name in ("preprocessing", "classes"))
         shape = (preprocessing["channels"], *preprocessing["size"])
         mean, std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
     except (KeyError, ValueError, TypeError) as error:

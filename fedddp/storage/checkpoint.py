@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedddp.distributed.world import World
 from fedddp.section import PositiveInt, Section
-from fedddp.storage.history import check_file, read_text
+from fedddp.storage.history import check_file, parse_json, read_text
 
 METADATA = "state.json"
 
@@ -309,7 +309,7 @@ def _verified(folder: Path) -> dict[str, Any] | str:
     """Return the metadata of the checkpoint in `folder`, or how it is corrupt; reads all its bytes."""
     changed = "is not as it was written"
     try:
-        written = json.loads(read_text(folder / METADATA))
+        written = parse_json(read_text(folder / METADATA))
         if "facts" in written:
             return "it is of fedddp before 0.1.0, which names its parts otherwise"
         metadata: dict[str, Any] = written["metadata"]

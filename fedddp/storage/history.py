@@ -79,6 +79,18 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is none, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def check_file(path: Path) -> None:
     """Refuse a pipe or a device, which could wait for ever.
 
@@ -108,7 +120,7 @@ def _complete_lines(path: Path) -> Iterator[tuple[int, Row]]:
             try:
                 if not line.endswith(b"\n"):
                     raise ValueError("no end of line")
-                row = json.loads(line)
+                row = parse_json(line)
                 if type(row["round"]) is not int:
                     raise ValueError("its round is no whole number")
             except (ValueError, KeyError, TypeError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedddp.storage.checkpoint import write_text
-from fedddp.storage.history import flat, plain, read_text
+from fedddp.storage.history import flat, parse_json, plain, read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,7 +138,7 @@ def read_json(folder: Path, name: str) -> Row:
         ValueError: it is corrupt.
     """
     path = folder / name
-    value = json.loads(read_text(path)) if path.exists() else {}
+    value = parse_json(read_text(path)) if path.exists() else {}
     if not isinstance(value, dict):
         raise ValueError(f"{path} is corrupt: it holds no object")
     return value
