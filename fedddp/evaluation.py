@@ -19,6 +19,9 @@ from fedddp.tasks.task import Task
 
 Metrics = dict[str, Any]
 
+Observe = Callable[[Batch, Tensor], None]
+"""Takes a batch and the module's outputs for it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
@@ -67,7 +70,7 @@ def measure(
     indices: NDArray[np.int64],
     batch_size: int,
     client: int | None = None,
-    observe: Callable[[Batch, Tensor], None] | None = None,
+    observe: Observe | None = None,
 ) -> dict[str, Tensor]:
     """Return the (sum, count) pairs of `task` over the examples `indices`, on this rank alone.
 
@@ -92,13 +95,25 @@ def measure(
     return totals
 
 
-def evaluate(world: World, module: nn.Module, task: Task, loader: ClientLoader, batch_size: int) -> Metrics:
-    """Collective. Return the metrics of `module` over all examples of `loader`, shared out over ranks."""
+def evaluate(
+    world: World,
+    module: nn.Module,
+    task: Task,
+    loader: ClientLoader,
+    batch_size: int,
+    observe: Observe | None = None,
+) -> Metrics:
+    """Collective. Return the metrics of `module` over all examples of `loader`, shared out over ranks.
+
+    `observe` is called as by `measure`, with the batches of this rank's examples.
+    """
     shard = _shard(world, loader)
     # Every rank evaluates at least one example, so that all know the names and shapes; it is
     # subtracted again on ranks without examples.
-    totals = measure(module, task, loader, shard if len(shard) else np.arange(1), batch_size)
-    if not len(shard):
+    if len(shard):
+        totals = measure(module, task, loader, shard, batch_size, observe=observe)
+    else:
+        totals = measure(module, task, loader, np.arange(1), batch_size)
         totals = {name: torch.zeros_like(pair) for name, pair in totals.items()}
     world.sum_numbers(*totals.values())
     return task.summarize(totals)
@@ -174,18 +189,13 @@ def examine(
     world: World, module: nn.Module, task: Task, loader: ClientLoader, batch_size: int
 ) -> Examination:
     """Collective. Return what `module` does on `loader`: metrics, confusion matrix, wrong examples."""
-    shard = _shard(world, loader)
-    own = _Examiner(task, loader, shard)
-    parts = world.gather((measure(module, task, loader, shard, batch_size, observe=own.observe), own.wrong))
-    totals: dict[str, Tensor] = {}
-    for part, _ in parts:
-        for name, pair in part.items():
-            totals[name] = totals[name] + pair.cpu() if name in totals else pair.cpu()
-    world.sum_numbers(own.confusion)
-    wrong = sorted((one for _, some in parts for one in some), key=lambda one: one[:2])[:WRONG]
+    own = _Examiner(task, loader, _shard(world, loader))
+    metrics = evaluate(world, module, task, loader, batch_size, own.observe)
+    world.sum_numbers(own.confusion.counts)
+    wrong = sorted((one for some in world.gather(own.wrong) for one in some), key=lambda one: one[:2])[:WRONG]
     return Examination(
-        metrics=task.summarize(totals),
-        confusion=own.confusion if own.confusion.any() else None,
+        metrics=metrics,
+        confusion=own.confusion.result(),
         wrong=[
             {"index": index, "label": label, "predicted": predicted, "probability": -negative}
             for negative, index, label, predicted, _ in wrong
@@ -194,13 +204,30 @@ def examine(
     )
 
 
+class ConfusionMatrix:
+    """Counts examples by true and by predicted class, of at most `CONFUSED_CLASSES` classes."""
+
+    def __init__(self, classes: int) -> None:
+        """Begin with no example of `classes` classes."""
+        classes = classes if classes <= CONFUSED_CLASSES else 0
+        self.counts = torch.zeros(classes, classes, dtype=torch.int64)
+
+    def add(self, labels: Tensor, predicted: Tensor) -> None:
+        """Count examples by their `labels` and `predicted` classes; both (b,), int64, on the CPU."""
+        if self.counts.numel():
+            self.counts.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+
+    def result(self) -> Tensor | None:
+        """Return the counts, true class (row) by predicted class (column); None where nothing was counted."""
+        return self.counts if self.counts.any() else None
+
+
 class _Examiner:
     """Counts the predictions on this rank's examples, and collects the wrong ones."""
 
     def __init__(self, task: Task, loader: ClientLoader, indices: NDArray[np.int64]) -> None:
-        classes = loader.images.classes if loader.images.classes <= CONFUSED_CLASSES else 0
         self.task, self.loader, self.indices = task, loader, indices
-        self.confusion = torch.zeros(classes, classes, dtype=torch.int64)
+        self.confusion = ConfusionMatrix(loader.images.classes)
         self.wrong: list[tuple[float, int, int, int, Tensor]] = []
         """Minus the probability, index, label, predicted class, pixels; sorted."""
         self._seen = 0
@@ -213,8 +240,7 @@ class _Examiner:
         if probabilities is None:
             return
         (highest, predicted), labels = probabilities.cpu().max(1), batch.targets.cpu()
-        if self.confusion.numel():
-            self.confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+        self.confusion.add(labels, predicted)
         rows = torch.nonzero((predicted != labels) & torch.isfinite(highest))[:, 0]
         rows = rows[highest[rows].argsort(descending=True, stable=True)[:WRONG]]
         pixels = self.loader.normalize.pixels(batch.images[rows.to(batch.images.device)]).cpu()

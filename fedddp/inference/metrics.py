@@ -25,7 +25,7 @@ from fedddp.data.catalog import open_dataset
 from fedddp.data.datasets import DataConfig, Images, from_dataset, load
 from fedddp.data.loader import Batch, ClientLoader
 from fedddp.data.partition import holdout
-from fedddp.evaluation import CONFUSED_CLASSES, EvaluationConfig, Metrics, measure, spread
+from fedddp.evaluation import ConfusionMatrix, EvaluationConfig, Metrics, measure, spread
 from fedddp.inference.loading import read_run
 from fedddp.inference.model import TrainedModel
 from fedddp.models.flat import FlatModel
@@ -271,18 +271,16 @@ class _Prepared(Dataset[tuple[Tensor, int]]):
 
 def _central(model: TrainedModel, loader: ClientLoader, batch_size: int) -> tuple[Metrics, Tensor | None]:
     """Return the metrics over all examples of `loader`, and the confusion matrix."""
-    classes = len(model.classes) if len(model.classes) <= CONFUSED_CLASSES else 0
-    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    confusion = ConfusionMatrix(len(model.classes))
 
     def observe(batch: Batch, outputs: Tensor) -> None:
         probabilities = model.task.probabilities(outputs)
-        if probabilities is not None and classes:
-            cells = (batch.targets.cpu(), probabilities.argmax(1).cpu())
-            confusion.index_put_(cells, torch.ones_like(cells[0]), accumulate=True)
+        if probabilities is not None:
+            confusion.add(batch.targets.cpu(), probabilities.argmax(1).cpu())
 
     everything = np.arange(len(loader.images))
     totals = measure(model.module, model.task, loader, everything, batch_size, observe=observe)
-    return model.task.summarize(totals), confusion if confusion.any() else None
+    return model.task.summarize(totals), confusion.result()
 
 
 def _of_another_round(model: TrainedModel, states: _States, algorithm: str) -> str | None:
