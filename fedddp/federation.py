@@ -28,7 +28,7 @@ from fedddp.evaluation import Metrics, examine
 from fedddp.section import ConfigError
 from fedddp.storage import run_record
 from fedddp.storage.checkpoint import save_model, save_tensors, write_text
-from fedddp.storage.history import GONE, plain, read_rows
+from fedddp.storage.history import GONE, HISTORY, plain, read_rows
 from fedddp.tracking.summary import score_of
 from fedddp.training.assembly import EXAMINED, assemble, load_images, set_model_aside
 from fedddp.training.asynchronous.coordinator import run_asynchronous
@@ -193,15 +193,15 @@ def _begin(s: Session, train: Images) -> None:
     set_model_aside(s)
     split = dataclasses.asdict(describe(s.split, train.labels, train.classes, limit=SHARES))
     names = train.class_names or list(map(str, range(train.classes)))
-    write_text(s.directory / "split.json", json.dumps({**split, "class_names": names}))
+    write_text(s.directory / run_record.SPLIT, json.dumps({**split, "class_names": names}))
 
 
 def _result(s: Session, *, finished: bool) -> Result:
     """Collective. Write the final model, end the tracker, and return the result on every rank."""
     s.send()
     s.load_global_model()
-    history = read_rows(s.directory / "history.jsonl") if s.world.is_coordinator else []
-    model_file = s.directory / "model.safetensors" if finished else None
+    history = read_rows(s.directory / HISTORY) if s.world.is_coordinator else []
+    model_file = s.directory / run_record.MODEL if finished else None
     if s.world.is_coordinator and model_file:
         save_model(s.flat.module, model_file, s.model_metadata())
     if finished and s.test is not None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fedddp.commands.console import STOPPED, fail, is_coordinator, say, show
 from fedddp.commands.run_info import CORRUPT, RunInfo, read_run_info
-from fedddp.storage.history import number
-from fedddp.storage.run_record import is_locked, read_warnings
+from fedddp.storage.history import HISTORY, number
+from fedddp.storage.run_record import MODEL, RECORD, is_locked, read_warnings
 from fedddp.tracking.progress import QuietConsole, RoundProgress
 from fedddp.tracking.summary import summary
 
@@ -68,8 +68,8 @@ def _parse(rest: list[str]) -> argparse.Namespace | None:
 
 def _has_begun(folder: Path) -> bool:
     """Return whether the run in `folder` has got so far that its files show its state."""
-    return any((folder / name).exists() for name in ("run.json", "model.safetensors")) or bool(
-        (folder / "history.jsonl").is_file() and (folder / "history.jsonl").stat().st_size
+    return any((folder / name).exists() for name in (RECORD, MODEL)) or bool(
+        (folder / HISTORY).is_file() and (folder / HISTORY).stat().st_size
     )
 
 

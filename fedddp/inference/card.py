@@ -11,8 +11,8 @@ from fedddp.config.loader import OBJECTS, dump_yaml
 from fedddp.data.catalog import TORCHVISION
 from fedddp.inference.loading import model_file, read_weights
 from fedddp.section import ConfigError, local_path
-from fedddp.storage.history import HISTORY, Row, flat, parse_json, read_config, read_rows, read_text
-from fedddp.storage.run_record import RunRecord, read_record, read_warnings
+from fedddp.storage.history import HISTORY, Row, flat, read_config, read_json, read_rows
+from fedddp.storage.run_record import EVALUATION, SPLIT, RunRecord, read_record, read_warnings
 
 PERSONAL = {"FedBN": "norm layers", "FedPer": "last layer", "Ditto": "whole model"}
 """What the clients of these algorithms keep to themselves."""
@@ -61,8 +61,8 @@ class _Card:
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{directory}: the card needs all files of the run ({error})") from None
         self.record: RunRecord | None = read_record(directory)
-        self.split = _json(directory / "split.json")
-        self.examination = {} if best else _json(directory / "evaluation.json")
+        self.split = _json(directory / SPLIT)
+        self.examination = {} if best else _json(directory / EVALUATION)
         self.settings = flat(self.config)
         last = self.rows[-1]["round"] if self.rows else 0
         self.round = int(self.header.get("round", last)) if best else last
@@ -311,10 +311,9 @@ class _Card:
 def _json(path: Path) -> Row:
     """Return a JSON file of the run; empty where there is none, as in older runs, or it is corrupt."""
     try:
-        content = parse_json(read_text(path))
+        return read_json(path)
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

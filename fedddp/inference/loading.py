@@ -19,9 +19,7 @@ from fedddp.inference.model import TrainedModel
 from fedddp.section import ConfigError, local_path
 from fedddp.storage.checkpoint import load_into
 from fedddp.storage.history import check_file, parse_json
-from fedddp.storage.run_record import state_of
-
-WEIGHTS, BEST = "model.safetensors", "best.safetensors"
+from fedddp.storage.run_record import BEST, MODEL, state_of
 
 
 def load_model(run: str | Path, module: nn.Module | str | None = None, best: bool = False) -> TrainedModel:
@@ -147,7 +145,7 @@ def model_file(directory: Path, best: bool = False) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    file = directory / (BEST if best else WEIGHTS)
+    file = directory / (BEST if best else MODEL)
     if not file.is_file():
         raise ConfigError(_missing(directory, best))
     return file
@@ -156,13 +154,13 @@ def model_file(directory: Path, best: bool = False) -> Path:
 def _missing(directory: Path, best: bool) -> str:
     """Return why there is no model, and what to do."""
     if not (directory / "config.yaml").is_file():
-        return f"{directory} has no {WEIGHTS}; give the directory of a finished run"
+        return f"{directory} has no {MODEL}; give the directory of a finished run"
     if best:
         return f"{directory} has no {BEST}; leave out best, or train a run with checkpoint.best=eval/accuracy"
     state = state_of(directory)
     if state == "running":
-        return f"{directory} has no {WEIGHTS}: the run is still running; wait for its end"
-    return f"{directory} has no {WEIGHTS}: the run is {state}; finish it with {resume_command(directory)}"
+        return f"{directory} has no {MODEL}: the run is still running; wait for its end"
+    return f"{directory} has no {MODEL}: the run is {state}; finish it with {resume_command(directory)}"
 
 
 def resume_command(directory: Path) -> str:

@@ -16,6 +16,7 @@ from fedddp.config.schema import execution_settings, fields_with
 from fedddp.reporting.labels import distinguish
 from fedddp.reporting.runs import read_settings
 from fedddp.storage.history import Row
+from fedddp.storage.run_record import MODEL
 
 AXES = ("rounds", "examples", "bytes", "virtual s", "wall s")
 """What accuracy is drawn against. Examples are counted as often as they are trained on, bytes in both
@@ -86,7 +87,7 @@ def read(folder: Path) -> Curve:
     passed = steps(rows)
     idle = added(lists_of(rows, "time/idle")) / max(float(passed["wall s"].sum()), 1e-9)
     return Curve(
-        name=folder.name + ("" if (folder / "model.safetensors").exists() else UNFINISHED),
+        name=folder.name + ("" if (folder / MODEL).exists() else UNFINISHED),
         x={axis: np.cumsum(step)[measured] for axis, step in passed.items()},
         accuracy=accuracy,
         std=np.zeros(len(accuracy)),

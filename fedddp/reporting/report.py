@@ -16,8 +16,8 @@ from fedddp.reporting.page import PageSection, html_table, page
 from fedddp.reporting.runs import RunFiles, read_run, run_folders, unique_names
 from fedddp.reporting.tables import UNKNOWN, Cells, seconds
 from fedddp.section import ConfigError
-
-REPORT = "report.html"
+from fedddp.storage.checkpoint import write_text
+from fedddp.storage.run_record import REPORT
 
 
 def find_runs(targets: Sequence[str | Path]) -> list[Path]:
@@ -49,9 +49,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     names = unique_names(found)
     runs = [replace(read_run(folder), name=name) for folder, name in zip(found, names, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(report(runs), encoding="utf-8")
-    aside.replace(path)
+    write_text(path, report(runs))
     return path
 
 

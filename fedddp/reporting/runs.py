@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,16 @@ from numpy.typing import NDArray
 
 from fedddp.data.description import Description, Share
 from fedddp.section import RENAMED, ConfigError
-from fedddp.storage.history import Row, flat, read_config, read_rows, read_text
-from fedddp.storage.run_record import RunRecord, read_record, read_warnings, state_of
+from fedddp.storage.history import CLIENTS, HISTORY, Row, flat, parse_json, read_config, read_rows, read_text
+from fedddp.storage.run_record import (
+    EVALUATION,
+    SPLIT,
+    WRONG,
+    RunRecord,
+    read_record,
+    read_warnings,
+    state_of,
+)
 
 Content = TypeVar("Content")
 
@@ -82,7 +89,7 @@ def read_settings(folder: Path) -> tuple[Row, Row, list[Row]]:
             config = read_config(path)
         except ValueError as error:
             raise ValueError(f"{path} is corrupt: {error}") from None
-        rows = read_rows(folder / "history.jsonl")
+        rows = read_rows(folder / HISTORY)
     except OSError as error:
         raise ValueError(
             f"{folder} is no run directory: cannot read {error.filename}: {error.strerror}"
@@ -112,8 +119,8 @@ def read_run(folder: Path) -> RunFiles:
     settings, sections, rows = read_settings(folder)
     if not rows:
         raise ValueError(f"{folder} has no round in its history.jsonl; report runs that have trained a round")
-    split, names = _parsed(folder / "split.json", _split) or (None, ())
-    clients = folder / "clients.jsonl"
+    split, names = _parsed(folder / SPLIT, _split) or (None, ())
+    clients = folder / CLIENTS
     return RunFiles(
         name=folder.resolve().name,
         state=state_of(folder),
@@ -125,7 +132,7 @@ def read_run(folder: Path) -> RunFiles:
         warnings=read_warnings(folder),
         split=split,
         class_names=names,
-        examined=_parsed(folder / "evaluation.json", _examined),
+        examined=_parsed(folder / EVALUATION, _examined),
     )
 
 
@@ -150,10 +157,10 @@ def _parsed(path: Path, parse: Callable[[Path, Any], Content]) -> Content | None
     if not path.exists():
         return None
     try:
-        return parse(path.parent, json.loads(read_text(path)))
+        return parse(path.parent, parse_json(read_text(path)))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is corrupt ({type(error).__name__}: {error}); delete it to report the run without it"
         ) from None
@@ -187,7 +194,7 @@ def _examined(folder: Path, content: Any) -> Examined:
         }
         for one in content["wrong"]
     ]
-    images, path = None, folder / "wrong.safetensors"
+    images, path = None, folder / WRONG
     if wrong and path.exists():
         try:
             images = load_file(path)["images"]

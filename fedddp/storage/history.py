@@ -91,6 +91,19 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def read_json(path: Path) -> Row:
+    """Return the JSON object in a file; empty where there is no such file.
+
+    Raises:
+        ValueError: it is corrupt.
+        OSError: it cannot be read.
+    """
+    value = parse_json(read_text(path)) if path.exists() else {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is corrupt: it holds no object")
+    return value
+
+
 def check_file(path: Path) -> None:
     """Refuse a pipe or a device, which could wait for ever.
 
@@ -207,6 +220,17 @@ def number(row: Mapping[str, Any], key: str, *, finite: bool = True) -> float | 
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     return value if math.isfinite(value) or not finite else None
+
+
+def direction(metric: str) -> int:
+    """Return 1 where a higher value of `metric` is better, -1 for a loss."""
+    return -1 if metric.endswith("loss") else 1
+
+
+def working_seconds(row: Mapping[str, Any]) -> float:
+    """Return the seconds of a round without evaluation and checkpoints; 0 where they are not known."""
+    took, *pauses = (number(row, f"time/{name}") or 0.0 for name in ("round", "evaluate", "checkpoint"))
+    return max(0.0, took - sum(pauses))
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Row:

@@ -22,12 +22,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from fedddp.storage.history import read_text
+from fedddp.storage.history import parse_json, read_text
 
 if TYPE_CHECKING:
     import torch
 
 RECORD, LOG = "run.json", "run.log"
+MODEL, BEST, REPORT = "model.safetensors", "best.safetensors", "report.html"
+SPLIT, EVALUATION, WRONG = "split.json", "evaluation.json", "wrong.safetensors"
+"""Files of a run directory, beside those of the history and `config.yaml`."""
 
 HELD_RECORDS = 1000
 """Log records of the start of a run that are held until it is known that it can start."""
@@ -133,13 +136,13 @@ def end(folder: Path, state: State, error: str | None = None) -> None:
 def read_record(folder: Path) -> RunRecord | None:
     """Return the record of the run in `folder`; None where it has none, or it is corrupt."""
     try:
-        content = json.loads(read_text(folder / RECORD))
+        content = parse_json(read_text(folder / RECORD))
         sessions = tuple(_launch(session) for session in content["sessions"])
         state, error = content["state"], content["error"]
         if not sessions or state not in get_args(State) or not isinstance(error, str | None):
             return None
         return RunRecord(state, error, sessions)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -165,7 +168,7 @@ def state_of(folder: Path) -> State:
     """Return the state of the run in `folder`; one that was killed has failed."""
     record = read_record(folder)
     if record is None:
-        return "finished" if (folder / "model.safetensors").exists() else "stopped"
+        return "finished" if (folder / MODEL).exists() else "stopped"
     if record.state == "running":
         return "running" if is_locked(folder) else "failed"
     return record.state

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fedddp.storage.history import plain
+from fedddp.storage.history import direction, plain, working_seconds
 from fedddp.tracking.memory import gpu_bytes, resident_bytes
 
 Row = dict[str, Any]
@@ -43,13 +43,13 @@ class DerivedMetrics:
     def _add(self, row: Row) -> None:
         self._totals["total/examples"] += row.get("train/examples") or 0
         self._totals["total/bytes"] += (row.get("bytes/up") or 0) + (row.get("bytes/down") or 0)
-        self._totals["total/time"] += _working_seconds(row)
+        self._totals["total/time"] += working_seconds(row)
         if row.get("time/virtual") is not None:
             self._totals["total/virtual"] = self._totals.get("total/virtual", 0.0) + row["time/virtual"]
         for key, value in row.items():
             if key.startswith("eval/") and isinstance(value, int | float):
                 name = f"best/{key.removeprefix('eval/')}"
-                sign = -1 if key.endswith("loss") else 1
+                sign = direction(key)
                 if name not in self.best or sign * value > sign * self.best[name]:
                     self.best |= {name: value, f"{name}_round": row["round"]}
 
@@ -60,15 +60,9 @@ def machine(row: Row) -> dict[str, int | float]:
     gpu = gpu_bytes()
     if gpu is not None:
         found["system/gpu_memory"] = gpu
-    idle, seconds = row.get("time/idle") or [], _working_seconds(row)
+    idle, seconds = row.get("time/idle") or [], working_seconds(row)
     if idle and seconds > 0:
         found["system/idle"] = min(sum(idle) / len(idle) / seconds, 1.0)
     if row.get("train/examples") and row.get("time/train"):
         found["system/examples_per_s"] = row["train/examples"] / row["time/train"]
     return found
-
-
-def _working_seconds(row: Row) -> float:
-    """Return the seconds of a round without evaluation and checkpoints."""
-    pauses: float = row.get("time/evaluate", 0.0) + row.get("time/checkpoint", 0.0)
-    return max(0.0, float(row.get("time/round") or 0.0) - pauses)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.filesize import decimal
 
-from fedddp.storage.history import number
+from fedddp.storage.history import number, working_seconds
 
 Row = Mapping[str, Any]
 
@@ -97,9 +97,8 @@ class Status:
         self._bytes += int((number(row, "bytes/up") or 0) + (number(row, "bytes/down") or 0))
         idle = row.get("time/idle")
         idle = idle if isinstance(idle, list) and all(isinstance(s, int | float) for s in idle) else []
-        took, *pauses = (number(row, f"time/{name}") or 0.0 for name in ("round", "evaluate", "checkpoint"))
         self._idle += sum(idle)
-        self._group_seconds += len(idle) * max(0.0, took - sum(pauses))
+        self._group_seconds += len(idle) * working_seconds(row)
         self._loss = _loss(row) or self._loss
         name = main_metric(row)
         if name is not None:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fedddp.storage.history import number, read_config
+from fedddp.storage.history import direction, number, read_config
+from fedddp.storage.run_record import BEST
 from fedddp.tracking.status import Row, label_of, main_metric, score_text, size_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 NOT_PHASES = ("time/round", "time/virtual", "time/idle")
-BEST = "best.safetensors"
 
 
 class Score(NamedTuple):
@@ -50,7 +50,7 @@ def score_of(rows: Sequence[Row], name: str | None = None) -> Score | None:
     found = [(value, round_number) for value, round_number in values if value is not None]
     if not found:
         return None
-    sign = -1 if name.endswith("loss") else 1
+    sign = direction(name)
     best, best_round = max(found, key=lambda item: (sign * item[0], -item[1]))
     last, last_round = found[-1]
     return Score(name, last, last_round, best, best_round)

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-REPORT = "report.html"
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig(Section):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedddp.storage.checkpoint import write_text
-from fedddp.storage.history import flat, parse_json, plain, read_text
+from fedddp.storage.history import flat, plain, read_json, read_text
+from fedddp.storage.run_record import EVALUATION, SPLIT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,25 +132,12 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[Any]]]:
     return columns, [[plain(row.get(column)) for column in columns] for row in rows]
 
 
-def read_json(folder: Path, name: str) -> Row:
-    """Return the JSON object in the file `name` of a run directory; empty where there is none.
-
-    Raises:
-        ValueError: it is corrupt.
-    """
-    path = folder / name
-    value = parse_json(read_text(path)) if path.exists() else {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is corrupt: it holds no object")
-    return value
-
-
 def confusion(folder: Path, ending: Ending) -> tuple[list[list[int]], list[str]] | None:
     """Return the confusion matrix of a finished run (row: true class) and its classes' names, if any."""
-    counts = read_json(folder, "evaluation.json").get("confusion") if ending.model_file else None
+    counts = read_json(folder / EVALUATION).get("confusion") if ending.model_file else None
     if not counts:
         return None
-    names = read_json(folder, "split.json").get("class_names") or []
+    names = read_json(folder / SPLIT).get("class_names") or []
     return counts, names if len(names) == len(counts) else [str(index) for index in range(len(counts))]
 
 
@@ -158,7 +146,7 @@ def pictures(folder: Path, ending: Ending) -> dict[str, NDArray[np.uint8]]:
     from fedddp.tracking.heat_map import heat_map
 
     found = {}
-    split = read_json(folder, "split.json")
+    split = read_json(folder / SPLIT)
     if split.get("shares"):
         rows = [str(share["client"]) for share in split["shares"]]
         counts = [share["histogram"] for share in split["shares"]]

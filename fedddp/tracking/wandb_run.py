@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from fedddp.storage.run_record import BEST, MODEL, REPORT
 from fedddp.tracking.derived import DerivedMetrics
-from fedddp.tracking.tracker import REPORT, TrackingConfig, reason
+from fedddp.tracking.tracker import TrackingConfig, reason
 from fedddp.tracking.trackers import Ending, Row, RunDescription, confusion, pictures, start, table
 
 INIT_TIMEOUT_S = 30.0
@@ -145,7 +146,7 @@ class WandbRun:
             for key, value in ending.summary.items()
             if key.startswith(("eval/", "clients/accuracy")) and isinstance(value, int | float)
         }
-        best = self._described.folder / "best.safetensors"
+        best = self._described.folder / BEST
         if best.exists():
             self._log_model(best, "best", {})
         self._log_model(ending.model_file, "final", {"round": ending.round, **scores})
@@ -163,7 +164,7 @@ class WandbRun:
         }
         metadata = {**header, **names, **metrics}
         artifact = wandb.Artifact(f"model-{self._run.id}", "model", metadata=metadata)
-        artifact.add_file(str(file.resolve()), name="model.safetensors", policy="immutable")  # not copied
+        artifact.add_file(str(file.resolve()), name=MODEL, policy="immutable")  # not copied
         self._run.log_artifact(artifact, aliases=["latest", alias])
 
 

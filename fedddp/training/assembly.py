@@ -29,6 +29,7 @@ from fedddp.simulation.clock import examples_trained
 from fedddp.storage.checkpoint import Checkpoints, Saved, write_text
 from fedddp.storage.client_states import ClientStates
 from fedddp.storage.history import read_text
+from fedddp.storage.run_record import EVALUATION, MODEL, WRONG
 from fedddp.tracking.tracker import Tracker
 from fedddp.training.best import Best
 from fedddp.training.engine import channels_last, make_trainer
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 STAGE = {"stage": True}
 """Marks a log record of what a run does before its first round: a terminal shows it, a file does not."""
 
-EXAMINED = ("evaluation.json", "wrong.safetensors")
+EXAMINED = (EVALUATION, WRONG)
 """Files of the run directory about the final model."""
 
 WANDB_RUN = ".wandb-run"
@@ -300,7 +301,7 @@ def _wandb_run(s: Session) -> str | None:
 
 def set_model_aside(s: Session) -> None:
     """Rename the final model of a finished run that is given more rounds: until its end it has none."""
-    model = s.directory / "model.safetensors"
+    model = s.directory / MODEL
     if not s.complete and model.exists():
         model.rename(s.directory / f"model-{s.rounds_done:05d}.safetensors")
         for name in EXAMINED:

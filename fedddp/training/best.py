@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from fedddp.evaluation import Metrics
 from fedddp.storage.checkpoint import distinct_state
-
-FILE = "best.safetensors"
+from fedddp.storage.history import direction
 
 
 @dataclass
@@ -36,8 +35,8 @@ class Best:
         value, self.evaluated = metrics[self.metric], round_number
         if value is None or math.isnan(value):  # no better one, and so a reason to stop
             return False
-        lower = self.metric.endswith("loss")
-        better = self.value is None or (value < self.value if lower else value > self.value)
+        sign = direction(self.metric)
+        better = self.value is None or sign * value > sign * self.value
         if better:
             self.value, self.round = value, round_number
         return better

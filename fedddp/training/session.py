@@ -31,8 +31,9 @@ from fedddp.models.flat import FlatModel
 from fedddp.rng import stream
 from fedddp.storage.checkpoint import Checkpoints, Saved, load_into, save_tensors
 from fedddp.storage.client_states import ClientStates
+from fedddp.storage.run_record import BEST
 from fedddp.tracking.tracker import NullTracker
-from fedddp.training.best import FILE, Best
+from fedddp.training.best import Best
 from fedddp.training.client_trainer import ClientJob, ClientTrainer
 from fedddp.training.profiling import NoProfiler
 
@@ -275,8 +276,9 @@ class Session:
         now = time.perf_counter()
         line = {**row, "time/round": now - self._row_began, **times}
         self._row_began = now
-        spent = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in self.seconds.items())
-        logger.debug("round %d of %d: %s", line["round"], self.config.rounds, spent)
+        if logger.isEnabledFor(logging.DEBUG):
+            spent = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in self.seconds.items())
+            logger.debug("round %d of %d: %s", line["round"], self.config.rounds, spent)
         self.seconds.clear()
         self.tracker.log(line)
         self.profiler.step()
@@ -345,7 +347,7 @@ class Session:
         if self.best is not None and self.best.state is not None:
             of_best = {"metric": self.best.metric, "value": self.best.value, "round": self.best.round}
             metadata = self.model_metadata() | {key: str(value) for key, value in of_best.items()}
-            save_tensors(self.best.state, self.directory / FILE, metadata)
+            save_tensors(self.best.state, self.directory / BEST, metadata)
             self.best.state = None
 
     def model_metadata(self) -> dict[str, str]:
