@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedddp.commands.console import PrintHandler, fail, say
 from fedddp.distributed.environment import Launch
+from fedddp.storage.run_record import LogFile
 
 QUIET, VERBOSE, PROFILE = "--quiet", "--verbose", "--profile"
 
@@ -108,7 +109,7 @@ class RankLog(logging.Handler):
         super().__init__()
         self.rank = rank
         self.waiting: list[logging.LogRecord] = []
-        self.file: logging.FileHandler | None = None
+        self.file: LogFile | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write or keep `record`; what cannot be written is lost, and no error."""
@@ -123,11 +124,9 @@ class RankLog(logging.Handler):
     def _open(self, directory: Path) -> None:
         try:
             (directory / LOGS).mkdir(exist_ok=True)
-            self.file = _Quiet(directory / LOGS / f"rank-{self.rank}.log", encoding="utf-8")
         except OSError:
             return
-        style = "%(asctime)s %(levelname)s %(message)s"
-        self.file.setFormatter(logging.Formatter(style, "%Y-%m-%d %H:%M:%S"))
+        self.file = LogFile(directory / LOGS / f"rank-{self.rank}.log")
         for earlier in self.waiting:
             self.file.emit(earlier)
         self.waiting.clear()
@@ -137,10 +136,3 @@ class RankLog(logging.Handler):
         if self.file is not None:
             self.file.close()
         super().close()
-
-
-class _Quiet(logging.FileHandler):
-    """A file on a disk that may be full."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Do nothing: the default prints a traceback for every line."""

@@ -194,25 +194,23 @@ def log_file(folder: Path) -> Iterator[Callable[[], None]]:
 
     A run that is refused, or that has nothing left to train, changes no file.
     """
-    file = _LogFile(folder / LOG, encoding="utf-8", delay=True)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    held = logging.handlers.MemoryHandler(HELD_RECORDS, flushLevel=100, flushOnClose=False)
-    held.setLevel(logging.INFO)  # `--verbose` logs more
+    file = LogFile(folder / LOG)
+    kept = logging.handlers.MemoryHandler(HELD_RECORDS, flushLevel=100, flushOnClose=False)
+    kept.setLevel(logging.INFO)  # `--verbose` logs more
 
     def write() -> None:
-        held.setTarget(file)
-        held.flush()
-        held.flushLevel = 0
+        kept.setTarget(file)
+        kept.flush()
+        kept.flushLevel = 0
 
     logger = logging.getLogger("fedddp")
-    logger.addHandler(held)
+    logger.addHandler(kept)
     try:
         yield write
     finally:
-        logger.removeHandler(held)
-        held.close()
-        with contextlib.suppress(OSError):
-            file.close()
+        logger.removeHandler(kept)
+        kept.close()
+        file.close()
 
 
 def read_warnings(folder: Path) -> list[str]:
@@ -225,8 +223,13 @@ def read_warnings(folder: Path) -> list[str]:
     return [match[1] for match in found if match]
 
 
-class _LogFile(logging.FileHandler):
+class LogFile(logging.FileHandler):
     """A log file on a disk that may be full: a line that cannot be written is lost, and no error."""
+
+    def __init__(self, path: Path) -> None:
+        """Append to the file `path`, which is opened with the first record."""
+        super().__init__(path, encoding="utf-8", delay=True)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write `record`, if that is possible."""
@@ -235,6 +238,11 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Do nothing: the default prints a traceback for every line."""
+
+    def close(self) -> None:
+        """Close the file."""
+        with contextlib.suppress(OSError):  # of what could not be written
+            super().close()
 
 
 def _write(folder: Path, record: RunRecord) -> None:
