@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -130,6 +131,38 @@ def show(table: Table) -> None:
 
     if is_coordinator():
         QuietConsole().print(table)
+
+
+def help_is_asked(options: argparse.ArgumentParser, rest: list[str]) -> bool:
+    """Return whether the words `rest` ask for the help of `options`, which is then printed."""
+    asked = bool({"-h", "--help"} & {*rest})
+    if asked and is_coordinator():
+        say(options.format_help(), end="")
+    return asked
+
+
+def parse(
+    options: argparse.ArgumentParser, rest: list[str], needed: Mapping[str, str] | None = None
+) -> argparse.Namespace | None:
+    """Return the `options` of a command that takes no others; None after printing its help.
+
+    Args:
+        options: with `exit_on_error=False`; its `prog` is the command.
+        rest: the words after the command.
+        needed: what to report where an argument is missing, by its name.
+    """
+    if help_is_asked(options, rest):
+        return None
+    try:
+        own, others = options.parse_known_args(rest)
+    except argparse.ArgumentError as error:
+        fail(f"{error}; see {options.prog} --help")
+    for name, message in (needed or {}).items():
+        if getattr(own, name) is None:
+            fail(message)
+    if others:
+        fail(f"unexpected argument {others[0]!r}; see {options.prog} --help")
+    return own
 
 
 def load_configuration(rest: list[str], ranks: int = 0) -> tuple[Config, str]:

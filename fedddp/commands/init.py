@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedddp.commands.console import fail, is_coordinator, say, show
+from fedddp.commands.console import fail, is_coordinator, parse, say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -130,19 +130,9 @@ def _parse(rest: list[str]) -> argparse.Namespace | None:
     options.add_argument("--output", metavar="FILE.yaml", help="file to write (the folder's name)")
     options.add_argument("--clients", type=int, metavar="N", help="clients that share the images (by size)")
     options.add_argument("--force", action="store_true", help="overwrite the file")
-    if {"-h", "--help"} & {*rest}:
-        if is_coordinator():
-            say(options.format_help(), end="")
-        return None
-    try:
-        own, others = options.parse_known_args(rest)
-    except argparse.ArgumentError as error:
-        fail(f"{error}; see fedddp init --help")
-    if own.folder is None:
-        fail("give a folder of images, e.g. `fedddp init photos --output photos.yaml`")
-    if others:
-        fail(f"unexpected argument {others[0]!r}; see fedddp init --help")
-    return own
+    return parse(
+        options, rest, {"folder": "give a folder of images, e.g. `fedddp init photos --output photos.yaml`"}
+    )
 
 
 # ---- what is there ----

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedddp.commands.console import fail, is_coordinator, reporting, say
+from fedddp.commands.console import fail, help_is_asked, is_coordinator, reporting, say
 
 if TYPE_CHECKING:
     from fedddp.reporting.paper import PaperFiles
@@ -36,9 +36,7 @@ def report(rest: list[str]) -> None:
         help="the page; by default report.html in the run, or in the common folder",
     )
     add_paper_options(options, f", or the {CONFUSION} matrix of one run")
-    if "-h" in rest or "--help" in rest:
-        if is_coordinator():
-            say(options.format_help(), end="")
+    if help_is_asked(options, rest):
         return
     if not rest or rest[0].startswith("-"):
         fail("give run directories, e.g. `fedddp report runs/digits`; `fedddp runs` lists them")

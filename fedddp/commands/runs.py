@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedddp.commands.console import fail, is_coordinator, say, show
+from fedddp.commands.console import fail, is_coordinator, parse, say, show
 from fedddp.commands.run_info import CORRUPT, RunInfo, ago, find_runs
 from fedddp.tracking.progress import QuietConsole
 from fedddp.tracking.status import score_text
@@ -105,17 +105,7 @@ def _parse(rest: list[str]) -> argparse.Namespace | None:
         default=[],
         help="only runs with TEXT in their name, algorithm or dataset, or with a setting: algorithm=FedAvg",
     )
-    if {"-h", "--help"} & {*rest}:
-        if is_coordinator():
-            say(options.format_help(), end="")
-        return None
-    try:
-        own, others = options.parse_known_args(rest)
-    except argparse.ArgumentError as error:
-        fail(f"{error}; see fedddp runs --help")
-    if others:
-        fail(f"unexpected argument {others[0]!r}; see fedddp runs --help")
-    return own
+    return parse(options, rest)
 
 
 def _matches(run: RunInfo, filters: Sequence[str]) -> bool:

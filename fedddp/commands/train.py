@@ -9,6 +9,7 @@ import shlex
 from fedddp.commands.console import (
     PRINT,
     fail,
+    help_is_asked,
     is_coordinator,
     load_configuration,
     on_terminal,
@@ -86,9 +87,7 @@ def compare_runs(rest: list[str]) -> None:
         help="test accuracy to race for, in (0, 1]; by default 95 %% of the best",
     )
     add_paper_options(options)
-    if "-h" in rest or "--help" in rest:
-        if is_coordinator():
-            say(options.format_help(), end="")
+    if help_is_asked(options, rest):
         return
     targets = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
     if not targets:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedddp.commands.console import fail, is_coordinator, say, show
+from fedddp.commands.console import fail, help_is_asked, say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,11 +58,9 @@ def predict(rest: list[str]) -> None:
     options.add_argument("--top", metavar="N", type=int, default=3, help="classes per image (3)")
     options.add_argument("--save", metavar="SHEET.png", help="write a contact sheet of the images")
     options.add_argument("--json", metavar="FILE", help="write all predictions as JSON; - prints them")
-    own, flags = _parsed(options, rest)
+    own = _parsed_alone(options, rest, "predict")
     if own is None:
         return
-    if flags:
-        fail(f"unexpected argument {flags[0]!r}; see fedddp predict --help")
     if own.top < 1:
         fail(f"--top must be >= 1, got {own.top}")
     if not own.images:
@@ -114,11 +112,9 @@ def export(rest: list[str]) -> None:
         default="inside",
         help="inside: the file takes uint8 images; beside: normalised ones, with FILE.json beside it",
     )
-    own, flags = _parsed(options, rest)
+    own = _parsed_alone(options, rest, "export")
     if own is None:
         return
-    if flags:
-        fail(f"unexpected argument {flags[0]!r}; see fedddp export --help")
     if not own.format and not own.output:
         fail("give --format pt2, onnx or safetensors")
     output = own.output or str(Path(own.run) / f"exported.{own.format}")
@@ -136,11 +132,9 @@ def card(rest: list[str]) -> None:
     """Print or write the model card of a run."""
     options = _options("card RUN [--output FILE]", "Write a model card of a finished run.", loads=False)
     options.add_argument("--output", metavar="FILE", help="by default it is printed")
-    own, flags = _parsed(options, rest)
+    own = _parsed_alone(options, rest, "card")
     if own is None:
         return
-    if flags:
-        fail(f"unexpected argument {flags[0]!r}; see fedddp card --help")
     with _one_line():
         from fedddp.inference.card import model_card
         from fedddp.storage.checkpoint import write_text
@@ -179,9 +173,7 @@ def _parsed(
     options: argparse.ArgumentParser, rest: list[str]
 ) -> tuple[argparse.Namespace, list[str]] | tuple[None, list[str]]:
     """Return the options and the arguments that are left; None after printing the help."""
-    if {"-h", "--help"} & {*rest}:
-        if is_coordinator():
-            say(options.format_help(), end="")
+    if help_is_asked(options, rest):
         return None, []
     try:
         own, flags = options.parse_known_intermixed_args(rest)
@@ -190,6 +182,16 @@ def _parsed(
     if own.run is None:
         fail("give the directory of a finished run, e.g. runs/digits; `fedddp runs` lists them")
     return own, flags
+
+
+def _parsed_alone(
+    options: argparse.ArgumentParser, rest: list[str], command: str
+) -> argparse.Namespace | None:
+    """Return the options of a `command` that takes no settings; None after printing the help."""
+    own, flags = _parsed(options, rest)
+    if flags:
+        fail(f"unexpected argument {flags[0]!r}; see fedddp {command} --help")
+    return own
 
 
 def _model(own: argparse.Namespace) -> TrainedModel:

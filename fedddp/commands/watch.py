@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from fedddp.commands.console import STOPPED, fail, is_coordinator, say, show
+from fedddp.commands.console import STOPPED, fail, is_coordinator, parse, say, show
 from fedddp.commands.run_info import CORRUPT, RunInfo, read_run_info
 from fedddp.storage.history import HISTORY, number
 from fedddp.storage.run_record import MODEL, RECORD, is_locked, read_warnings
@@ -49,19 +49,12 @@ def _parse(rest: list[str]) -> argparse.Namespace | None:
     options.add_argument("run", nargs="?", metavar="RUN", help="run directory")
     options.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between looks (2)")
     options.add_argument("--once", action="store_true", help="show how the run is now, and end")
-    if {"-h", "--help"} & {*rest}:
-        if is_coordinator():
-            say(options.format_help(), end="")
-        return None
-    try:
-        own, others = options.parse_known_args(rest)
-    except argparse.ArgumentError as error:
-        fail(f"{error}; see fedddp watch --help")
-    if own.run is None:
-        fail("give a run directory, e.g. `fedddp watch runs/digits`; `fedddp runs` lists them")
-    if others:
-        fail(f"unexpected argument {others[0]!r}; see fedddp watch --help")
-    if not own.interval > 0:
+    own = parse(
+        options,
+        rest,
+        {"run": "give a run directory, e.g. `fedddp watch runs/digits`; `fedddp runs` lists them"},
+    )
+    if own is not None and not own.interval > 0:
         fail(f"--interval must be > 0, got {own.interval:g}")
     return own
 
