@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over a pipe by its DevTools protocol; the standard library is enough."""
+"""Pages: a headless Chromium, spoken to over a pipe by its DevTools protocol, and the elements of a page."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,18 @@ class Browser:
     def screenshot(self) -> bytes:
         """Return a picture of the window, as PNG."""
         return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+
+
+class Tags(HTMLParser):
+    """Collects the elements of an HTML page, and what they refer to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.wanted: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        names = [name for name, _ in attributes]
+        assert not any(name.startswith("on") for name in names)
+        self.wanted += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]

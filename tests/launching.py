@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,3 +62,32 @@ def type_on_this_rank(command: str) -> tuple[object, list[str]]:
     ):
         main(shlex.split(command))
     return stop.value.code, printed.getvalue().splitlines()
+
+
+def call(*words: str, code: int = 0) -> None:
+    """Type `fedddp WORDS` here, which must exit with `code`."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(words))
+    assert (stop.value.code or 0) == code
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Return what a command prints."""
+    capsys.readouterr()
+    call(*words)
+    return capsys.readouterr().out
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    """Return the JSON that `fedddp eval` prints, alone."""
+    found: dict[str, Any] = json.loads(printed(capsys, "eval", *words, "--json", "-"))
+    return found
+
+
+def error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Return the one line that a command fails with."""
+    capsys.readouterr()
+    call(*words, code=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line

@@ -11,13 +11,13 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from browser import Tags
 from launching import type_on_this_rank
 from PIL import Image
 from rich.console import Console
@@ -456,19 +456,6 @@ def test_a_stopped_comparison_resumes_with_the_same_command(capsys: pytest.Captu
     assert [r["round"] for r in history(Path("runs/mine/b"))] == [1, 2, 3]
 
 
-class Page(HTMLParser):
-    """Collects the tags of a page and the files that it refers to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.wanted: list[str] = []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.wanted += [v or "" for k, v in attributes if k in ("src", "href", "xlink:href")]
-
-
 def test_the_page_loads_no_other_file_and_the_pictures_can_be_read(tmp_path: Path) -> None:
     folders = [
         make_run(tmp_path / name, [row(0.1), row(0.5 + n / 10)], algorithm={"name": name}, note="<script>")
@@ -476,7 +463,7 @@ def test_the_page_loads_no_other_file_and_the_pictures_can_be_read(tmp_path: Pat
     ]
     curves = [read(folder) for folder in folders]
     files = {path.suffix: path for path in write(curves, tmp_path / "out", 0.5, "A < B")}
-    page, text = Page(), files[".html"].read_text()
+    page, text = Tags(), files[".html"].read_text()
     page.feed(text)
     assert all(target.startswith("#") for target in page.wanted), "all it shows is in it"
     assert page.tags.count("script") == 2, "its data, and its own"

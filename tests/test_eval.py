@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from launching import call, error, evaluated, printed
 from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fedddp import Federation, LocalConfig, TrackingConfig, load_config
-from fedddp.cli import main
 from fedddp.federation import Result
 from fedddp.reporting.curves import over_seeds, read
 from fedddp.reporting.tables import terminal
@@ -96,33 +96,6 @@ class Recorder:
 
 
 RECORDER = Recorder()
-
-
-def call(*words: str, code: int = 0) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(list(words))
-    assert (stop.value.code or 0) == code
-
-
-def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    capsys.readouterr()
-    call(*words)
-    return capsys.readouterr().out
-
-
-def evaluated(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    """Return the JSON that `fedddp eval` prints."""
-    found: dict[str, Any] = json.loads(printed(capsys, "eval", *words, "--json", "-"))
-    return found
-
-
-def error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Return the one line that a command fails with."""
-    capsys.readouterr()
-    call(*words, code=2)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 def train_stripes(folder: Path, name: str, classes: list[str], labels: list[int]) -> Result:

@@ -9,14 +9,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from html import unescape
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from browser import Browser, find_chromium
+from browser import Browser, Tags, find_chromium
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -483,21 +482,6 @@ def test_eval_prints_the_confusion_matrix_of_few_classes() -> None:
     assert lines[4] == "3 cat 930 931 932 933 934 935 936 937 938 939"
     assert printed(1_000_000 * ten, names) == [], "numbers that do not fit"
     assert printed(np.eye(11, dtype=np.int64), list("abcdefghijk")) == [], "too many classes"
-
-
-class Tags(HTMLParser):
-    """Collects the elements of a page, and what they refer to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.wanted: list[str] = []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        names = [name for name, _ in attributes]
-        assert not any(name.startswith("on") for name in names)
-        self.wanted += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
 
 
 def test_names_of_runs_and_classes_are_text_and_nothing_else(

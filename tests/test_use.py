@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from launching import call, error, evaluated
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -25,7 +26,6 @@ from fedddp import (
     load_config,
     load_model,
 )
-from fedddp.cli import main
 from fedddp.data.datasets import load
 from fedddp.federation import Result
 from fedddp.inference.pictures import LINE, MARGIN, SURE, TILE, UNSURE, Prediction, contact_sheet
@@ -89,29 +89,6 @@ def folder_run(runs: Path, pictures: Path) -> Result:
     )
     flags = [*data.split(), "--data.root", str(pictures), "--evaluation.clients", "4", "--local.lr", "0.01"]
     return train(runs, "folder", flags)
-
-
-def call(*words: str, code: int = 0) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(list(words))
-    assert (stop.value.code or 0) == code
-
-
-def evaluated(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    """Return the JSON that `fedddp eval` prints, alone."""
-    capsys.readouterr()
-    call("eval", *words, "--json", "-")
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
-
-
-def error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Return the one line that a command fails with."""
-    capsys.readouterr()
-    call(*words, code=2)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 def lenet(result: Result) -> nn.Module:
