@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedddp.commands.console import fail, is_coordinator, say, show
 from fedddp.commands.run_info import RunInfo, ago, read_run_info
-from fedddp.storage.history import HISTORY, flat
+from fedddp.storage.history import HISTORY
 from fedddp.storage.run_record import LaunchRecord, read_warnings
 from fedddp.tracking.status import size_text
 from fedddp.tracking.summary import next_commands, phases_text, score_of
@@ -141,28 +141,17 @@ def _settings(run: RunInfo) -> Lines:
     """Yield the settings that are not the defaults."""
     if not run.sections:
         return
-    from fedddp.config.loader import to_dict
-    from fedddp.config.schema import Config
-    from fedddp.reporting.execution import defaults_of
+    from fedddp.reporting.execution import default_settings, setting_text
 
-    usual = {key.removesuffix(".name"): value for key, value in flat(defaults_of(run.sections)).items()}
-    for key, value in flat(to_dict(Config())).items():  # the choices that are the default ones
-        if key.endswith(".name"):
-            usual[key.removesuffix(".name")] = value
+    usual = default_settings(run.sections)
     changed = [
         (key, value)
         for key, value in run.settings.items()
         if key not in NOT_SETTINGS and (key not in usual or value != usual[key])
     ]
     for index, (key, value) in enumerate(changed):
-        was = f" (default: {_text(usual[key])})" if key in usual else ""
-        yield "" if index else "settings", f"{key}: {_text(value)}{was}"
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        was = f" (default: {setting_text(usual[key])})" if key in usual else ""
+        yield "" if index else "settings", f"{key}: {setting_text(value)}{was}"
 
 
 def _problems(run: RunInfo) -> Lines:

@@ -188,14 +188,14 @@ def warnings(runs: Sequence[RunFiles], names: Sequence[str]) -> PageSection:
 def configuration(runs: Sequence[RunFiles], names: Sequence[str]) -> PageSection:
     """Return the settings that differ from the defaults or between the runs, all settings, the launches."""
     plain = [_settings(run.sections) for run in runs]
-    defaults = [_defaults(run.sections) for run in runs]
+    defaults = [default_settings(run.sections) for run in runs]
     keys = list(dict.fromkeys(key for settings in plain for key in settings))
     header = ["setting", "default", *names]
     changed, full = [header], [header]
     for key in keys:
         values = [settings.get(key) for settings in plain]
         usual = next((default[key] for default in defaults if key in default), None)
-        row = [key, _text(usual), *(_text(settings.get(key, "–")) for settings in plain)]
+        row = [key, setting_text(usual), *(setting_text(settings.get(key, "–")) for settings in plain)]
         full.append(row)
         differs = values.count(values[0]) < len(values)
         if key not in ("name", "output") and (differs or values[0] != defaults[0].get(key)):
@@ -221,7 +221,7 @@ def _settings(sections: Row) -> Row:
     return {key.removesuffix(".name"): value for key, value in flat(named).items() if key not in own}
 
 
-def _defaults(sections: Row) -> Row:
+def default_settings(sections: Row) -> Row:
     """Return the defaults with dotted keys: the default choices, and for the choices made their settings'."""
     usual = flat(defaults_of(sections))
     found = dict(usual)
@@ -268,7 +268,8 @@ def _choices(section: Any) -> Any:
     return found | {key: value for key, value in inner.items() if value}
 
 
-def _text(value: Any) -> str:
+def setting_text(value: Any) -> str:
+    """Return a value of a setting as YAML has it."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -280,7 +281,7 @@ def _launches(index: int, run: RunFiles, names: Sequence[str]) -> str:
         return ""
     rows = [["launch", *(str(number) for number in range(1, len(run.record.sessions) + 1))]]
     for field in dataclasses.fields(LaunchRecord):
-        launches = (_text(getattr(session, field.name)) for session in run.record.sessions)
+        launches = (setting_text(getattr(session, field.name)) for session in run.record.sessions)
         rows.append([field.name.replace("_", " "), *launches])
     error = f'<p class="log">error: {escape(run.record.error)}</p>' if run.record.error else ""
     heading = f"Launches of {escape(names[index])}" if len(names) > 1 else "Launches"
