@@ -189,17 +189,19 @@ def test_labels_without_a_list_of_integers_are_read_from_the_items(attributes: d
     [
         (["cat", "dog", "owl"], ("cat", "dog", "owl")),
         (("cat", 1), ("cat", "1")),
-        ([], ("0", "1", "2", "3")),
-        (None, ("0", "1", "2", "3")),
-        ({"cat": 0}, ("0", "1", "2", "3")),
-        ("cats", ("0", "1", "2", "3")),
+        ([], ()),
+        (None, ()),
+        ({"cat": 0}, ()),
+        ("cats", ()),
     ],
 )
-def test_names_of_classes_are_those_of_the_list_classes_or_the_labels(
-    classes: Any, names: tuple[str, ...]
-) -> None:
+def test_names_of_classes_are_those_of_the_list_classes(classes: Any, names: tuple[str, ...]) -> None:
     users = Users([None], classes=classes)
-    found = np.array([0, 3, 1])
-    assert class_names(users, found) == names
-    assert class_names(Subset(Subset(users, [0]), [0]), found) == names
-    assert class_names(Users([None]), found) == ("0", "1", "2", "3")
+    assert class_names(users) == names
+    assert class_names(Subset(Subset(users, [0]), [0])) == names
+    assert class_names(Users([None])) == ()
+
+
+def test_classes_without_names_are_numbered_up_to_the_highest_label() -> None:
+    pixels = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    assert from_dataset(TensorDataset(pixels, torch.tensor([0, 3, 1]))).class_names == ("0", "1", "2", "3")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -74,11 +75,11 @@ def test_every_ending_that_pillow_reads_is_an_image(ending: str) -> None:
 
 def test_sixteen_bit_and_transparent_files_keep_their_values() -> None:
     write_parts("cat", "dog")
-    Image.fromarray(np.full((4, 4), 51 * 257, np.uint16)).save(ROOT / "train/cat/1.png")
+    Image.fromarray(np.full((4, 4), 151 * 257, np.uint16)).save(ROOT / "train/cat/1.png")
     Image.new("RGBA", (4, 4), (200, 200, 200, 0)).save(ROOT / "train/cat/2.png")
     train, _ = load(data())
     assert train.shape == (3, 4, 4)
-    assert values(train) == [100, 51, 0, 100]
+    assert values(train) == [100, 151, 0, 100]
 
 
 def test_skipped_files_are_logged_with_their_endings_and_counts(caplog: pytest.LogCaptureFixture) -> None:
@@ -210,6 +211,175 @@ def test_classes_are_in_the_order_of_their_names() -> None:
     write_unsplit((1, 1, 1))
     (ROOT / "class0").rename(ROOT / "zebra")
     assert ImageFolder(ROOT).classes == ["class1", "class2", "zebra"]
+
+
+# ---- centres ----
+
+
+def both_sets(**options: Any) -> tuple[Any, Any]:
+    return open_dataset("image_folder", str(ROOT), **options)
+
+
+def listed(dataset: Any) -> list[tuple[str, str]]:
+    """Return the centre and the class of every image of a set."""
+    whole = getattr(dataset, "dataset", dataset)
+    chosen = getattr(dataset, "indices", range(len(whole)))
+    return [(str(whole.ids[i]), whole.classes[dataset[n][1]]) for n, i in enumerate(chosen)]
+
+
+def test_centres_that_are_split_are_natural_clients_with_the_union_of_classes() -> None:
+    for name in (
+        "b/train/cow/0",
+        "b/train/cow/1",
+        "b/test/cow/0",
+        "a/train/ant/0",
+        "a/train/cow/0",
+        "a/val/ant/0",
+    ):
+        write(f"{name}.png", 10)
+    train, test = both_sets()
+    assert train.classes == test.classes == ["ant", "cow"]
+    assert train.centres == test.centres == ["a", "b"]
+    assert listed(train) == [("a", "ant"), ("a", "cow"), ("b", "cow"), ("b", "cow")]
+    assert listed(test) == [("a", "ant"), ("b", "cow")]
+    images, tested = load(data())
+    assert images.ids is not None
+    assert tested.ids is not None
+    assert (images.ids.tolist(), tested.ids.tolist()) == ([0, 0, 1, 1], [0, 1])
+    assert (images.labels.tolist(), tested.labels.tolist()) == ([0, 1, 1, 1], [0, 1])
+
+
+def test_centres_that_are_not_split_are_split_within_each_class_of_each() -> None:
+    for centre, count in (("a", 20), ("b", 5), ("c", 40)):
+        for name in ("ant", "cow"):
+            for number in range(count):
+                write(f"{centre}/{name}/{number}.png", number)
+    train, test = both_sets(test_fraction=0.2)
+    pairs = [(centre, name) for centre in "abc" for name in ("ant", "cow")]
+    assert [listed(test).count(pair) for pair in pairs] == [4, 4, 1, 1, 8, 8]
+    assert [listed(train).count(pair) for pair in pairs] == [16, 16, 4, 4, 32, 32]
+    assert not set(train.indices) & set(test.indices)
+
+
+def test_a_class_that_only_the_test_images_of_a_centre_have_is_refused() -> None:
+    for name in ("a/train/ant/0", "a/test/ant/0", "b/train/ant/0", "b/test/bee/0"):
+        write(f"{name}.png")
+    with pytest.raises(ValueError, match="^data.root=images: class 'bee' is not in the training set"):
+        both_sets()
+
+
+def test_images_of_classes_and_of_centres_together_are_refused() -> None:
+    write("cat/0.png")
+    write("berlin/dog/0.png")
+    with pytest.raises(
+        ValueError, match="^data.root=images has images in cat/, and in folders of berlin/; "
+    ) as e:
+        both_sets()
+    assert "CENTRE/CLASS/IMAGE" in str(e.value)
+
+
+def test_class_folders_may_have_folders_beside_their_images() -> None:
+    for name in ("cat/0", "cat/more/1", "dog/0"):
+        write(f"{name}.png")
+    train, test = both_sets(test_fraction=0.4)
+    assert train.dataset.classes == ["cat", "dog"]
+    assert train.dataset.ids is None
+    assert len(train) + len(test) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a/train/x/0", "a/test/x/0", "b/x/0"), "data.root=images: the centre b has no folder train, which"),
+        (
+            ("a/train/x/0", "a/test/x/0", "b/train/x/0"),
+            "data.root=images/b has no folder val or test; split all",
+        ),
+        (
+            ("a/train/x/0", "a/test/0"),
+            "data.root=images/a/test has no class folders; put images in CLASS folders",
+        ),
+    ],
+)
+def test_centres_that_are_split_in_part_are_refused(names: tuple[str, ...], message: str) -> None:
+    for name in names:
+        write(f"{name}.png")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        both_sets()
+
+
+def test_classes_that_may_be_taken_for_centres_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("cat", "dog"):
+        for year in ("2019", "2020"):
+            for number in range(2):
+                write(f"{name}/{year}/{number}.png")
+    train, _ = both_sets(test_fraction=0.5)
+    assert train.dataset.classes == ["2019", "2020"]
+    (record,) = caplog.records
+    assert (record.levelname, record.getMessage()) == (
+        "WARNING",
+        "images is read as CENTRE/CLASS/IMAGE: 2 centres, cat, dog; 2 classes, 2019, 2020; if the first are "
+        "classes, move the images right into their folders",
+    )
+
+
+def test_each_centre_has_an_image_to_train_on() -> None:
+    for centre in map(str, range(20)):  # two classes of an image each: by chance both would be tested
+        for name in ("ant", "cow"):
+            write(f"{centre}/{name}/0.png")
+    train, test = both_sets(test_fraction=0.7)
+    assert {centre for centre, _ in listed(train)} == set(map(str, range(20)))
+    assert len(train) + len(test) == 40
+    assert 15 <= len(test) <= 20
+
+
+def test_val_is_tested_where_there_is_test_too(caplog: pytest.LogCaptureFixture) -> None:
+    for part, value in (("train", 10), ("val", 20), ("test", 30)):
+        write(f"{part}/cat/0.png", value)
+    with caplog.at_level(logging.INFO, "fedddp"):
+        assert both_sets()[1][0][0].unique().tolist() == [20]
+    assert [r.getMessage() for r in caplog.records] == ["images: tests on val/; test/ is not read"]
+    caplog.clear()
+    (ROOT / "test").rename(ROOT / "other")  # not read either, as before
+    both_sets()
+    assert not caplog.records
+
+
+def test_a_pdf_file_is_no_image(caplog: pytest.LogCaptureFixture) -> None:
+    write_parts("cat", "dog")
+    (ROOT / "train/cat/notes.pdf").write_text("no image")
+    assert len(load(data())[0]) == 2
+    assert "skipped 1 files that are no images by their endings (1 × .pdf)" in caplog.text
+
+
+def test_centres_that_are_not_split_need_a_fraction() -> None:
+    write("a/x/0.png")
+    with pytest.raises(
+        ValueError, match="^data.root=images is not split into train and test; set data.test_f"
+    ):
+        both_sets(test_fraction=0.0)
+
+
+# ---- several bands, 16 bits ----
+
+
+def test_bands_of_arrays_and_tiff_files_are_kept() -> None:
+    bands = np.arange(13 * 16 * 20).reshape(13, 16, 20) % 251
+    for part in ("train", "val"):
+        for name in ("x", "y"):
+            (ROOT / part / name).mkdir(parents=True)
+            np.save(ROOT / part / name / "0.npy", (bands * 10).astype(np.uint16))
+            tifffile.imwrite(ROOT / part / name / "1.tif", (bands * 10).astype(np.uint16))
+    train, _ = load(data(value_range=[0, 2550]))
+    assert train.shape == (13, 16, 20)
+    assert train.pixels is not None
+    for pixels in train.pixels:
+        np.testing.assert_array_equal(pixels.numpy(), bands)
+    with pytest.raises(
+        ValueError, match="^images/train/x/0.npy has 16-bit values up to 2500 of 65535"
+    ) as caught:
+        load(data())
+    assert "data.value_range, such as [0, 4095]" in str(caught.value)
 
 
 # ---- files that cannot be read ----

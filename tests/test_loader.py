@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from fedddp.data.datasets import DataConfig, Images
-from fedddp.data.decode import Decoded
+from fedddp.data.decode import Decoded, Reading
 from fedddp.data.loader import Batch, ClientLoader, _check_socket_folder
 from fedddp.data.transforms import FeatureShift
 from fedddp.rng import stream
@@ -36,11 +36,16 @@ def pixels() -> Tensor:
 def images(*, streamed: bool = False) -> Images:
     """Return images whose label is their own index."""
     labels = np.arange(COUNT, dtype=np.int64)
-    source = Decoded(TensorDataset(pixels(), torch.from_numpy(labels)), labels, "ours", None)
+    source = Decoded(TensorDataset(pixels(), torch.from_numpy(labels)), labels, "ours", Reading())
     held = None if streamed else pixels()
     return Images(
         labels, COUNT, SHAPE, held, source if streamed else None, None, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     )
+
+
+def labels_of(batch: Batch) -> Tensor:
+    assert isinstance(batch.targets, Tensor)
+    return batch.targets
 
 
 def loader(*, streamed: bool = False, workers: int = 0, seed: int = 0, **data: Any) -> ClientLoader:
@@ -53,7 +58,7 @@ def passes(source: ClientLoader, indices: Any, size: int, **options: Any) -> lis
 
 def test_images_are_normalised_and_come_in_the_order_of_their_indices() -> None:
     batches = passes(loader(), [5, 2, 9], 2)
-    assert [batch.targets.tolist() for batch in batches] == [[5, 2], [9]]
+    assert [labels_of(batch).tolist() for batch in batches] == [[5, 2], [9]]
     assert [(batch.count, batch.total) for batch in batches] == [(2, 2), (1, 1)]
     mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
     expected = (pixels()[[5, 2]].float() / 255 - mean) / std
@@ -76,13 +81,13 @@ def test_ranks_share_every_batch_without_dropping_or_repeating_examples(ranks: i
     assert {len(share) for share in shares} == {len(wanted)}
     for number, batch in enumerate(wanted):
         parts = [share[number] for share in shares]
-        real = [part.targets[: part.count].tolist() for part in parts]
+        real = [labels_of(part)[: part.count].tolist() for part in parts]
         assert sorted(label for part in real for label in part) == sorted(batch)
         assert all(part.total == len(batch) for part in parts)
-        assert all(len(part.targets) >= 1 for part in parts), (
+        assert all(len(labels_of(part)) >= 1 for part in parts), (
             "a rank without an example needs a padding example"
         )
-        assert parts[0].targets.tolist() == batch[::ranks]
+        assert labels_of(parts[0]).tolist() == batch[::ranks]
 
 
 def test_streamed_images_are_the_held_ones() -> None:
@@ -97,7 +102,7 @@ def test_streamed_images_are_the_held_ones() -> None:
             strict=True,
         )
         for ours, theirs in pairs:
-            assert torch.equal(ours.targets, theirs.targets)
+            assert torch.equal(labels_of(ours), labels_of(theirs))
             torch.testing.assert_close(ours.images, theirs.images)
 
 
@@ -108,7 +113,7 @@ def one_pass(source: ClientLoader, **options: Any) -> dict[int, Tensor]:
 
 def by_label(batches: list[Batch]) -> Iterator[tuple[int, Tensor]]:
     for batch in batches:
-        yield from zip(batch.targets[: batch.count].tolist(), batch.images, strict=False)
+        yield from zip(labels_of(batch)[: batch.count].tolist(), batch.images, strict=False)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -220,7 +225,7 @@ class Drawing(Dataset[Any]):
 def drawing(workers: int, fault: str = "") -> ClientLoader:
     labels = np.arange(COUNT, dtype=np.int64)
     streamed = dataclasses.replace(
-        images(streamed=True), source=Decoded(Drawing(fault), labels, "ours", None)
+        images(streamed=True), source=Decoded(Drawing(fault), labels, "ours", Reading())
     )
     return ClientLoader(streamed, DataConfig(workers=workers), CPU, seed=0)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from fedddp.data.datasets import DataConfig, Images
-from fedddp.data.decode import Decoded
+from fedddp.data.decode import Decoded, Reading
 from fedddp.data.loader import Batch, ClientLoader
 from fedddp.data.transforms import FeatureShift
 from fedddp.rng import stream
@@ -25,7 +25,7 @@ def loader_of(pixels: Tensor, *, streamed: bool = False, **data: Any) -> ClientL
     """Return a loader of uint8 `pixels` whose label is their index, and whose normalisation is none."""
     count, *shape = pixels.shape
     labels = np.arange(count, dtype=np.int64)
-    source = Decoded(TensorDataset(pixels, torch.from_numpy(labels)), labels, "ours", None)
+    source = Decoded(TensorDataset(pixels, torch.from_numpy(labels)), labels, "ours", Reading())
     channels, height, width = shape
     images = Images(
         labels=labels,
@@ -38,6 +38,11 @@ def loader_of(pixels: Tensor, *, streamed: bool = False, **data: Any) -> ClientL
         std=(1.0,) * channels,
     )
     return ClientLoader(images, DataConfig(workers=0, **data), CPU, seed=3)
+
+
+def labels_of(batch: Batch) -> Tensor:
+    assert isinstance(batch.targets, Tensor)
+    return batch.targets
 
 
 def passes(source: ClientLoader, size: int, **options: Any) -> list[Batch]:
@@ -72,7 +77,7 @@ def test_batches_are_converted_together_up_to_32_mebibytes_of_float_pixels(
     """`size` is that of the images, grey and of 4 bytes per pixel; there are 4,352 of them."""
     pixels = torch.zeros(1, 1, size, size, dtype=torch.uint8).expand(4352, -1, -1, -1)
     batches = passes(loader_of(pixels), batch_size)
-    assert sum(len(batch.targets) for batch in batches) == 4352
+    assert sum(len(labels_of(batch)) for batch in batches) == 4352
     assert [piece / MEBIBYTE for piece in bytes_together(batches)] == expected
     assert len(batches) == math.ceil(4352 / batch_size)
 
@@ -98,7 +103,7 @@ def test_a_pass_draws_its_permutation_and_then_three_numbers_per_example_in_its_
     rng = stream("pass")
     order = rng.permutation(np.arange(20))
     draws = rng.random((20, 3), np.float32)
-    assert [label for batch in batches for label in batch.targets.tolist()] == order.tolist()
+    assert [label for batch in batches for label in labels_of(batch).tolist()] == order.tolist()
     for got, example, (mirror, across, down) in zip(
         (image for batch in batches for image in batch.images), order, draws, strict=True
     ):
@@ -118,7 +123,7 @@ def test_without_a_generator_or_without_training_nothing_is_drawn(streamed: bool
     torch.testing.assert_close(plain.images, pixels.float() / 255)
     (permuted,) = passes(source, 20, rng=stream("pass"))
     expected = stream("pass").permutation(np.arange(20))
-    assert permuted.targets.tolist() == expected.tolist()
+    assert labels_of(permuted).tolist() == expected.tolist()
     torch.testing.assert_close(permuted.images, pixels[torch.from_numpy(expected)].float() / 255)
 
 

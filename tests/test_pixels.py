@@ -34,6 +34,75 @@ def test_sixteen_bit_values_are_scaled_from_their_full_range(mode: str) -> None:
     assert to_uint8(image, "x").tolist() == [EIGHT]
 
 
+# The ends of [1000, 3550] are 0 and 255, and 10 values are one grey level.
+RANGED = np.array([[0, 1000, 1004, 1006], [1010, 2270, 3550, 65535]])
+OF_RANGE = [[0, 0, 0, 1], [1, 127, 255, 255]]
+
+
+@pytest.mark.parametrize(
+    "kind", ["I;16", "I", "F", "uint16", "int16", "int32", "uint32", "float32", ">u2", "float16"]
+)
+def test_a_range_of_values_is_scaled_and_clipped(kind: str) -> None:
+    values = np.minimum(RANGED, 30_000)
+    if kind in ("I;16", "I", "F"):
+        dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[kind]
+        image: Any = Image.fromarray(values.astype(dtype))
+        assert image.mode == kind
+    else:
+        image = values.astype(kind)
+    assert to_uint8(image, "x", (1000, 3550)).tolist() == [OF_RANGE]
+    if isinstance(image, np.ndarray) and kind not in ("uint32", ">u2"):
+        assert to_uint8(torch.from_numpy(image), "x", (1000, 3550)).tolist() == [OF_RANGE]
+
+
+def test_a_range_may_start_below_zero() -> None:
+    hounsfield = np.array([[-2000, -1000, 0, 1550, 3000]], np.int16)
+    assert to_uint8(hounsfield, "x", (-1000, 1550)).tolist() == [[[0, 0, 100, 255, 255]]]
+
+
+def test_8_bit_images_stay_as_they_are_whatever_the_range() -> None:
+    values = RNG.integers(0, 256, (5, 4), dtype=np.uint8)
+    for image in (values, torch.from_numpy(values), Image.fromarray(values)):
+        assert to_uint8(image, "x", (0, 4095)).tolist() == [values.tolist()]
+    assert to_uint8(np.array([[True, False]]), "x", (0, 4095)).tolist() == [[[255, 0]]]
+
+
+@pytest.mark.parametrize("kind", ["I;16", "I", "uint16"])
+@pytest.mark.parametrize(
+    ("highest", "levels", "top"), [(4095, 16, 4095), (10_000, 39, 16383), (16_383, 64, 16383), (1, 1, 1)]
+)
+def test_16_bit_images_of_few_grey_levels_are_refused(kind: str, highest: int, levels: int, top: int) -> None:
+    values = np.array([[0, highest]])
+    image: Any = values.astype(np.uint16)
+    if kind != "uint16":
+        image = Image.fromarray(values.astype(np.uint16 if kind == "I;16" else np.int32))
+    with pytest.raises(ValueError, match=f"^x has 16-bit values up to {highest} of 65535") as caught:
+        to_uint8(image, "x")
+    assert f"would leave {levels} of 256 grey levels; set data.value_range, such as [0, {top}], " in str(
+        caught.value
+    )
+    assert "\n" not in str(caught.value)
+    assert to_uint8(image, "x", (0, 65535)).tolist() == [[[0, round(highest / 257)]]]
+    assert to_uint8(image, "x", (0, highest)).tolist() == [[[0, 255]]]
+
+
+@pytest.mark.parametrize("highest", [0, 16_384])
+def test_16_bit_images_that_are_black_or_reach_a_quarter_are_taken(highest: int) -> None:
+    assert to_uint8(np.array([[0, highest]], np.uint16), "x").tolist() == [[[0, round(highest / 257)]]]
+
+
+@pytest.mark.parametrize("picture", [False, True])
+def test_values_that_are_not_finite_are_refused_with_a_range(picture: bool) -> None:
+    values = np.array([[0, np.nan]], np.float32)
+    with pytest.raises(ValueError, match="^x has values that are not finite"):
+        to_uint8(Image.fromarray(values) if picture else values, "x", (0, 1))
+
+
+def test_arrays_without_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="^x holds complex128 values; give real numbers"):
+        to_uint8(np.zeros((2, 2), complex), "x")
+
+
 @pytest.mark.parametrize("picture", [False, True])
 def test_floating_values_are_scaled_from_0_to_1(picture: bool) -> None:
     values = np.array([[0.0, 0.25, 1.0]], np.float32)

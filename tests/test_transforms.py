@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fedddp.data.transforms import FeatureShift, ImageShift, augment, resize
+from fedddp.data.targets import Boxes
+from fedddp.data.transforms import (
+    FeatureShift,
+    ImageShift,
+    augment,
+    augment_boxes,
+    jitter,
+    resize,
+    resize_boxes,
+    resize_mask,
+)
 
+v2: Any = importlib.import_module("torchvision.transforms.v2")
+tv_tensors: Any = importlib.import_module("torchvision.tv_tensors")
 PLAIN = (1.0, 1.0, 1.0)
 
 
@@ -99,3 +113,90 @@ def test_resizing_scales_the_shorter_side_and_keeps_the_centre(leading: tuple[in
     assert resize(wide, 2).shape == (*leading, 3, 2, 2)
     assert torch.equal(resize(wide, None), wide)
     assert torch.equal(resize(wide[..., :4], 4), wide[..., :4])
+
+
+# ---- masks and boxes ----
+
+
+@pytest.mark.parametrize("size", [(40, 60), (61, 33), (24, 24), (7, 90)])
+def test_boxes_lie_where_torchvision_puts_them_after_the_same_resize_and_crop(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(3)
+    low, high = np.sort(rng.random((2, 30, 2)), axis=0)
+    corners = torch.from_numpy(np.concatenate([low, high], 1)).float() * torch.tensor([*size[::-1]] * 2)
+    boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size)
+    resized = v2.functional.center_crop(v2.functional.resize(boxes, [24], antialias=True), [24, 24])
+    kept = (resized[:, 2:] - resized[:, :2] >= 1).all(1)
+    found, labels = resize_boxes(corners, torch.arange(30), size, 24)
+    if size == (24, 24):  # nothing is resized, so nothing is left out
+        kept = torch.ones(30, dtype=torch.bool)
+    assert labels.tolist() == torch.arange(30)[kept].tolist()
+    torch.testing.assert_close(found, resized[kept].as_subclass(Tensor), atol=1e-4, rtol=0)
+
+
+def test_a_mask_is_resized_without_new_classes_and_stays_on_its_image() -> None:
+    image = torch.zeros(1, 40, 60, dtype=torch.uint8)
+    image[:, 10:30, 20:50] = 255
+    mask = (image > 0).to(torch.uint8) * 7
+    small, classes = resize(image, 20), resize_mask(mask, 20)
+    assert sorted(set(classes.flatten().tolist())) == [0, 7]
+    assert classes.shape == small.shape == (1, 20, 20)
+    assert ((classes == 7) == (small > 127)).float().mean() == 1
+
+
+def painted(boxes: Boxes, image: int, height: int, width: int) -> Tensor:
+    """Return an image (1, 1, H, W) of 1 within the boxes of whole pixels."""
+    canvas = torch.zeros(1, 1, height, width)
+    for left, top, right, bottom in boxes.of(image)[0].long().tolist():
+        canvas[..., top:bottom, left:right] = 1
+    return canvas
+
+
+@pytest.mark.parametrize("kind", ["flip", "crop", "crop-flip"])
+def test_boxes_and_masks_move_with_their_images(kind: str) -> None:
+    rng = np.random.default_rng(1)
+    height, width, count = 16, 24, 40
+    draws = torch.from_numpy(rng.random((count, 3), np.float32))
+    left, top = rng.integers(0, width - 6, count), rng.integers(0, height - 6, count)
+    corners = np.stack([left, top, left + rng.integers(3, 7, count), top + rng.integers(3, 7, count)], 1)
+    boxes = Boxes.join(
+        (torch.from_numpy(corners[i : i + 1]).float(), torch.tensor([i])) for i in range(count)
+    )
+    images = torch.cat([painted(boxes, i, height, width) for i in range(count)])
+    moved = augment_boxes(boxes, draws, kind, height, width)  # type: ignore[arg-type]
+    pictures = augment(images, draws, kind)  # type: ignore[arg-type]
+    masks = augment(images.to(torch.uint8), draws, kind, fill=255)  # type: ignore[arg-type]
+    for i in range(count):
+        assert torch.equal(painted(moved, i, height, width), pictures[i : i + 1])
+        assert torch.equal(masks[i] == 1, pictures[i] == 1)
+        assert moved.of(i)[1].tolist() == ([i] if pictures[i].any() else [])
+    outside = masks == 255
+    assert bool(outside.any()) == ("crop" in kind)
+    assert not pictures[outside].any()
+
+
+def test_a_mask_turns_with_its_image_and_what_comes_in_does_not_count() -> None:
+    image = torch.zeros(1, 1, 21, 21)
+    image[..., 5:9, 8:16] = 1
+    shift = ImageShift(30.0, PLAIN, 0.0)
+    turned = shift.apply(image, np.zeros(1, np.int64), 0)
+    masks = shift.turn(image.to(torch.uint8))
+    assert ((masks == 1) == (turned > 0.5)).float().mean() > 0.98
+    white = shift.apply(torch.ones(1, 1, 21, 21), np.zeros(1, np.int64), 0)
+    assert ((masks == 255) == (white < 0.5)).float().mean() > 0.97
+    assert (masks == 255).any()
+    assert ImageShift(0.0, PLAIN, 0.0).turn(masks) is masks
+
+
+def test_colours_change_as_torchvision_changes_them() -> None:
+    images = torch.from_numpy(np.random.default_rng(2).random((4, 3, 9, 11), np.float32))
+    draws = torch.tensor([[0.0, 0, 0, 0.0, 0.5, 1.0], [0, 0, 0, 1, 0, 0.25], [0, 0, 0, 0.5, 0.5, 0.5]])
+    draws = torch.cat([draws, torch.tensor([[0.0, 0, 0, 0.9, 0.1, 0.7]])])
+    expected = []
+    for image, (brightness, contrast, saturation) in zip(images, 0.6 + 0.8 * draws[:, 3:], strict=True):
+        one = v2.functional.adjust_brightness(image, float(brightness))
+        one = v2.functional.adjust_contrast(one, float(contrast))
+        expected.append(v2.functional.adjust_saturation(one, float(saturation)))
+    torch.testing.assert_close(jitter(images, draws), torch.stack(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(jitter(images[2:3], draws[2:3]), images[2:3])
+    grey = jitter(images[:1, :1], draws[:1])
+    assert torch.equal(grey, (images[:1, :1] * 0.6).clamp(0, 1))

@@ -1,4 +1,4 @@
-"""Names to torch datasets: bundled, torchvision's, a folder of images, and the user's own."""
+"""Names to torch datasets: bundled, torchvision's, published ones, folders, and the user's own."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import difflib
 import fcntl
 import inspect
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset, Subset
 
 from fedddp.data import decode
+from fedddp.data.digits import NAMES as DIGITS
+from fedddp.data.digits import read_digits
+from fedddp.data.held_out import held_out
 from fedddp.data.synthetic import SHAPES, render
-from fedddp.rng import stream
+from fedddp.data.targets import Target
 from fedddp.section import local_path
 
 _FLAG: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
@@ -58,8 +62,31 @@ TORCHVISION: dict[str, tuple[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "imagenet": ("ImageNet", _VAL),
 }
 
-NAMES = ("digits", "shapes", "image_folder", *TORCHVISION)
+TARGETS: dict[str, tuple[Target, ...]] = {
+    "digits": ("class",),
+    "shapes": ("class",),
+    "scenes": ("class", "multilabel", "mask", "boxes"),
+    "image_folder": ("class",),
+    "mask_folder": ("mask",),
+    "coco": ("multilabel", "mask", "boxes"),
+    "femnist": ("class",),
+    **dict.fromkeys(TORCHVISION, ("class",)),
+    "oxford-pet": ("class", "mask"),
+    "voc": ("multilabel", "mask", "boxes"),
+    "cityscapes": ("mask",),
+    "celeba": ("multilabel",),
+}
+"""Datasets that `data.dataset` knows by name, and what they can be labelled with."""
+
+NAMES = tuple(TARGETS)
 """Datasets that `data.dataset` knows by name."""
+
+GIVES: dict[Target, str] = {
+    "class": "one class per image",
+    "multilabel": "several labels per image",
+    "mask": "a mask per image",
+    "boxes": "boxes per image",
+}
 
 
 def find(name: str) -> str:
@@ -82,48 +109,87 @@ def open_dataset(
     name: str,
     root: str,
     *,
+    target: Target = "class",
     download: bool = False,
     image_size: int | None = None,
     examples: int | None = None,
     test_fraction: float = 0.2,
+    value_range: Sequence[float] | None = None,
 ) -> tuple[Dataset[Any], Dataset[Any]]:
-    """Return the training and the test set as map-style torch datasets.
+    """Return the training and the test set as map-style torch datasets, which give (image, target).
 
     Args:
         name: one of `NAMES`, or the dotted path of the user's callable.
         root: folder with the dataset's files.
+        target: what images are labelled with, in torchvision's form: a class, labels (K,) of 0 and 1, a mask
+            (H, W), or a dict of boxes (n, 4) and labels (n,).
         download: download missing files (those of torchvision).
-        image_size: height and width of synthetic images; 32 by default.
-        examples: synthetic training examples to draw; 10,000 by default.
-        test_fraction: share of every class that is tested, of datasets without a test set.
+        image_size: height and width of synthetic images; 32 by default, 48 of scenes.
+        examples: synthetic training examples to draw; 10,000 by default, 2,000 scenes.
+        test_fraction: share of every class and centre that is tested, of datasets without a test set.
+        value_range: values of 16-bit and floating image files that become black and white, as for `to_uint8`.
 
     Raises:
-        ValueError: files are missing or corrupt, or the callable cannot be imported or called.
+        ValueError: the dataset has other targets, files are missing or corrupt, or the callable cannot be
+            imported or called.
     """
+    if "." in name:
+        return _call(name, root, train=True), _call(name, root, train=False)
+    _check_target(name, target)
     folder = local_path(root, "data.root")
+    limits = None if value_range is None else (value_range[0], value_range[1])
+    if name in ("digits", "shapes", "scenes"):
+        return _bundled(name, target, image_size, examples, test_fraction)
+    if name in ("image_folder", "mask_folder"):
+        return _folder(name, folder, test_fraction, limits)
+    if name == "coco":
+        from fedddp.data.coco import coco
+
+        return coco(folder, target, limits)
+    if name == "femnist":
+        from fedddp.data.leaf import femnist
+
+        return femnist(folder)
+    if target == "class":
+        class_name, parts = TORCHVISION[name]
+        train, test = (_torchvision(class_name, name, folder, download, part) for part in parts)
+        return _split(train, test_fraction) if parts is _WHOLE else (train, test)
+    if download:
+        _download(name, target, folder)
+    return _published(name, folder, "train", target), _published(name, folder, "test", target)
+
+
+def _check_target(name: str, target: Target) -> None:
+    """Refuse a target that a dataset does not have."""
+    if target not in TARGETS[name]:
+        has = " or ".join(GIVES[one] for one in TARGETS[name])
+        others = ", ".join(other for other, targets in TARGETS.items() if target in targets)
+        if target == "class":
+            others = "digits, image_folder, one of torchvision such as cifar10"
+        raise ValueError(
+            f"data.dataset={name} gives {has}, but the task needs {GIVES[target]}; use {others}, or your own "
+            "dataset by its dotted path"
+        )
+
+
+def _bundled(
+    name: str, target: Target, image_size: int | None, examples: int | None, test_fraction: float
+) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Return the digits, or synthetic images."""
     if name == "digits":
-        return _split(_digits(), test_fraction)
+        pixels, labels = read_digits()
+        return _split(
+            decode.Arrays(torch.from_numpy(pixels), torch.from_numpy(labels), DIGITS), test_fraction
+        )
     if name == "shapes":
         count, size = examples or 10_000, image_size or 32
         return _shapes("train", count, size), _shapes("test", max(1, count // 5), size)
-    if name == "image_folder":
-        from fedddp.data.image_folder import image_folder  # here: torchvision takes seconds to import
+    from fedddp.data import scenes
 
-        found = image_folder(folder, test_fraction)
-        return found if isinstance(found, tuple) else _split(found, test_fraction)
-    if "." in name:
-        return _call(name, root, train=True), _call(name, root, train=False)
-    class_name, parts = TORCHVISION[name]
-    train, test = (_torchvision(class_name, name, folder, download, part) for part in parts)
-    return _split(train, test_fraction) if parts is _WHOLE else (train, test)
-
-
-def _digits() -> decode.Arrays:
-    """Read the handwritten digits that ship with fedddp: 1,797 grey images of 8 x 8 pixels."""
-    table = np.loadtxt(Path(__file__).with_name("digits.csv.gz"), delimiter=",")
-    pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    labels = table[:, -1].astype(np.int64)
-    return decode.Arrays(torch.from_numpy(pixels), torch.from_numpy(labels), [str(d) for d in range(10)])
+    count, size = examples or 2_000, image_size or 48
+    return scenes.dataset("train", count, size, target), scenes.dataset(
+        "test", max(1, count // 5), size, target
+    )
 
 
 def _shapes(part: str, count: int, size: int) -> decode.Arrays:
@@ -131,17 +197,63 @@ def _shapes(part: str, count: int, size: int) -> decode.Arrays:
     return decode.Arrays(pixels, labels, list(SHAPES), ids=cameras)
 
 
-def _split(dataset: Dataset[Any], fraction: float) -> tuple[Dataset[Any], Dataset[Any]]:
-    """Split off a fraction of every class, always the same, as the test set."""
-    labels = decode.labels(dataset, type(dataset).__name__)
-    shuffled = stream("test set").permutation(len(labels))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    position = np.arange(len(labels))
-    tested = np.floor(position * fraction) > np.floor((position - 1) * fraction)
-    return (
-        Subset(dataset, np.sort(by_class[~tested]).tolist()),
-        Subset(dataset, np.sort(by_class[tested]).tolist()),
-    )
+def _folder(
+    name: str, root: Path, test_fraction: float, value_range: tuple[float, float] | None
+) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Return the images of a folder; one that is not split is, within every centre and class."""
+    if name == "mask_folder":
+        from fedddp.data.mask_folder import mask_folder
+
+        masked = mask_folder(root, test_fraction, value_range)
+        if isinstance(masked, tuple):
+            return masked
+        return _split(masked, test_fraction, np.zeros(len(masked), np.int64), masked.ids)
+    from fedddp.data.image_folder import image_folder
+
+    found = image_folder(root, test_fraction, value_range)
+    return found if isinstance(found, tuple) else _split(found, test_fraction, owners=found.ids)
+
+
+def _published(name: str, root: Path, part: str, target: Target) -> Dataset[Any]:
+    """Return a part of a dataset that is read in its own layout."""
+    from fedddp.data import published
+
+    if name == "voc":
+        return published.voc(root, part, target)
+    read = {
+        "oxford-pet": published.oxford_pet,
+        "cityscapes": published.cityscapes,
+        "celeba": published.celeba,
+    }
+    return read[name](root, part)
+
+
+def _download(name: str, target: Target, root: Path) -> None:
+    """Download a dataset, by torchvision, that is not there."""
+    year = {"year": "2012", "image_set": "train"}
+    ways: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "voc": ("VOCdevkit/VOC2012", "VOCSegmentation" if target == "mask" else "VOCDetection", year),
+        "oxford-pet": ("oxford-iiit-pet", "OxfordIIITPet", {"split": "trainval"}),
+        "celeba": ("celeba/img_align_celeba", "CelebA", {"split": "train"}),
+    }
+    if name in ways and not (root / ways[name][0]).is_dir():
+        _torchvision(ways[name][1], name, root, True, ways[name][2])
+
+
+def _split(
+    dataset: Dataset[Any],
+    fraction: float,
+    classes: NDArray[np.int64] | None = None,
+    owners: NDArray[Any] | None = None,
+) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Split off a fraction of every class, and of every owner, always the same, as the test set."""
+    labels = decode.labels(dataset, type(dataset).__name__) if classes is None else classes
+    numbers = None
+    if owners is not None:
+        numbers = np.unique(owners, return_inverse=True)[1].reshape(-1)
+        labels = numbers * (int(labels.max()) + 1) + labels
+    train, test = held_out(labels, fraction, numbers)
+    return Subset(dataset, train.tolist()), Subset(dataset, test.tolist())
 
 
 def _call(path: str, root: str, *, train: bool) -> Dataset[Any]:

@@ -14,14 +14,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from fedddp.data import decode
+from fedddp.data import decode, labelling
 from fedddp.data.catalog import find, open_dataset
+from fedddp.data.items import check_map_style
 from fedddp.data.partition import IID, Indices, Partition, Split, holdout_sizes
+from fedddp.data.targets import Boxes, Target
 from fedddp.data.transforms import Augment, FeatureShift
 from fedddp.rng import stream
-from fedddp.section import EXECUTION, Fraction, NonNegativeInt, PositiveInt, Section, local_path
+from fedddp.section import (
+    EXECUTION,
+    Fraction,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    find_function,
+    local_path,
+)
 
 Memory = Literal["auto", "device", "stream"]
+
+TRANSFORM = "f(image, label)"
+"""The form of a user's own transform."""
 
 DIGESTED = 256
 """Images that a digest covers."""
@@ -38,7 +51,7 @@ class Images:
     """Labelled images, all of one shape."""
 
     labels: NDArray[np.int64]
-    """(examples,) in range(classes)."""
+    """(examples,) in range(classes): the class; of other targets one of the classes, to split them by."""
 
     classes: int
 
@@ -46,10 +59,10 @@ class Images:
     """Channels, height and width."""
 
     pixels: Tensor | None
-    """uint8 (examples, C, H, W) when they are held in memory; else None."""
+    """uint8 (examples, C, H, W) when they are held in memory, with masks as one channel more; else None."""
 
     source: decode.Decoded | None
-    """Where pixels come from otherwise: gives a uint8 image of `shape` and its label."""
+    """Where pixels come from otherwise, with masks as one channel more."""
 
     ids: NDArray[np.int64] | None
     """(examples,) the natural owner of every example, when the dataset names them."""
@@ -63,6 +76,24 @@ class Images:
     class_names: tuple[str, ...] = ()
     """Name of every class, by label; empty where it is not known."""
 
+    target: Target = "class"
+    """What the images are labelled with."""
+
+    multilabels: Tensor | None = None
+    """(examples, classes) float32 of 0 and 1, where the target is `multilabel`."""
+
+    boxes: Boxes | None = None
+    """Those of all images, where the target is `boxes`."""
+
+    owners: tuple[str, ...] = ()
+    """The name of every natural owner, by its number in `ids`."""
+
+    @property
+    def targets(self) -> Tensor | Boxes:
+        """What is known of each example without its pixels: class, labels, or boxes."""
+        known = self.multilabels if self.boxes is None else self.boxes
+        return torch.from_numpy(self.labels) if known is None else known
+
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.labels)
@@ -70,6 +101,11 @@ class Images:
     def digest(self, *, pixels: bool = True) -> str:
         """Return a digest of labels, owners and shape, and of evenly spaced `pixels` that are in memory."""
         digest = hashlib.blake2b(repr((self.shape, self.class_names)).encode(), digest_size=8)
+        if self.target != "class":
+            digest.update(self.target.encode())
+        tables = () if self.boxes is None else (self.boxes.boxes, self.boxes.labels, self.boxes.offsets)
+        for table in (self.multilabels, *tables):
+            digest.update(b"" if table is None else table.numpy().tobytes())
         digest.update(self.labels.tobytes())
         digest.update(b"" if self.ids is None else self.ids.tobytes())
         if pixels and self.pixels is not None:
@@ -106,10 +142,20 @@ class DataConfig(Section):
     """Rotation, tint and noise that differ from client to client; none: no feature shift."""
 
     augment: Augment = "none"
-    """Random changes of training images: mirrored, or moved by up to an eighth of their size."""
+    """Random changes of training images: mirrored (`flip`), moved by up to an eighth of their size (`crop`),
+    another brightness, contrast and saturation (`color`). Masks and boxes change alike."""
 
     image_size: Annotated[int, Interval(ge=1, le=16384)] | None = None
     """Height and width that images are resized and cropped to; needed where they differ in size."""
+
+    transform: str | None = None
+    """Dotted path of your own f(image, label) for training images, such as a pipeline of
+    torchvision.transforms.v2: it gets tensors or tv_tensors and may draw from torch's global generator, which
+    is seeded for each example of each pass. Images are then streamed."""
+
+    value_range: list[float] | None = None
+    """Values of 16-bit and floating images that become black and white, such as [0, 4095] of 12-bit X-ray
+    pictures; values beyond are cut off. none: their full range."""
 
     memory: Memory = field(default="auto", metadata=EXECUTION)
     """Hold all pixels on each rank's device, or stream them; `auto` holds up to 2 GiB."""
@@ -126,6 +172,26 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         find(self.dataset)
+        if self.transform is not None:
+            find_function(self.transform, "transform", ("none",), TRANSFORM)
+            if self.memory == "device":
+                raise ValueError(
+                    f"transform={self.transform} is applied to images as they are read, but memory=device "
+                    "reads them once; leave memory out"
+                )
+        limits = self.value_range
+        if limits is not None and not (len(limits) == 2 and limits[0] < limits[1]):
+            raise ValueError(
+                f"value_range={limits} must be the lowest and the highest value, such as [0, 4095]"
+            )
+
+    def reading(self, target: Target, *, training: bool) -> decode.Reading:
+        """Return how items of a dataset that is labelled with `target` become examples."""
+        transform = None
+        if training and self.transform is not None:
+            transform = find_function(self.transform, "data.transform", ("none",), TRANSFORM)
+        limits = None if self.value_range is None else (self.value_range[0], self.value_range[1])
+        return decode.Reading(target, self.image_size, limits, transform)
 
     def split(self, images: Images, seed: int) -> tuple[Split, Indices]:
         """Return the split of `images` over the clients, and n_k, the examples that each trains on.
@@ -139,59 +205,86 @@ class DataConfig(Section):
         return split, split.sizes - holdout_sizes(split.sizes, self.holdout)
 
 
-def load(data: DataConfig) -> tuple[Images, Images]:
-    """Return the training and the test set.
+def load(data: DataConfig, target: Target = "class") -> tuple[Images, Images]:
+    """Return the training and the test set of images that are labelled with `target`.
 
     Raises:
-        ValueError: files are missing or corrupt, or labels out of range.
+        ValueError: files are missing or corrupt, labels out of range, or the dataset has no such labels.
     """
     name = find(data.dataset)
     train, test = open_dataset(
         name,
         data.root,
+        target=target,
         download=data.download,
         image_size=data.image_size,
         examples=data.examples,
         test_fraction=data.test_fraction,
+        value_range=data.value_range,
     )
     # A user's callable may decode the same files in its own way.
     cache = None if "." in name else local_path(data.root, "data.root") / CACHE
-    options = (data.image_size, data.memory, cache)
-    for dataset in (train, test):
-        decode.check_map_style(dataset, name)
-    images = _images(_some(train, data.examples), f"{name} (train)", None, *options)
-    return images, _images(_some(test, data.examples), f"{name} (test)", images, *options)
+    images = from_dataset(train, data, target, name=f"{name} (train)", cache=cache)
+    return images, from_dataset(test, data, target, like=images, name=f"{name} (test)", cache=cache)
 
 
 def from_dataset(
     dataset: Dataset[Any],
+    data: DataConfig | None = None,
+    target: Target = "class",
     *,
     like: Images | None = None,
-    image_size: int | None = None,
-    memory: Memory = "auto",
-    examples: int | None = None,
+    name: str | None = None,
+    cache: Path | None = None,
 ) -> Images:
     """Turn a map-style torch dataset of (image, label) into `Images`.
 
     Images are PIL images, or tensors or arrays with values 0..255 (uint8) or 0..1 (floating);
-    do not normalise them. Random transforms are drawn once, unless `memory` is "stream". Labels
-    are taken from an attribute `targets` or `labels` if there is one, natural owners from `ids`.
+    do not normalise them. Random transforms are drawn once, unless `data.memory` is "stream". Labels of
+    classes are taken from an attribute `targets` or `labels` if there is one, natural owners from `ids`.
 
     Args:
         dataset: has `__len__` and `__getitem__`.
+        data: how images are read: `image_size`, `memory`, `examples`, `value_range`, `transform`.
+        target: what the labels are: a class; labels (K,) of 0 and 1; a mask (H, W) of classes, 255 for pixels
+            that do not count; or a dict of "boxes" (k, 4) and "labels" (k,).
         like: for a test set, the training set whose shape, classes and normalisation it takes.
-        image_size: height and width that images are resized and cropped to; None: as they are.
-        memory: "device" holds the pixels in memory, "stream" reads them when needed, "auto" holds
-            up to 2 GiB.
-        examples: use only so many, drawn at random.
+        name: names the dataset in errors; by default its class.
+        cache: folder of decoded pixels; None: they are not kept.
 
     Raises:
         ValueError: no examples, images of different shapes, or labels out of range.
     """
-    name = type(dataset).__name__
-    decode.check_map_style(dataset, name)
-    some = _some(dataset, examples)
-    return _images(some, name, like, image_size, memory, cache=None)
+    data, name = data or DataConfig(), name or type(dataset).__name__
+    check_map_style(dataset, name)
+    some = _some(dataset, data.examples)
+    if not len(some):  # type: ignore[arg-type]
+        raise ValueError(f"{name} has no examples; check data.dataset and data.root")
+    listed = decode.labels(some, name) if target == "class" else None
+    source = decode.Decoded(some, listed, name, data.reading(target, training=like is None))
+    shape = (source.shape[0] - (target == "mask"), *source.shape[1:])
+    if like is not None and shape != like.shape:
+        raise ValueError(
+            f"{name} has images of shape {shape}, the training set of {like.shape}; set "
+            "data.image_size, or give all images the same number of channels"
+        )
+    fits = len(source) * int(np.prod(source.shape)) <= FITS_BYTES
+    draws = source.reading.transform is not None
+    in_memory = data.memory == "device" or (data.memory == "auto" and fits and not draws)
+    pixels = source.read_all(cache) if in_memory else None
+    mean, std = (like.mean, like.std) if like is not None else source.statistics(pixels)
+    owners, ids = _owners(decode.ids(some, name), like)
+    return Images(
+        shape=shape,
+        pixels=pixels,
+        source=None if in_memory else source,
+        ids=ids,
+        mean=mean,
+        std=std,
+        target=target,
+        owners=owners,
+        **_labelled(source, pixels, like),
+    )
 
 
 def _some(dataset: Dataset[Any], examples: int | None) -> Dataset[Any]:
@@ -202,43 +295,69 @@ def _some(dataset: Dataset[Any], examples: int | None) -> Dataset[Any]:
     return Subset(dataset, np.sort(stream("examples").permutation(total)[:examples]).tolist())
 
 
-def _images(
-    dataset: Dataset[Any],
-    name: str,
-    like: Images | None,
-    size: int | None,
-    memory: Memory,
-    cache: Path | None,
-) -> Images:
-    if not len(dataset):  # type: ignore[arg-type]
-        raise ValueError(f"{name} has no examples; check data.dataset and data.root")
-    labels = decode.labels(dataset, name)
-    names = like.class_names if like is not None else decode.class_names(dataset, labels)
-    classes = like.classes if like is not None else len(names)
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if len(wrong):
+def _owners(
+    named: NDArray[Any] | None, like: Images | None
+) -> tuple[tuple[str, ...], NDArray[np.int64] | None]:
+    """Return the names of the natural owners, and each example's owner by number.
+
+    A test set has the numbers of the training set; an owner that is not in it has a number of its own.
+    """
+    if named is None:
+        return (), None
+    names, numbers = np.unique(named, return_inverse=True)
+    texts = tuple(map(str, names.tolist()))
+    known = texts if like is None else like.owners
+    every = (*known, *(text for text in texts if text not in set(known)))
+    by_name = {text: number for number, text in enumerate(every)}
+    return every, np.array([by_name[text] for text in texts], dtype=np.int64)[numbers.reshape(-1)]
+
+
+def _labelled(source: decode.Decoded, pixels: Tensor | None, like: Images | None) -> dict[str, Any]:
+    """Return the fields of `Images` about the labels of `source`'s target.
+
+    Raises:
+        ValueError: a label that is no class.
+    """
+    target, name = source.reading.target, source.name
+    multilabels = boxes = None
+    if target == "mask":
+        masks = source.read_masks() if pixels is None else iter(pixels[:, -1:])
+        labels, highest = labelling.classes_of_masks(masks)
+    elif target == "boxes":
+        boxes = source.read_boxes()
+        labels, highest = labelling.classes_of_boxes(boxes)
+    elif target == "multilabel":
+        table = labelling.multilabels(source.dataset, name)
+        multilabels = torch.from_numpy(table).float()
+        labels, highest = labelling.classes_of_labels(table)
+    else:
+        assert source.labels is not None
+        labels = highest = source.labels
+    own = decode.class_names(source.dataset)
+    if like is not None and own and like.class_names and own != like.class_names:
         raise ValueError(
-            f"{name}: label of example {wrong[0]} is {labels[wrong[0]]}, but must be between 0 and "
+            f"{name} has the classes {', '.join(own[:10])}, but the training set has "
+            f"{', '.join(like.class_names[:10])}; give both the same list `classes`, in one sequence"
+        )
+    names = like.class_names if like is not None else own
+    names = names or tuple(map(str, range(int(highest.max()) + 1)))
+    classes = like.classes if like is not None else len(names)
+    wrong = np.flatnonzero((labels < 0) | (highest >= classes))
+    if len(wrong):
+        worst = labels[wrong[0]] if labels[wrong[0]] < 0 else highest[wrong[0]]
+        raise ValueError(
+            f"{name}: label of example {wrong[0]} is {worst}, but must be between 0 and "
             f"{classes - 1}; correct the labels, or the dataset's list `classes`"
         )
-    source = decode.Decoded(dataset, labels, name, size)
-    if like is not None and source.shape != like.shape:
+    if multilabels is not None and multilabels.shape[1] != classes:
         raise ValueError(
-            f"{name} has images of shape {source.shape}, the training set of {like.shape}; set "
-            "data.image_size, or give all images the same number of channels"
+            f"{name} has {multilabels.shape[1]} labels per image, but {classes} classes; correct the "
+            "dataset's list `classes`"
         )
-    fits = len(labels) * int(np.prod(source.shape)) <= FITS_BYTES
-    in_memory = memory == "device" or (memory == "auto" and fits)
-    pixels = source.read_all(cache) if in_memory else None
-    mean, std = (like.mean, like.std) if like is not None else source.statistics(pixels)
-    return Images(
-        labels=labels,
-        classes=classes,
-        shape=source.shape,
-        pixels=pixels,
-        source=None if in_memory else source,
-        ids=decode.ids(dataset, name),
-        mean=mean,
-        std=std,
-        class_names=names,
-    )
+    return {
+        "labels": labels,
+        "classes": classes,
+        "class_names": names,
+        "multilabels": multilabels,
+        "boxes": boxes,
+    }

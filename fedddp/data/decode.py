@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
+from fedddp.data.items import as_pair, naming, read_item
+from fedddp.data.labelling import as_tv_tensors, boxes_of, mask_of
 from fedddp.data.pixel_cache import mapped
 from fedddp.data.pixels import channels_first, to_bytes, to_uint8
-from fedddp.data.transforms import resize
+from fedddp.data.targets import Boxes, Target
+from fedddp.data.transforms import resize, resize_boxes, resize_mask
 from fedddp.rng import generators_kept, seed_global, stream_seed
 
 _CHUNK = 1024
@@ -25,91 +28,142 @@ _SAMPLED = 4096
 """Examples, evenly spaced, that the normalisation is computed from."""
 
 
-class Arrays(Dataset[tuple[Tensor, int]]):
-    """Images and labels that lie in memory."""
+class Arrays(Dataset[tuple[Tensor, Any]]):
+    """Images and what they are labelled with, in memory."""
 
-    def __init__(self, data: Tensor, targets: Tensor, classes: list[str], ids: Tensor | None = None) -> None:
-        """Take uint8 images (n, H, W) or (n, C, H, W), labels (n,) and perhaps owners (n,)."""
+    def __init__(self, data: Tensor, targets: Any, classes: list[str], ids: Tensor | None = None) -> None:
+        """Take the examples.
+
+        Args:
+            data: uint8 images, (n, H, W) or (n, C, H, W).
+            targets: (n,) classes, (n, K) labels, (n, H, W) masks, or n dicts of boxes and labels.
+            classes: the names of the classes.
+            ids: the owner of each example, (n,); None: they have none.
+        """
         self.data, self.targets, self.classes, self.ids = data, targets, classes, ids
 
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         """Return an image and its label."""
-        return self.data[index], int(self.targets[index])
+        target = self.targets[index]
+        return self.data[index], target if isinstance(target, dict) or target.dim() else int(target)
 
 
-class Decoded(Dataset[tuple[Tensor, int]]):
-    """The examples of `dataset` as (uint8 image of `shape`, label)."""
+OfImage = tuple[Tensor, Tensor]
+"""The boxes of one image, (k, 4), and their labels, (k,)."""
 
-    def __init__(self, dataset: Dataset[Any], labels: NDArray[np.int64], name: str, size: int | None) -> None:
-        """Wrap `dataset`, whose images are resized and cropped to `size` unless it is None."""
-        self.dataset, self.labels, self.name, self.size = dataset, labels, name, size
+
+@dataclass(frozen=True)
+class Reading:
+    """How the items of a dataset become examples."""
+
+    target: Target = "class"
+    """What the items are labelled with."""
+    size: int | None = None
+    """Height and width that images are resized and cropped to; None: as they are."""
+    value_range: tuple[float, float] | None = None
+    """Values of 16-bit and floating images that become black and white; None: their full range."""
+    transform: Callable[[Any, Any], Any] | None = None
+    """The user's own f(image, label), which draws at random; for training only."""
+
+
+class Decoded:
+    """The examples of `dataset` as uint8 planes of one shape: the channels of the image, then its mask."""
+
+    def __init__(
+        self, dataset: Dataset[Any], labels: NDArray[np.int64] | None, name: str, reading: Reading
+    ) -> None:
+        """Wrap `dataset`.
+
+        Args:
+            dataset: a map-style dataset of (image, label).
+            labels: the class of every example, (examples,), which its items must have; None: any.
+            name: names the dataset in errors.
+            reading: how its items are read.
+        """
+        self.dataset, self.labels, self.name, self.reading = dataset, labels, name, reading
         self.files = _files(dataset)
-        channels, height, width = self._read(0).shape
+        channels, height, width = self._read(0)[0].shape
         self.shape = (channels, height, width)
+        """Planes, height and width: with masks one plane more than the images have channels."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Read one example; raises as `read`."""
-        return self.read(index), int(self.labels[index])
+        return len(self.dataset)  # type: ignore[arg-type]
 
     def read(self, index: int, pass_seed: int = 0) -> Tensor:
-        """Return the pixels of one example; the dataset's own random draws follow from the arguments.
+        """Return the planes of one example; the dataset's own random draws follow from the arguments.
 
         Raises:
             ValueError: the image cannot be read or has another shape.
         """
         with generators_kept():
-            return self.read_seeding(index, pass_seed)
+            return self.read_seeding(index, pass_seed)[0]
 
-    def read_seeding(self, index: int, pass_seed: int = 0) -> Tensor:
-        """As `read`, but leave the global generators seeded.
+    def read_seeding(self, index: int, pass_seed: int = 0) -> tuple[Tensor, OfImage | None]:
+        """Return the planes of one example and, of data with boxes, those; leave the generators seeded.
 
         Putting them back takes ten times as long as seeding them: who reads many examples does it once.
+
+        Args:
+            index: the example.
+            pass_seed: of a pass of training; 0: it is read for something else, without the user's transform.
         """
         seed_global(stream_seed("item", pass_seed, index))
-        image = self._read(index)
-        if image.shape[0] == 1:
-            image = image.expand(self.shape[0], -1, -1)
-        if image.shape != self.shape:
+        planes, boxes = self._read(index, training=pass_seed != 0)
+        masked = self.reading.target == "mask"
+        if planes.shape[0] == 1 + masked < self.shape[0]:
+            planes = torch.cat([planes[:1].expand(self.shape[0] - masked, -1, -1), planes[1:]])
+        if planes.shape != self.shape:
             raise ValueError(
-                f"{self._where(index)} has shape {tuple(image.shape)}, but the first image "
-                f"{self.shape}; set data.image_size, or give all images the same channels"
+                f"{self._where(index)} has shape {_shape(planes, masked)}, but the first image "
+                f"{(self.shape[0] - masked, *self.shape[1:])}; set data.image_size, or give all images the "
+                "same channels"
             )
-        return image
+        return planes, boxes
 
-    def _read(self, index: int) -> Tensor:
-        where = self._where(index)
+    def _read(self, index: int, *, training: bool = False) -> tuple[Tensor, OfImage | None]:
+        where, how = self._where(index), self.reading
         with naming(where):  # an image that is opened, but not read, is read here
             image, label = as_pair(self.dataset[index], where)
-            image = to_uint8(image, where)
-        if label_of(label, where) != self.labels[index]:
+            image = to_uint8(image, where, how.value_range)
+            if training and how.transform is not None:
+                changed = how.transform(*as_tv_tensors(image, label, how.target, where))
+                where = f"{where} after data.transform"
+                image, label = as_pair(changed, where)
+                image = to_uint8(image, where)
+        if how.target == "class" and self.labels is not None and label_of(label, where) != self.labels[index]:
             raise ValueError(
                 f"{where} has label {label}, but its list of labels has "
                 f"{self.labels[index]}; correct the list or remove it"
             )
-        return resize(image, self.size)
+        height, width = image.shape[1:]
+        if how.target == "mask":
+            mask = mask_of(label, (height, width), where)
+            return torch.cat([resize(image, how.size), resize_mask(mask, how.size)]), None
+        boxes = boxes_of(label, where) if how.target == "boxes" else None
+        if boxes is not None:
+            boxes = resize_boxes(*boxes, (height, width), how.size)
+        return resize(image, how.size), boxes
 
     def _where(self, index: int) -> str:
         return self.files[index] if self.files else f"{self.name}: example {index}"
 
     def read_all(self, cache: Path | None) -> Tensor:
-        """Return all images, uint8 (examples, C, H, W).
+        """Return all planes, uint8 (examples, C, H, W).
 
         Decoded image files are kept in a file in the folder `cache` (None: they are not) that the
         ranks of a node map into memory: one copy for all of them, and decoded only once.
         """
-        stored = _array(self.dataset)
-        if stored is not None and self.size is None:
+        stored = None if self.reading.target == "mask" or self.reading.value_range else _array(self.dataset)
+        size = self.reading.size
+        if stored is not None and size is None:
             return stored.contiguous()
         if stored is not None:
-            return torch.cat([resize(part, self.size) for part in torch.split(stored, _CHUNK)])
+            return torch.cat([resize(part, size) for part in torch.split(stored, _CHUNK)])
         if cache is not None and self.files:
             try:
                 return mapped(cache / self._fingerprint(), self._fill, (len(self), *self.shape))
@@ -122,12 +176,45 @@ class Decoded(Dataset[tuple[Tensor, int]]):
     def _fill(self, pixels: NDArray[np.uint8]) -> None:
         with generators_kept():
             for index in range(len(self)):
-                pixels[index] = self.read_seeding(index).numpy()
+                pixels[index] = self.read_seeding(index)[0].numpy()
+
+    def read_boxes(self) -> Boxes:
+        """Return the boxes of all images, whose sizes decide where they lie.
+
+        A dataset may offer them without its images: `label_and_size(index)` returns what an item is labelled
+        with, and height and width of its image, or None. Other images are read.
+        """
+        with generators_kept():
+            return Boxes.join(boxes for i in range(len(self)) if (boxes := self._boxes(i)) is not None)
+
+    def _boxes(self, index: int) -> OfImage | None:
+        dataset, item = _parent(self.dataset, index)
+        offered = getattr(dataset, "label_and_size", None)
+        where = self._where(index)
+        with naming(where):
+            found = None if offered is None else offered(item)
+        if found is None:
+            return self.read_seeding(index)[1]
+        label, size = found
+        return resize_boxes(*boxes_of(label, where), size, self.reading.size)
+
+    def read_masks(self) -> Iterator[Tensor]:
+        """Yield the mask of every image, uint8 (1, H, W)."""
+        with generators_kept():
+            for index in range(len(self)):
+                yield self.read_seeding(index)[0][-1:]
 
     def _fingerprint(self) -> str:
-        """Return a file name that changes when an image file, or the shape, does."""
-        digest = hashlib.blake2b(f"{self.shape}{self.size}".encode(), digest_size=8)
-        for file in self.files:
+        """Return a file name that changes when an image file, or how it is read, does.
+
+        How a dataset reads its files it may describe in a text, `reading`.
+        """
+        how = f"{self.shape}{self.reading.size}"
+        if self.reading.target == "mask" or self.reading.value_range:
+            how += f"{self.reading.target}{self.reading.value_range}"
+        how += str(getattr(_parent(self.dataset, 0)[0], "reading", ""))
+        digest = hashlib.blake2b(how.encode(), digest_size=8)
+        for file in self.files + _files(self.dataset, "masks"):
             stat = os.stat(file)
             digest.update(f"{file}/{stat.st_size}/{stat.st_mtime_ns}".encode())
         return f"pixels-{digest.hexdigest()}.npy"
@@ -141,15 +228,27 @@ class Decoded(Dataset[tuple[Tensor, int]]):
         spaced = torch.arange(count) * len(self) // count
         with generators_kept():
             some = (
-                torch.stack([self.read_seeding(i) for i in spaced.tolist()])
+                torch.stack([self.read_seeding(i)[0] for i in spaced.tolist()])
                 if pixels is None
                 else pixels[spaced]
             )
+        some = some[:, :-1] if self.reading.target == "mask" else some
         values = some.transpose(0, 1).flatten(1).double() / 255
         # A channel without contrast is centred, not blown up.
         std = values.std(dim=1, correction=0)
         std = torch.where(std > 1e-3, std, 1.0)
         return tuple(values.mean(dim=1).tolist()), tuple(std.tolist())
+
+
+def _shape(planes: Tensor, masked: bool) -> tuple[int, ...]:
+    return (planes.shape[0] - masked, *planes.shape[1:])
+
+
+def _parent(dataset: Any, index: int) -> tuple[Any, int]:
+    """Return the dataset that an item of a subset, or of a subset of it, comes from, and its index there."""
+    while isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, dataset.indices[index]
+    return dataset, index
 
 
 def _array(dataset: Any) -> Tensor | None:
@@ -176,74 +275,17 @@ def _array(dataset: Any) -> Tensor | None:
     return to_bytes(channels_first(images, name), name)
 
 
-def _files(dataset: Any) -> list[str]:
-    """Return the image files of a dataset that reads one per example, else []."""
+def _files(dataset: Any, *names: str) -> list[str]:
+    """Return the files of a dataset that reads one per example, of its images or by `names`; else []."""
     if isinstance(dataset, Subset):
-        parent = _files(dataset.dataset)
+        parent = _files(dataset.dataset, *names)
         return [parent[index] for index in dataset.indices] if parent else []
-    for name in ("samples", "_samples", "_image_files", "_images"):
+    for name in names or ("samples", "_samples", "_image_files", "_images", "images"):
         entries = getattr(dataset, name, None)
         if isinstance(entries, list) and entries and len(entries) == len(dataset):
             files = [entry[0] if isinstance(entry, tuple | list) else entry for entry in entries]
             return [str(file) for file in files] if isinstance(files[0], str | Path) else []
     return []
-
-
-def read_item(dataset: Any, index: int, where: str) -> Any:
-    """Return an item of a dataset; errors as for `naming`."""
-    with naming(where):
-        return dataset[index]
-
-
-@contextlib.contextmanager
-def naming(where: str) -> Iterator[None]:
-    """Turn any error of a decoder, or of the user's own code, in the block into one line.
-
-    Raises:
-        ValueError: an item cannot be read; the message names it.
-    """
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:
-        if isinstance(error, ValueError) and where in str(error):  # a line of ours already
-            raise
-        text = " ".join(str(error).split())
-        problem = text if isinstance(error, OSError | SyntaxError) else f"{type(error).__name__}: {text}"
-        gone = isinstance(error, OSError) and error.errno
-        fix = "bring its disk back and resume with --resume auto" if gone else "replace or delete it"
-        raise ValueError(f"{where} cannot be read as an image ({problem}); {fix}") from error
-
-
-def as_pair(item: Any, where: str) -> tuple[Any, Any]:
-    """Return the image and the label in an item of a dataset.
-
-    Raises:
-        ValueError: it is no pair.
-    """
-    if isinstance(item, tuple | list) and len(item) == 2:
-        return item[0], item[1]
-    kind = type(item).__name__
-    if isinstance(item, dict):
-        kind = f"a dict with {', '.join(map(str, item))}"
-    elif isinstance(item, tuple | list):
-        kind = f"a {kind} of {len(item)}"
-    raise ValueError(f"{where} is {kind}; a dataset must return (image, label) pairs")
-
-
-def check_map_style(dataset: Any, name: str) -> None:
-    """Refuse a dataset without a length and items by index.
-
-    Raises:
-        ValueError: it is iterable only, or no dataset at all.
-    """
-    indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if not indexed or isinstance(dataset, IterableDataset):
-        raise ValueError(
-            f"{name} is not a map-style dataset; it needs __len__, and __getitem__ that"
-            " returns (image, label) pairs"
-        )
 
 
 def labels(dataset: Any, name: str) -> NDArray[np.int64]:
@@ -308,18 +350,16 @@ def _integers(values: Any, count: int) -> NDArray[np.int64] | None:
     return array.astype(np.int64)
 
 
-def class_names(dataset: Any, labels: NDArray[np.int64]) -> tuple[str, ...]:
-    """Return the names of the classes: of the dataset's list `classes`, or the labels themselves."""
+def class_names(dataset: Any) -> tuple[str, ...]:
+    """Return the names of the classes, of the dataset's list `classes`; empty where it has none."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     named = getattr(dataset, "classes", None)
-    if isinstance(named, list | tuple) and named:
-        return tuple(map(str, named))
-    return tuple(map(str, range(int(labels.max()) + 1)))
+    return tuple(map(str, named)) if isinstance(named, list | tuple) else ()
 
 
-def ids(dataset: Any, name: str) -> NDArray[np.int64] | None:
-    """Return the natural owner of every example, numbered from 0, if the dataset has `ids`."""
+def ids(dataset: Any, name: str) -> NDArray[Any] | None:
+    """Return the natural owner of every example, a number or a name, if the dataset has `ids`."""
     if isinstance(dataset, Subset):
         parent = ids(dataset.dataset, name)
         return None if parent is None else parent[np.asarray(dataset.indices)]
@@ -331,4 +371,4 @@ def ids(dataset: Any, name: str) -> NDArray[np.int64] | None:
         raise ValueError(
             f"{name}: ids have shape {owners.shape}; give one for each of {len(dataset)} examples"
         )
-    return np.unique(owners, return_inverse=True)[1].astype(np.int64)
+    return owners

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fedddp.data.datasets import DataConfig, Images
-from fedddp.data.decode import Decoded
-from fedddp.data.transforms import augment
+from fedddp.data.decode import Decoded, OfImage
+from fedddp.data.targets import IGNORED, Boxes, Targets, select
+from fedddp.data.transforms import ImageShift, augment, augment_boxes, draw_augmentation, jitter
 from fedddp.rng import generators_kept, stream_seed
 from fedddp.section import ConfigError
 
@@ -39,8 +40,8 @@ class Batch:
 
     images: Tensor
     """(b, C, H, W) float32 on the device, normalised."""
-    targets: Tensor
-    """(b,) int64 on the device."""
+    targets: Targets
+    """Classes (b,) int64, labels (b, K) float32, masks (b, H, W) int64, or boxes; on the device."""
     count: int
     """Real examples: b, or 0 when this rank has none and holds one padding example of weight 0."""
     total: int
@@ -57,6 +58,45 @@ class _Part:
     total: int
 
 
+def blank_batch(images: Images, device: torch.device) -> Batch:
+    """Return a batch of two blank images of the shape of `images`, to try a model with."""
+    height, width = images.shape[1:]
+    targets: Targets = torch.zeros(2, dtype=torch.int64)
+    if images.target == "multilabel":
+        targets = torch.zeros(2, images.classes)
+    if images.target == "mask":
+        targets = torch.zeros(2, height, width, dtype=torch.int64)
+    if images.target == "boxes":
+        targets = Boxes.join([(torch.empty(0, 4), torch.empty(0, dtype=torch.int64))] * 2)
+    return Batch(torch.zeros(2, *images.shape, device=device), targets.to(device), 2, 2)
+
+
+def micro_batches(batch: Batch, count: int, rank: int, ranks: int) -> Iterator[Batch]:
+    """Yield this rank's part of every micro-batch; the micro-batches do not depend on the number of ranks.
+
+    A rank without an example in one gets the first of its batch as a padding example, with a count of 0.
+    """
+    count = min(count, batch.total)
+    if count == 1:
+        yield batch
+        return
+
+    def local_index(position: int) -> int:
+        """Return how many of the batch's first `position` examples this rank holds: r, r + R, r + 2R, ..."""
+        return -((rank - position) // ranks)
+
+    for number in range(count):
+        first = local_index(batch.total * number // count)
+        end = local_index(batch.total * (number + 1) // count)
+        held = end - first if batch.count else 0
+        own = slice(first, end) if held else slice(1)
+        yield Batch(batch.images[own], batch.targets[own], held, batch.total)
+
+
+_Read = tuple[list[_Part], Tensor, Boxes | None]
+"""Parts of a pass, their planes, and their boxes where these are read with the images."""
+
+
 class ClientLoader:
     """The images of one dataset, as batches on this rank's device."""
 
@@ -71,7 +111,7 @@ class ClientLoader:
         """
         self.images, self.data, self.device, self.seed = images, data, device, seed
         self._pixels = None if images.pixels is None else images.pixels.to(device)
-        self._labels = torch.from_numpy(images.labels).to(device)
+        self._targets = images.targets.to(device)
         self.normalize = Normalizer(images.mean, images.std, device)
         self._streams: dict[tuple[int, int], _Stream] = {}
 
@@ -105,9 +145,9 @@ class ClientLoader:
         if not len(indices):
             return
         examples = indices if rng is None else rng.permutation(indices)
-        draws = None
-        if train and rng is not None and self.data.augment != "none":
-            draws = torch.from_numpy(rng.random((len(examples), 3), np.float32))
+        draws = (
+            draw_augmentation(self.data.augment, len(examples), rng) if train and rng is not None else None
+        )
         shifts = self.data.feature_shift
         shift = None if shifts is None or client is None else shifts.of_client(client, self.seed)
         pass_seed = 0 if rng is None or self._pixels is not None else int(rng.integers(2**62))
@@ -117,23 +157,52 @@ class ClientLoader:
             read = self._held(examples, parts)
         else:
             read = self._streamed(examples, parts, batch_size, shard, pass_seed)
-        for some, taken in read:
+        for some, planes, boxes in read:
             rows = some[0].rows if len(some) == 1 else np.concatenate([part.rows for part in some])
-            chosen = examples[rows]
-            images = taken
-            if shift is not None:
-                images = images.float().mul_(1 / 255)
-                images = shift.apply(images, chosen, stream_seed("noise", self.seed, client or 0))
-            if draws is not None:
-                images = augment(images, draws[torch.from_numpy(rows)].to(self.device), self.data.augment)
-            images = self.normalize(images)
-            targets = self._labels.index_select(0, torch.from_numpy(chosen).to(self.device))
+            of_rows = None if draws is None else draws[torch.from_numpy(rows)].to(self.device)
+            images, targets = self._prepare(planes, boxes, examples[rows], of_rows, shift, client or 0)
             end = 0
             for part in some:
                 start, end = end, end + len(part.rows)
                 yield Batch(images[start:end], targets[start:end], part.count, part.total)
 
-    def _held(self, examples: Indices, parts: list[_Part]) -> Iterator[tuple[list[_Part], Tensor]]:
+    def _prepare(
+        self,
+        planes: Tensor,
+        boxes: Boxes | None,
+        examples: Indices,
+        draws: Tensor | None,
+        shift: ImageShift | None,
+        client: int,
+    ) -> tuple[Tensor, Targets]:
+        """Return the images and the targets of `examples`: shifted, augmented by `draws`, normalised.
+
+        Args:
+            planes: their pixels, uint8, with masks behind the channels.
+            boxes: their boxes as they were read; None: those that are held.
+            examples: their indices.
+            draws: of the augmentation; None for none.
+            shift: the feature shift of `client`.
+            client: the client, whose noise they have.
+        """
+        kind, channels = self.data.augment, self.images.shape[0]
+        images, masks = planes[:, :channels], planes[:, channels:]
+        targets = select(self._targets, torch.from_numpy(examples)) if boxes is None else boxes
+        if shift is not None:
+            images = images.float().mul_(1 / 255)
+            images = shift.apply(images, examples, stream_seed("noise", self.seed, client))
+            masks = shift.turn(masks)
+        if draws is not None:
+            images, masks = augment(images, draws, kind), augment(masks, draws, kind, fill=IGNORED)
+            if isinstance(targets, Boxes):
+                targets = augment_boxes(targets, draws, kind, *images.shape[2:])
+            if "color" in kind:
+                images = jitter(images if shift is not None else images.float().mul_(1 / 255), draws)
+        if self.images.target == "mask":
+            targets = masks[:, 0].long()
+        return self.normalize(images), targets
+
+    def _held(self, examples: Indices, parts: list[_Part]) -> Iterator[_Read]:
         """Yield several batches at a time with their pixels, taken on the device."""
         assert self._pixels is not None
         image_bytes = 4 * int(np.prod(self.images.shape))
@@ -141,11 +210,11 @@ class ClientLoader:
         for start in range(0, len(parts), together):
             some = parts[start : start + together]
             chosen = examples[np.concatenate([part.rows for part in some])]
-            yield some, self._pixels.index_select(0, torch.from_numpy(chosen).to(self.device))
+            yield some, self._pixels.index_select(0, torch.from_numpy(chosen).to(self.device)), None
 
     def _streamed(
         self, examples: Indices, parts: list[_Part], batch_size: int, shard: tuple[int, int], pass_seed: int
-    ) -> Iterator[tuple[list[_Part], Tensor]]:
+    ) -> Iterator[_Read]:
         """Yield batch by batch with its pixels, read by the workers.
 
         A dataset that draws at random, as transforms of its own do, draws by `pass_seed` and example.
@@ -155,8 +224,9 @@ class ClientLoader:
             pin = self.device.type == "cuda"
             self._streams[shard] = _Stream(self.images.source, self.data.workers, pin, shard)
         stream = self._streams[shard].read(examples, batch_size, pass_seed)
-        for part, pixels in zip(parts, stream, strict=True):
-            yield [part], pixels.to(self.device, non_blocking=True)
+        for part, (planes, boxes) in zip(parts, stream, strict=True):
+            moved = None if boxes is None else boxes.to(self.device)
+            yield [part], planes.to(self.device, non_blocking=True), moved
 
 
 class Normalizer:
@@ -188,6 +258,10 @@ def _parts(examples: int, batch_size: int, shard: tuple[int, int]) -> Iterator[_
         yield _Part(own if len(own) else batch[:1], len(own), len(batch))
 
 
+_Planes = tuple[Tensor, Boxes | None]
+"""Planes of a batch, (b, C, H, W), and its boxes."""
+
+
 class _Stream:
     """A data loader whose workers are kept from pass to pass."""
 
@@ -195,7 +269,7 @@ class _Stream:
         if workers:
             _check_socket_folder()
         self._sampler = _PartSampler(shard[1])
-        loader: DataLoader[Tensor | str] = DataLoader(
+        loader: DataLoader[_Planes | str] = DataLoader(
             _Readable(source),
             batch_sampler=self._sampler,
             num_workers=workers,
@@ -213,8 +287,8 @@ class _Stream:
             )
         self._loader = loader
 
-    def read(self, examples: Indices, batch_size: int, pass_seed: int) -> Iterator[Tensor]:
-        """Yield the pixels of this rank's part of every batch.
+    def read(self, examples: Indices, batch_size: int, pass_seed: int) -> Iterator[_Planes]:
+        """Yield the planes of this rank's part of every batch, and their boxes.
 
         Raises:
             ValueError: an image cannot be read, or a worker was killed.
@@ -222,10 +296,10 @@ class _Stream:
         sampler = self._sampler
         sampler.examples, sampler.size, sampler.pass_seed = examples, batch_size, pass_seed
         try:
-            for pixels in self._loader:
-                if isinstance(pixels, str):
-                    raise ValueError(pixels)
-                yield pixels
+            for batch in self._loader:
+                if isinstance(batch, str):
+                    raise ValueError(batch)
+                yield batch
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -256,18 +330,21 @@ class _PartSampler:
                 yield [(index, self.pass_seed) for index in self.examples[part.rows].tolist()]
 
 
+_Example = tuple[Tensor, OfImage | None]
+
+
 class _Readable(Dataset[Any]):
-    """Pixels of `source`, or why they cannot be read: a worker would turn the error into a traceback."""
+    """Examples of `source`, or why they cannot be read: a worker would turn the error into a traceback."""
 
     def __init__(self, source: Decoded) -> None:
         self.source = source
 
-    def __getitems__(self, items: list[tuple[int, int]]) -> list[Tensor | str]:
+    def __getitems__(self, items: list[tuple[int, int]]) -> list[_Example | str]:
         """Return the pixels of a batch; the name is the one that torch's loader looks for."""
         with generators_kept():
             return [self._read(index, pass_seed) for index, pass_seed in items]
 
-    def _read(self, index: int, pass_seed: int) -> Tensor | str:
+    def _read(self, index: int, pass_seed: int) -> _Example | str:
         try:
             return self.source.read_seeding(index, pass_seed)
         except ValueError as error:
@@ -283,6 +360,10 @@ def _check_socket_folder() -> None:
         )
 
 
-def _collate(items: list[Tensor | str]) -> Tensor | str:
+def _collate(items: list[_Example | str]) -> _Planes | str:
     problem = next((item for item in items if isinstance(item, str)), None)
-    return problem or torch.stack([item for item in items if isinstance(item, Tensor)])
+    if problem is not None:
+        return problem
+    examples = [item for item in items if not isinstance(item, str)]
+    boxes = [of_image for _, of_image in examples if of_image is not None]
+    return torch.stack([planes for planes, _ in examples]), Boxes.join(boxes) if boxes else None

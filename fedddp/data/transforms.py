@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fedddp.data.targets import IGNORED, Boxes
 from fedddp.rng import FEATURE_SHIFT, stream
 from fedddp.section import Section
 
 Indices = NDArray[np.int64]
-Augment = Literal["none", "flip", "crop", "crop-flip"]
+Augment = Literal["none", "flip", "crop", "crop-flip", "color", "color-flip", "color-crop", "color-crop-flip"]
 
 
 def torchvision_v2() -> Any:
@@ -38,6 +39,57 @@ def resize(images: Tensor, size: int | None) -> Tensor:
     v2 = torchvision_v2()
     resized: Tensor = v2.resize(images, [size], antialias=True)
     return v2.center_crop(resized, [size, size])  # type: ignore[no-any-return]
+
+
+def resized(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """Return height and width of an image that `resize` has resized, and top and left of what it cuts out."""
+    short = min(height, width)
+    tall, broad = size * height // short, size * width // short
+    return tall, broad, round((tall - size) / 2), round((broad - size) / 2)
+
+
+def resize_mask(mask: Tensor, size: int | None) -> Tensor:
+    """Resize and crop a mask (1, H, W) as `resize` does its image; a pixel has the class of the nearest."""
+    if size is None or tuple(mask.shape[-2:]) == (size, size):
+        return mask
+    v2 = torchvision_v2()
+    resized: Tensor = v2.resize(mask, [size], interpolation=v2.InterpolationMode.NEAREST_EXACT)
+    return v2.center_crop(resized, [size, size])  # type: ignore[no-any-return]
+
+
+def resize_boxes(
+    boxes: Tensor, labels: Tensor, image: tuple[int, int], size: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return the boxes as they lie once `resize` has resized and cropped their image.
+
+    Parts outside are cut off; of resized images, boxes less than a pixel across or down are left out.
+
+    Args:
+        boxes: (k, 4) in pixels.
+        labels: (k,).
+        image: height and width of the image before.
+        size: as for `resize`.
+    """
+    height, width = image
+    smallest = 0.0
+    if size is not None and image != (size, size):
+        tall, broad, top, left = resized(height, width, size)
+        scale, offset = (broad / width, tall / height), (left, top)
+        boxes = boxes * boxes.new_tensor([*scale, *scale]) - boxes.new_tensor([*offset, *offset])
+        height = width = size
+        smallest = 1.0
+    return clip_boxes(boxes, labels, height, width, smallest)
+
+
+def clip_boxes(
+    boxes: Tensor, labels: Tensor, height: int, width: int, smallest: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return the boxes (k, 4) within an image, without those less than `smallest` pixels across or down."""
+    edges = boxes.new_tensor([width, height, width, height])
+    clipped = boxes.clamp(min=0).minimum(edges)
+    sides = clipped[:, 2:] - clipped[:, :2]
+    kept = ((sides >= smallest) & (sides > 0)).all(1)
+    return clipped[kept], labels[kept]
 
 
 @dataclass(frozen=True)
@@ -80,6 +132,14 @@ class ImageShift:
             images = images + self.noise * torch.from_numpy(noise).to(images.device)
         return images.clamp(0, 1)
 
+    def turn(self, masks: Tensor) -> Tensor:
+        """Return `masks` (b, 1, H, W) turned as their images; pixels that move in do not count."""
+        if not self.angle:
+            return masks
+        v2 = torchvision_v2()
+        turned: Tensor = v2.rotate(masks, self.angle, v2.InterpolationMode.NEAREST, fill=IGNORED)
+        return turned
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureShift(Section):
@@ -104,19 +164,82 @@ class FeatureShift(Section):
         return ImageShift(angle, (red, green, blue), self.noise * rng.uniform())
 
 
-def augment(images: Tensor, draws: Tensor, kind: Augment) -> Tensor:
-    """Return `images` (b, C, H, W), each mirrored or moved by its own `draws` (b, 3) in [0, 1)."""
+def draw_augmentation(kind: Augment, count: int, rng: Generator) -> Tensor | None:
+    """Return the draws of `count` images in [0, 1), (count, 3) or with colours (count, 6); or None."""
+    if kind == "none":
+        return None
+    draws = [rng.random((count, 3), np.float32) for _ in range(1 + ("color" in kind))]
+    return torch.from_numpy(np.concatenate(draws, axis=1))
+
+
+def augment(images: Tensor, draws: Tensor, kind: Augment, *, fill: int = 0) -> Tensor:
+    """Return `images` (b, C, H, W), each mirrored or moved by its own `draws` (b, 3 or more) in [0, 1).
+
+    Masks are changed alike by the same draws; `fill` is the value of the pixels that move in.
+    """
     if "flip" in kind:
         mirrored = images.flip(-1)
         images = torch.where(draws[:, 0, None, None, None] < 0.5, mirrored, images)
     if "crop" in kind:
         count, channels, height, width = images.shape
-        margin = [max(1, width // 8), max(1, height // 8)]
-        padded = pad(images, (margin[0], margin[0], margin[1], margin[1]))
-        across, down = (draws[:, 1:] * (2 * draws.new_tensor(margin) + 1)).long().unbind(1)
+        margin = _margins(height, width)
+        padded = pad(images, (margin[0], margin[0], margin[1], margin[1]), value=fill)
+        across, down = _moves(draws, height, width).unbind(1)
         device = images.device
         y = (down[:, None] + torch.arange(height, device=device))[:, None, :, None]
         x = (across[:, None] + torch.arange(width, device=device))[:, None, None, :]
         example = torch.arange(count, device=device)[:, None, None, None]
         images = padded[example, torch.arange(channels, device=device)[:, None, None], y, x]
     return images
+
+
+def augment_boxes(boxes: Boxes, draws: Tensor, kind: Augment, height: int, width: int) -> Boxes:
+    """Return the boxes of images that `augment` changed by the same draws; parts outside are cut off.
+
+    Boxes of which less than a pixel is left, across or down, are left out.
+    """
+    corners = boxes.boxes.clone()
+    image = torch.repeat_interleave(torch.arange(len(boxes)), boxes.offsets.diff()).to(corners.device)
+    if "flip" in kind:
+        mirrored = torch.stack(
+            [width - corners[:, 2], corners[:, 1], width - corners[:, 0], corners[:, 3]], 1
+        )
+        corners = torch.where(draws[image, :1] < 0.5, mirrored, corners)
+    if "crop" in kind:
+        margin = torch.tensor(_margins(height, width), device=corners.device)
+        corners += (margin - _moves(draws, height, width))[image].repeat(1, 2)
+    pieces = ((corners[image == i], boxes.labels[image == i]) for i in range(len(boxes)))
+    return Boxes.join(clip_boxes(*piece, height, width) for piece in pieces)
+
+
+def _margins(height: int, width: int) -> list[int]:
+    """Return by how many pixels an image moves at most, across and down."""
+    return [max(1, width // 8), max(1, height // 8)]
+
+
+def _moves(draws: Tensor, height: int, width: int) -> Tensor:
+    """Return the left and the top edge of each image's crop out of the padded one; (b, 2) int64."""
+    return (draws[:, 1:3] * (2 * draws.new_tensor(_margins(height, width)) + 1)).long()
+
+
+def jitter(images: Tensor, draws: Tensor) -> Tensor:
+    """Return float `images` (b, C, H, W) in [0, 1] with their own brightness, contrast and saturation.
+
+    Each is scaled by 0.6 to 1.4, by the last three of the image's draws in [0, 1); the contrast about the
+    image's mean grey, the saturation about each pixel's grey, as torchvision's ColorJitter does it.
+    """
+    brightness, contrast, saturation = (0.6 + 0.8 * draws[:, 3:6]).to(images).T[:, :, None, None, None]
+    images = (images * brightness).clamp(0, 1)
+    mean = _grey(images).mean((2, 3), keepdim=True)
+    images = torch.lerp(mean.expand_as(images), images, contrast.expand_as(images)).clamp(0, 1)
+    if images.shape[1] != 3:
+        return images
+    return torch.lerp(_grey(images).expand_as(images), images, saturation.expand_as(images)).clamp(0, 1)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Return the grey of `images` (b, C, H, W), (b, 1, H, W): by ITU-R 601 of RGB, else the mean."""
+    if images.shape[1] != 3:
+        return images.mean(1, keepdim=True)
+    weights = images.new_tensor([0.2989, 0.587, 0.114])[:, None, None]
+    return (images * weights).sum(1, keepdim=True)
