@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,20 @@ from fedddp import CohortConfig, ConfigError, DataConfig, Federation, LocalConfi
 from fedddp.algorithms import FedAsync, FedAvg, FedBuff
 from fedddp.distributed.launch import connect
 from fedddp.distributed.topology import TopologyConfig
-from fedddp.models.norms import SyncedBatchNorm, convert_norm, norm_parameters, synchronized
+from fedddp.models import torchvision_zoo
+from fedddp.models.norms import FrozenBatchNorm, SyncedBatchNorm, convert_norm, norm_parameters, synchronized
 from fedddp.models.registry import ModelConfig
-from fedddp.models.weights import head_of
+from fedddp.models.weights import head_of, heads_of, torchvision_weights
 from fedddp.storage.checkpoint import save_model
 from fedddp.testing import run_world
 
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
 
 
-def build(name: str, classes: int = 10, shape: tuple[int, int, int] = MNIST, **model: Any) -> nn.Module:
-    return ModelConfig(name=name, **model).build(classes=classes, shape=shape, seed=0)
+def build(
+    name: str, classes: int = 10, shape: tuple[int, int, int] = MNIST, check: Any = None, **model: Any
+) -> nn.Module:
+    return ModelConfig(name=name, **model).build(classes=classes, shape=shape, seed=0, check=check)
 
 
 def size(module: nn.Module) -> int:
@@ -63,6 +67,27 @@ def test_a_model_is_a_function_of_the_seed_and_does_not_draw_from_torchs_generat
     weights = [next(iter(m.state_dict().values())) for m in (one, two, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("unet", 127_592), ("retinanet-tiny", 26_684)])
+def test_small_models_for_masks_and_boxes_have_the_documented_size(name: str, parameters: int) -> None:
+    module = build(name, shape=CIFAR, check=lambda _: None)
+    assert size(module) == parameters
+    assert not [b for n, b in module.named_buffers() if n in module.state_dict()]  # group norm has none
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 9, 13), (3, 30, 17)])
+def test_unet_takes_images_of_any_size(shape: tuple[int, int, int]) -> None:
+    module = build("unet", 5, shape, check=lambda _: None)
+    images = torch.randn(2, *shape)
+    logits = module(images)
+    assert logits.shape == (2, 5, *shape[1:])
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+    images[0, 0, 0, 0] += 1  # a pixel changes its own image, and that around it
+    changed = (module(images) - logits).abs().sum(1) > 0
+    assert changed[0, 0, 0]
+    assert not changed[1].any()
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5"])
@@ -103,7 +128,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         ({"name": "no_such_lab.nets.Net"}, "cannot import"),
         ({"name": "lenet", "weights": "x.pt"}, "pickled file can run code"),
         ({"name": "resnet18", "weights": "IMAGENET"}, "IMAGENET1K_V1"),
-        ({"name": "lenet", "norm": "layer"}, "model.norm must be keep, batch, group or sync, got layer"),
+        ({"name": "lenet", "norm": "layer"}, "must be keep, batch, group, sync or frozen, got layer"),
     ],
 )
 def test_a_model_that_cannot_be_made_is_refused(model: dict[str, Any], words: str) -> None:
@@ -150,11 +175,201 @@ def test_a_model_is_found_by_its_dotted_path() -> None:
 def test_head_is_the_last_linear_layer() -> None:
     assert head_of(build("lenet"))[0] == "fc2"
     assert head_of(build("resnet8-gn"))[0] == "fc"
+    assert head_of(build("unet", check=lambda _: None))[0] == "head"
     with pytest.raises(ValueError, match="no linear layer"):
         head_of(nn.ReLU())
 
 
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("fcn_resnet50", ["classifier.4"]),
+        ("deeplabv3_mobilenet_v3_large", ["classifier.4"]),
+        ("lraspp_mobilenet_v3_large", ["classifier.low_classifier", "classifier.high_classifier"]),
+        ("retinanet-tiny", ["head.regression_head.bbox_reg", "head.classification_head.cls_logits"]),
+    ],
+)
+def test_heads_are_the_layers_that_give_the_outputs(name: str, heads: list[str]) -> None:
+    module = build(name, 5, CIFAR, check=lambda _: None)
+    found = heads_of(copy.deepcopy(module))
+    assert list(found) == heads
+    assert head_of(module) == (heads[-1], module.get_submodule(heads[-1]))
+    for head in found.values():
+        assert isinstance(head, nn.Conv2d)
+        nn.init.zeros_(head.weight)
+        assert head.bias is not None
+        nn.init.ones_(head.bias)
+    for layer, head in found.items():
+        module.get_submodule(layer).load_state_dict(head.state_dict())
+    outputs = module.eval()(torch.randn(1, *CIFAR))
+    for output in {"out", "cls_logits", "bbox_regression"} & outputs.keys():
+        expected = 2.0 if name.startswith("lraspp") else 1.0  # the sum of two
+        torch.testing.assert_close(outputs[output], torch.full_like(outputs[output], expected))
+
+
+# ---- models of several tasks: checks, and weights of classifiers ----
+
+
+def test_a_check_sees_the_outputs_of_both_modes_and_names_the_model_and_the_mode() -> None:
+    seen = []
+
+    def check(outputs: Any) -> None:
+        seen.append(outputs)
+        if len(seen) == 2:
+            raise ValueError("three of them; there are two")
+
+    with pytest.raises(
+        ValueError, match="^model lenet must return three of them in training mode; there are two$"
+    ):
+        build("lenet", 4, check=check)
+    assert [tuple(outputs.shape) for outputs in seen] == [(2, 4), (2, 4)]
+    own = nn.Conv2d(1, 4, 1)
+    assert ModelConfig().adapt(own, classes=4, shape=MNIST, seed=0, check=seen.append) is own
+    assert seen[-1].shape == (2, 4, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("unet", r"it returned \(2, 3, 32, 32\) \(unet is for masks: task=Segmentation\)$"),
+        ("lraspp_mobilenet_v3_large", "is for masks: task=Segmentation"),
+        ("retinanet-tiny", r"it returned dict \(retinanet-tiny is for boxes: task=Detection\)$"),
+    ],
+)
+def test_a_model_for_masks_or_boxes_is_refused_for_classes(name: str, words: str) -> None:
+    with pytest.raises(ValueError, match=rf"^model {name} must return logits of shape .*{words}"):
+        build(name, 3, CIFAR)
+
+
+def written(module: nn.Module, folder: Path) -> dict[str, Any]:
+    """Write the weights of `module`, and return the settings that read them."""
+    file = str(folder / "w.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, file)
+    return {"weights": file, "check": lambda _: None}
+
+
+@pytest.mark.parametrize(
+    ("name", "classifier", "before", "after", "norm"),
+    [
+        ("lraspp_mobilenet_v3_large", "mobilenet_v3_large", "features.", "backbone.", "keep"),
+        ("fcn_resnet50", "resnet50", "", "backbone.", "group"),
+        ("retinanet_resnet50_fpn", "resnet50", "", "backbone.body.", "keep"),
+    ],
+)
+def test_weights_of_a_classifier_start_the_backbone(
+    name: str,
+    classifier: str,
+    before: str,
+    after: str,
+    norm: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = torchvision_zoo.models().get_model(classifier, weights=None, num_classes=7)
+    for tensor in source.state_dict().values():
+        tensor.copy_(torch.rand(tensor.shape) + 0.5)
+    fresh = build(name, 4, MNIST, norm=norm, check=lambda _: None).state_dict()
+    with caplog.at_level("INFO", "fedddp"):
+        module = build(name, 4, MNIST, norm=norm, **written(source, tmp_path))
+    taken, kept = 0, 0
+    for key, tensor in module.state_dict().items():
+        own = source.state_dict().get(key.replace(after, before, 1)) if key.startswith(after) else None
+        if own is None:
+            assert torch.equal(tensor, fresh[key]), key
+            kept += 1
+        elif own.dim() == 4 and own.shape != tensor.shape:  # gray images
+            torch.testing.assert_close(tensor, own.sum(1, keepdim=True))
+            taken += 1
+        else:
+            assert torch.equal(tensor, own), key
+            taken += 1
+    assert taken > 100
+    assert kept > 4
+    assert len(caplog.messages) == 1
+    if norm == "keep":
+        assert f"{taken} tensors of the backbone; the other {kept} of the model" in caplog.messages[0]
+
+
+def test_weights_of_a_classifier_that_is_not_the_backbone_are_refused(tmp_path: Path) -> None:
+    source = torchvision.models.resnet18(num_classes=7)
+    with pytest.raises(ValueError, match="do not fit the model"):
+        build("fcn_resnet50", 4, CIFAR, **written(source, tmp_path))
+    with pytest.raises(ValueError, match="do not fit the model"):
+        build("unet", 4, CIFAR, **written(source, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"])
+def test_weights_of_a_segmentation_model_fit_another_number_of_classes(name: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {} if name.startswith("lraspp") else {"aux_loss": True}  # as in published files
+    source = torchvision_zoo.models().get_model(
+        name, weights=None, weights_backbone=None, num_classes=6, **options
+    )
+    module = build(name, 4, CIFAR, **written(source, tmp_path))
+    heads = tuple(f"{head}." for head in heads_of(module))
+    for key, tensor in module.state_dict().items():
+        assert key.startswith(heads) or torch.equal(tensor, source.state_dict()[key])
+    same = build(name, 6, CIFAR, **written(source, tmp_path))
+    assert all(torch.equal(tensor, source.state_dict()[key]) for key, tensor in same.state_dict().items())
+
+
+def test_weights_of_a_retinanet_fit_another_number_of_classes_and_older_names(tmp_path: Path) -> None:
+    name = "retinanet_resnet50_fpn"
+    source = torchvision_zoo.models().get_model(name, weights=None, weights_backbone=None, num_classes=6)
+    # As torchvision published it: with frozen batch norm, and a head of an earlier version.
+    state = {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}
+    older = {re.sub(r"conv\.(\d)\.0", lambda m: f"conv.{2 * int(m[1])}", k): v for k, v in state.items()}
+    assert "head.regression_head.conv.6.weight" in older
+    file = str(tmp_path / "w.safetensors")
+    save_file(older, file)
+    module = build(name, 4, CIFAR, weights=file, norm="frozen", check=lambda _: None)
+    for key, tensor in state.items():
+        if "cls_logits" not in key:
+            assert torch.equal(module.state_dict()[key], tensor)
+    assert module.get_parameter("head.classification_head.cls_logits.weight").shape[0] == 9 * 4
+    assert any(isinstance(layer, FrozenBatchNorm) for layer in module.modules())
+
+
+def test_names_of_torchvisions_weights_are_those_of_the_model_and_of_its_backbone() -> None:
+    ModelConfig(name="deeplabv3_resnet50", weights="COCO_WITH_VOC_LABELS_V1")
+    ModelConfig(name="retinanet_resnet50_fpn_v2", weights="COCO_V1")
+    own = torchvision.models.get_model_weights("fcn_resnet50").DEFAULT  # type: ignore[attr-defined]
+    assert torchvision_weights("fcn_resnet50", "DEFAULT") is own
+    backbone = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
+    assert torchvision_weights("fcn_resnet50", "IMAGENET1K_V2") is backbone
+    with pytest.raises(ValueError, match="fcn_resnet50 has IMAGENET1K_V1, IMAGENET1K_V2, .*COCO_WITH"):
+        ModelConfig(name="fcn_resnet50", weights="COCO")
+
+
 # ---- normalisation layers ----
+
+
+def test_frozen_batch_norm_is_a_constant_scale_and_shift() -> None:
+    reference = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8, eps=0.01), nn.Flatten(), nn.LazyLinear(3))
+    reference(torch.randn(5, 1, 6, 6))
+    reference.get_parameter("1.weight").data.uniform_()
+    module = ModelConfig(norm="frozen").adapt(copy.deepcopy(reference), classes=3, shape=(1, 6, 6), seed=0)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert before.keys() == reference.state_dict().keys()
+    x = torch.randn(4, 1, 6, 6)
+    torch.testing.assert_close(module.train()(x), reference.eval()(x))
+    module(x).sum().backward()
+    assert [n for n, p in module.named_parameters() if p.grad is None] == ["1.weight", "1.bias"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("torchvisions", [False, True])
+def test_a_run_leaves_frozen_batch_norm_as_it_is(torchvisions: bool) -> None:
+    """Its statistics are buffers, of which the mean over clients is what each of them has."""
+    kind = torchvision.ops.FrozenBatchNorm2d if torchvisions else nn.BatchNorm2d
+    module = nn.Sequential(nn.Conv2d(1, 8, 3), kind(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3))
+    for name in ("running_mean", "running_var"):
+        module[1].get_buffer(name).copy_(torch.rand(8) / 3 + 0.1)
+    start = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    frozen = {} if torchvisions else {"model": ModelConfig(norm="frozen")}
+    state = federation(module, rounds=2, **frozen).run().model.state_dict()
+    assert not torch.equal(state["0.weight"], start["0.weight"])
+    for name, tensor in start.items():
+        assert torch.equal(state[name], tensor) == name.startswith("1."), name
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "sync"])

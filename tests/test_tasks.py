@@ -37,7 +37,7 @@ def test_metrics_of_parts_add_up_to_those_of_all_examples() -> None:
     for name, total in totals.items():
         torch.testing.assert_close(torch.stack([part[name] for part in parts]).sum(0), total)
 
-    summary = task.summarize(totals)
+    summary = task.summarize(totals, {})
     predicted = outputs.argmax(1)
     assert summary["accuracy"] == pytest.approx(float((predicted == targets).double().mean()))
     assert summary["loss"] == pytest.approx(float(F.cross_entropy(outputs, targets)), rel=1e-5)
@@ -55,14 +55,14 @@ def test_top_five_accuracy_needs_more_than_five_classes() -> None:
 def test_a_class_without_examples_has_no_recall() -> None:
     outputs = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
     task = Classification()
-    summary = task.summarize(task.measure(outputs, torch.tensor([0, 1])))
+    summary = task.summarize(task.measure(outputs, torch.tensor([0, 1])), {})
     assert summary["recall"] == [1.0, 0.0, None]
     assert "accuracy_top5" not in summary
 
 
 def test_metrics_without_examples_are_none() -> None:
     task = Classification()
-    summary = task.summarize(task.measure(torch.empty(0, 3), torch.empty(0, dtype=torch.int64)))
+    summary = task.summarize(task.measure(torch.empty(0, 3), torch.empty(0, dtype=torch.int64)), {})
     assert summary["loss"] is None
     assert summary["accuracy"] is None
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-Norm = Literal["keep", "batch", "group", "sync"]
+Norm = Literal["keep", "batch", "group", "sync", "frozen"]
 GroupSum = Callable[[Tensor], Tensor]
 """Differentiable sum of a tensor over the ranks that train one client."""
 
@@ -94,6 +94,25 @@ class SyncedBatchNorm(_BatchNorm):
         """Any (b, C, ...) will do."""
 
 
+class FrozenBatchNorm(_BatchNorm):
+    """Batch norm whose statistics, scale and shift are constants, in training too.
+
+    Parameters and buffers have the names that `nn.BatchNorm2d` gives them; the parameters take no gradient.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make the layer with the arguments of `nn.BatchNorm2d`."""
+        super().__init__(*args, **kwargs)
+        self.requires_grad_(False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise `input`, (b, C, ...), channel by channel; same shape and dtype."""
+        return _with_running_statistics(self, input)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any (b, C, ...) will do."""
+
+
 def _with_running_statistics(layer: _BatchNorm, input: Tensor) -> Tensor:
     mean, variance = layer.running_mean, layer.running_var
     batch_statistics = mean is None  # the layer tracks none
@@ -105,6 +124,7 @@ _KINDS: dict[Norm, tuple[type[nn.Module], ...]] = {
     "batch": (_BatchNorm, nn.GroupNorm),
     "group": (_BatchNorm,),
     "sync": (_BatchNorm, nn.GroupNorm),
+    "frozen": (_BatchNorm,),
 }
 """Layers that each conversion replaces."""
 
@@ -115,8 +135,9 @@ def convert_norm(module: nn.Module, norm: Norm) -> None:
     Args:
         module: the model; its layer norms and instance norms stay as they are.
         norm: "batch" for batch norm per rank, "sync" for batch norm over the ranks of the client,
-            "group" for group norm, which has no statistics; "keep" for the kinds there are. Batch
-            norms that torch refuses a batch of one value become `BatchNorm` in any case.
+            "group" for group norm, which has no statistics; "frozen" for batch norms that do not learn;
+            "keep" for the kinds there are. Batch norms that torch refuses a batch of one value become
+            `BatchNorm` in any case.
     """
     converted: dict[nn.Module, nn.Module] = {}  # so that a layer used twice stays one layer
     for parent in list(module.modules()):
@@ -150,6 +171,8 @@ def _converted(old: nn.Module, norm: Norm) -> nn.Module:
         new = nn.GroupNorm(group_count(channels), channels, eps=options["eps"], affine=options["affine"])
     elif norm == "sync":
         new = SyncedBatchNorm(channels, **options)
+    elif norm == "frozen":
+        new = FrozenBatchNorm(channels, **options)
     else:
         new = BatchNorm(channels, **options)
     state = old.state_dict()
@@ -158,7 +181,7 @@ def _converted(old: nn.Module, norm: Norm) -> nn.Module:
         new.to(floating.device, floating.dtype)
     new.load_state_dict(state, strict=False)  # what both kinds have
     for name, parameter in old.named_parameters():
-        new.get_parameter(name).requires_grad_(parameter.requires_grad)
+        new.get_parameter(name).requires_grad_(parameter.requires_grad and norm != "frozen")
     return new.train(old.training)
 
 

@@ -1,31 +1,38 @@
-"""Vision models by name: small classics, torchvision's classifiers, and the user's own."""
+"""Vision models by name: small ones, torchvision's, and the user's own."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import inspect
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from fedddp.models import torchvision_zoo
 from fedddp.models.norms import GroupSum, Norm, convert_norm, synchronized
 from fedddp.models.weights import (
+    for_backbone,
     load_weights,
     read_weights,
     shape_text,
     statistics_of,
-    torchvision_models,
-    torchvision_names,
     torchvision_weights,
-    with_channels,
 )
 from fedddp.models.zoo import SMALL_MODELS, Maker, Shape
 from fedddp.rng import drawing_from
 from fedddp.section import Section, local_path
+
+logger = logging.getLogger(__name__)
+
+Check = Callable[[Any], None]
+"""Raises ValueError if a task cannot use a model's outputs for a batch of 2: "what it needs; what it got"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +42,21 @@ class ModelConfig(Section):
     key = "model"
 
     name: str = "lenet"
-    """`lenet`, `2nn`, `cnn`, `resnet8-gn`, `resnet20-gn`, a classification model of torchvision
-    such as `resnet18`, or the dotted path of your own: a callable that returns an `nn.Module` and
+    """For classes and labels `lenet`, `2nn`, `cnn`, `resnet8-gn`, `resnet20-gn` or a classification model of
+    torchvision such as `resnet18`; for masks `unet` or a segmentation model of torchvision such as
+    `lraspp_mobilenet_v3_large`; for boxes `retinanet-tiny`, `retinanet_resnet50_fpn` or
+    `retinanet_resnet50_fpn_v2`; or the dotted path of your own: a callable that returns an `nn.Module` and
     is given those of `num_classes`, `in_channels`, `image_size=(height, width)` that it has."""
 
     weights: str | None = None
     """Weights to start from: a local .safetensors file, or the name of torchvision's, such as
-    `IMAGENET1K_V1` or `DEFAULT` (downloaded). A head for another number of classes is not loaded."""
+    `IMAGENET1K_V1` or `DEFAULT` (downloaded). A head for another number of classes is not loaded. Models
+    for masks and boxes also take those of the classifier that is their backbone."""
 
     norm: Norm = "keep"
     """Turns batch and group norms into batch norm per rank (`batch`), batch norm over all ranks of
-    a client (`sync`) or group norm (`group`), which needs no statistics of a client's data."""
+    a client (`sync`) or group norm (`group`), which needs no statistics of a client's data; or batch norms
+    into a constant scale and shift (`frozen`), as detectors with pretrained weights often have."""
 
     freeze: list[str] = field(default_factory=list)
     """Layers or parameters that are not trained, by name: `layer1` covers `layer1.0.conv1.weight`.
@@ -67,7 +78,15 @@ class ModelConfig(Section):
         ):
             raise ValueError(f"model.weights={self.weights} is not a file")
 
-    def build(self, *, classes: int, shape: Shape, seed: int, sync: GroupSum | None = None) -> nn.Module:
+    def build(
+        self,
+        *,
+        classes: int,
+        shape: Shape,
+        seed: int,
+        sync: GroupSum | None = None,
+        check: Check | None = None,
+    ) -> nn.Module:
         """Make the model, in training mode on the CPU; a pure function of its arguments.
 
         Args:
@@ -75,6 +94,8 @@ class ModelConfig(Section):
             shape: channels, height and width of the images.
             seed: of the initial weights; torch's global random state is left as it was.
             sync: differentiable sum over the ranks of a client, for `norm: sync`.
+            check: called with the outputs for a batch of 2 images in either mode, without content for a model
+                by name; None: they must be logits (2, classes).
 
         Raises:
             ValueError: the model cannot take such images, or the weights do not fit it.
@@ -91,11 +112,18 @@ class ModelConfig(Section):
             self._prepare(module)
             # A named model is tried without computing; a user's may not work on the meta device.
             device = None if "." in self.name else torch.device("meta")
-            _try(module, self.name, classes, shape, device)
+            _try(module, self.name, shape, device, check or partial(_check_logits, classes))
             return synchronized(module, sync)
 
     def adapt(
-        self, module: nn.Module, *, classes: int, shape: Shape, seed: int, sync: GroupSum | None = None
+        self,
+        module: nn.Module,
+        *,
+        classes: int,
+        shape: Shape,
+        seed: int,
+        sync: GroupSum | None = None,
+        check: Check | None = None,
     ) -> nn.Module:
         """Prepare the user's own `module`, in place, as `build` prepares a named one.
 
@@ -105,22 +133,40 @@ class ModelConfig(Section):
         with drawing_from("model", seed):
             _materialize(module, type(module).__name__, shape)
             self._prepare(module)
-            _try(module, type(module).__name__, classes, shape, None)
+            _try(module, type(module).__name__, shape, None, check or partial(_check_logits, classes))
             return synchronized(module, sync)
 
     def _prepare(self, module: nn.Module) -> None:
         if self.weights is None:
             convert_norm(module, self.norm)
         else:
-            state = read_weights(self.name, self.weights)
-            # A file of a converted model has the statistics that the conversion leaves.
-            converted = statistics_of(state) != statistics_of(module.state_dict())
-            if converted:
-                convert_norm(module, self.norm)
-            load_weights(module, state, self.weights)
-            if not converted:
-                convert_norm(module, self.norm)
+            self._load(module, read_weights(self.name, self.weights), self.weights)
         self._freeze(module)
+
+    def _load(self, module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+        backbone = for_backbone(module, state)
+        own = statistics_of(module.state_dict())
+        if backbone is not None:
+            state = backbone
+            own = {name for name in own if name.startswith("backbone.")}
+            own -= {name for name in own if name.startswith("backbone.fpn.")}
+        # A file of a converted model has the statistics that the conversion leaves.
+        converted = statistics_of(state) != own
+        if converted:
+            convert_norm(module, self.norm)
+        if backbone is not None:
+            fresh = module.state_dict()
+            new = len(fresh.keys() - state.keys())
+            state = {**fresh, **state}
+            logger.info(
+                "model.weights=%s: %d tensors of the backbone; the other %d of the model start at random",
+                source,
+                len(backbone),
+                new,
+            )
+        load_weights(module, state, source)
+        if not converted:
+            convert_norm(module, self.norm)
 
     def _freeze(self, module: nn.Module) -> None:
         for prefix in self.freeze:
@@ -154,10 +200,10 @@ def _maker(name: str) -> Maker:
         return SMALL_MODELS[name]
     if "." in name:
         return _users_maker(name)
-    known = torchvision_names()
-    if name in known:
-        return lambda classes, shape: _torchvision_model(name, classes, shape)
-    near = difflib.get_close_matches(name, [*SMALL_MODELS, *known])
+    make = torchvision_zoo.maker(name)
+    if make is not None:
+        return make
+    near = difflib.get_close_matches(name, [*SMALL_MODELS, *torchvision_zoo.usable_names()])
     hint = f"did you mean {' or '.join(near)}?" if near else f"try {', '.join(SMALL_MODELS)}"
     raise ValueError(f"name: unknown model {name!r}; {hint}")
 
@@ -190,23 +236,6 @@ def _users_maker(path: str) -> Maker:
     return make
 
 
-def _torchvision_model(name: str, classes: int, shape: Shape) -> nn.Module:
-    options: dict[str, Any] = {"num_classes": classes}
-    if name in ("googlenet", "inception_v3"):
-        options |= {"aux_logits": False, "init_weights": True}
-    elif name.startswith("vit_"):
-        if shape[1] != shape[2]:
-            raise ValueError("it needs square images")
-        options["image_size"] = shape[1]
-    elif name.startswith("maxvit_"):
-        options["input_size"] = shape[1:]
-    module: nn.Module = torchvision_models().get_model(name, weights=None, **options)
-    first = next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
-    first.weight.data = with_channels(first.weight.data, shape[0])
-    first.in_channels = shape[0]
-    return module
-
-
 def _materialize(module: nn.Module, name: str, shape: Shape) -> None:
     """Give lazy layers their parameters, by one pass in evaluation mode."""
     if any(isinstance(layer, LazyModuleMixin) for layer in module.modules()):
@@ -218,7 +247,7 @@ def _materialize(module: nn.Module, name: str, shape: Shape) -> None:
             raise _cannot_take(name, shape, error) from error
 
 
-def _try(module: nn.Module, name: str, classes: int, shape: Shape, device: torch.device | None) -> None:
+def _try(module: nn.Module, name: str, shape: Shape, device: torch.device | None, check: Check) -> None:
     """Try `module` in both modes, so that a misfit shows before training; leave it in training mode.
 
     The try is on `device`, with a copy of the state without content; None: with a copy of the state itself.
@@ -241,12 +270,31 @@ def _try(module: nn.Module, name: str, classes: int, shape: Shape, device: torch
                 f"model {name} fails on a batch of images ({type(error).__name__}: {error}); its forward "
                 "must take a tensor (batch, C, H, W) and nothing else"
             ) from error
-        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        if got != (2, classes):
+        try:
+            check(outputs)
+        except ValueError as error:
+            wanted, _, got = str(error).partition("; ")
             raise ValueError(
-                f"model {name} must return logits of shape (batch, classes) in {mode} mode; for a batch of 2 "
-                f"and {classes} classes it returned {got}"
-            )
+                f"model {name} must return {wanted} in {mode} mode; {got}{_purpose(name)}"
+            ) from error
+
+
+def _purpose(name: str) -> str:
+    """Return what a model is for that is not for classes or labels, as an addition to a message."""
+    if name == "unet" or name in torchvision_zoo.SEGMENTATION:
+        return f" ({name} is for masks: task=Segmentation)"
+    if name == "retinanet-tiny" or name in torchvision_zoo.RETINANETS:
+        return f" ({name} is for boxes: task=Detection)"
+    return ""
+
+
+def _check_logits(classes: int, outputs: Any) -> None:
+    """Raise ValueError unless `outputs` are logits (2, classes)."""
+    got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if got != (2, classes):
+        raise ValueError(
+            f"logits of shape (batch, classes); for a batch of 2 and {classes} classes it returned {got}"
+        )
 
 
 def _cannot_take(name: str, shape: Shape, error: Exception) -> ValueError:

@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from fedddp.models import torchvision_zoo
 from fedddp.section import local_path
 
 
-def head_of(module: nn.Module) -> tuple[str, nn.Module]:
-    """Return name and module of the classifier: the linear layer (or convolution) defined last.
+def heads_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that give the outputs of `module`, by name.
+
+    Those that its attribute `head_layers` names, such as ("head.boxes", "head.classes"); or else one: the
+    linear layer (or convolution) defined last. RetinaNet has two, one for boxes and one for classes; LR-ASPP
+    has one per resolution, and adds their logits.
 
     Raises:
         ValueError: `module` has no such layer.
     """
+    named = getattr(module, "head_layers", None)
+    if isinstance(named, tuple):
+        return {name: module.get_submodule(name) for name in named}
     layers = [
         (name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
     if not layers:
         raise ValueError(f"{type(module).__name__} has no linear layer that could be its head")
-    return layers[-1]
+    return dict(layers[-1:])
+
+
+def head_of(module: nn.Module) -> tuple[str, nn.Module]:
+    """Return name and module of the classifier: the last of `heads_of`.
+
+    Raises:
+        ValueError: `module` has no such layer.
+    """
+    return list(heads_of(module).items())[-1]
 
 
 def torchvision_weights(name: str, weights: str) -> Any:
-    """Return torchvision's enum member `weights` of the model `name`."""
+    """Return torchvision's enum member `weights` of the model `name`, or else of its backbone."""
     if Path(weights).suffix or "/" in weights:
         raise ValueError(
             f"weights must be a .safetensors file, got {weights}; a pickled file can run code when "
             "it is read: if you trust it, convert it with safetensors.torch.save_file"
         )
-    if name not in torchvision_names():
-        raise ValueError(f"weights={weights}: torchvision has none for {name}; name a local file")
-    members = torchvision_models().get_model_weights(name).__members__
-    if weights not in members:
-        raise ValueError(
-            f"weights={weights}: {name} has {', '.join(members) or 'none'}; or name a local file"
-        )
-    return members[weights]
+    return torchvision_zoo.weights_of(name, weights)
 
 
 def read_weights(name: str, weights: str) -> dict[str, Tensor]:
@@ -67,19 +76,45 @@ def statistics_of(state: dict[str, Tensor]) -> set[str]:
     return {name for name in state if name.endswith("running_mean")}
 
 
+def for_backbone(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return the part of a classifier's `state` that is the backbone of `module`, by the names it has there.
+
+    None if `state` is not that of a classifier, or `module` has no backbone, or another one. Names must be
+    those of `module.backbone` or `module.backbone.body`, as in torchvision's models.
+    """
+    wanted = module.state_dict().keys()
+    if state.keys() & wanted:
+        return None
+    for prefix in ("backbone.body.", "backbone."):
+        own = {name for name in wanted if name.startswith(prefix) and not _is_count(name)}
+        for stem in ("", "features."):
+            renamed = {
+                f"{prefix}{name.removeprefix(stem)}": value
+                for name, value in state.items()
+                if name.startswith(stem)
+            }
+            learnt = {name for name in own if not _is_statistic(name)}
+            if learnt and learnt <= renamed.keys():
+                return {
+                    name: value
+                    for name, value in renamed.items()
+                    if name in wanted or _is_statistic(name) or _is_count(name)
+                }
+    return None
+
+
 def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Copy `state` into `module`, all of it but a head or auxiliary heads that do not fit."""
     wanted = module.state_dict()
-    head, _ = head_of(module)
     first = next((k for k, m in module.named_modules() if isinstance(m, nn.Conv2d)), None)
-    if not source.endswith(".safetensors"):  # torchvision's auxiliary heads
-        state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
-    state = _with_tied(state, wanted)
+    state = _without_auxiliary(state, wanted, source)
+    state = _with_tied(_of_this_version(state, wanted), wanted)
     stem = f"{first}.weight"
     if stem in state and state[stem].dim() == 4:
-        state[stem] = with_channels(state[stem], wanted[stem].shape[1])
-    if any(wanted[key].shape != state[key].shape for key in _inside(head, state) & wanted.keys()):
-        state |= {key: wanted[key] for key in _inside(head, wanted)}
+        state[stem] = torchvision_zoo.with_channels(state[stem], wanted[stem].shape[1])
+    for head in heads_of(module):
+        if any(wanted[key].shape != state[key].shape for key in _inside(head, state) & wanted.keys()):
+            state |= {key: wanted[key] for key in _inside(head, wanted)}
     wrong = [
         f"{key} {_fault(wanted.get(key), state.get(key))}"
         for key in sorted(wanted.keys() | state.keys())
@@ -89,6 +124,37 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> No
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"model.weights={source} do not fit the model: {', '.join(wrong[:3])}{more}")
     module.load_state_dict(state)
+
+
+def _without_auxiliary(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return `state` without the auxiliary heads of torchvision's models, which are not built here."""
+    dropped = "aux_classifier." if source.endswith(".safetensors") else "aux"
+    return {k: v for k, v in state.items() if k in wanted or not k.lower().startswith(dropped)}
+
+
+def _of_this_version(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state` with the names that today's torchvision has, and with the counts of batch norms.
+
+    Frozen batch norms, which torchvision's detectors were published with, do not count batches; the heads of
+    the first RetinaNet have fewer levels of names.
+    """
+    renamed = {}
+    for name, value in state.items():
+        branch, found, rest = name.partition("_head.conv.")
+        number, _, leaf = rest.partition(".")
+        modern = f"{branch}_head.conv.{int(number) // 2}.0.{leaf}" if found and number.isdigit() else name
+        renamed[name if name in wanted or modern not in wanted else modern] = value
+    if not any(_is_count(name) for name in renamed):
+        renamed |= {name: value for name, value in wanted.items() if _is_count(name)}
+    return renamed
+
+
+def _is_count(name: str) -> bool:
+    return name.endswith("num_batches_tracked")
+
+
+def _is_statistic(name: str) -> bool:
+    return name.endswith(("running_mean", "running_var"))
 
 
 def _with_tied(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -109,29 +175,6 @@ def _fault(wanted: Tensor | None, given: Tensor | None) -> str:
         return "is missing" if given is None else "is unknown"
     sizes = [shape_text(tuple(t.shape)) or "scalar" for t in (given, wanted)]
     return "" if sizes[0] == sizes[1] else f"is {sizes[0]}, not {sizes[1]}"
-
-
-def with_channels(weight: Tensor, channels: int) -> Tensor:
-    """Return a first convolution's `weight`, (out, in, h, w), for images of `channels` channels.
-
-    A gray image gives what it would give as an RGB image of three equal channels.
-    """
-    given = weight.shape[1]
-    if channels in (given, 1):
-        return weight if channels == given else weight.sum(1, keepdim=True)
-    return weight.repeat(1, -(-channels // given), 1, 1)[:, :channels] * (given / channels)
-
-
-def torchvision_models() -> Any:
-    """Import `torchvision.models` on first use: it takes seconds."""
-    return importlib.import_module("torchvision.models")
-
-
-def torchvision_names() -> list[str]:
-    """Return the names of torchvision's classification models."""
-    models = torchvision_models()
-    names: list[str] = models.list_models(module=models)
-    return names
 
 
 def shape_text(shape: tuple[int, ...]) -> str:

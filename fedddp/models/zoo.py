@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedddp.models.norms import group_count
+from fedddp.models.retinanet import retinanet_tiny
+from fedddp.models.unet import UNet
 
 Shape = tuple[int, int, int]
 """Channels, height and width of an image, in pixels."""
@@ -128,5 +130,7 @@ SMALL_MODELS: dict[str, Maker] = {
     "cnn": cnn,
     "resnet8-gn": partial(ResNetGN, blocks=1),
     "resnet20-gn": partial(ResNetGN, blocks=3),
+    "unet": UNet,
+    "retinanet-tiny": retinanet_tiny,
 }
 """The models of this project by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ class Classification(Task):
     label_smoothing: Fraction = 0.0
     """Share of each training target that is spread evenly over all classes, in [0, 1)."""
 
+    def check_outputs(self, outputs: Any, classes: int, shape: tuple[int, int, int]) -> None:
+        """Refuse outputs that are no logits (2, classes)."""
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        if got != (2, classes):
+            raise ValueError(
+                f"logits of shape (batch, classes); for a batch of 2 and {classes} classes it returned {got}"
+            )
+
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross entropy summed over the batch, with label smoothing.
 
@@ -32,7 +41,7 @@ class Classification(Task):
         """Return the cross entropy of every example, with label smoothing; arguments as for `loss`."""
         return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self.label_smoothing)
 
-    def probabilities(self, outputs: Tensor) -> Tensor:
+    def predict(self, outputs: Tensor) -> Tensor:
         """Return the softmax of the logits `outputs`, (b, classes), as float32."""
         return outputs.float().softmax(1)
 

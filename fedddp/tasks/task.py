@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fedddp.data.loader import Batch
+from fedddp.data.targets import Target
 from fedddp.section import Section
+
+Summary = dict[str, float | list[float | None] | None]
+"""Metrics by name: a number, or one for each class; None where nothing was counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,45 +24,89 @@ class Task(Section, ABC):
     key: ClassVar[str] = "task"
     chosen_by_name: ClassVar[bool] = True
 
-    @abstractmethod
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss to differentiate: a scalar, summed (not averaged) over the batch."""
+    target: ClassVar[Target] = "class"
+    """What the data must give for each image: `class`, `multilabel`, `mask` or `boxes`."""
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """Return the loss of every example, (b,), or None; their sum is `loss`.
+    def forward(self, module: Callable[[Tensor], Any], batch: Batch) -> Any:
+        """Return the outputs of `module` for a batch, which the others take.
+
+        Args:
+            module: the network, in training or evaluation mode; call it once.
+            batch: its images are (b, C, H, W) float32, normalised.
+        """
+        return module(batch.images)
+
+    def check_outputs(self, outputs: Any, classes: int, shape: tuple[int, int, int]) -> None:
+        """Refuse a model whose `outputs` for a batch of 2 images the task cannot use.
+
+        Args:
+            outputs: what the module returns for zeros, in either mode.
+            classes: the number of classes of the data.
+            shape: of an image, (C, H, W).
+
+        Raises:
+            ValueError: what the model must return.
+        """
+
+    @abstractmethod
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss to differentiate: a scalar, summed (not averaged) over the images of the batch.
+
+        The value of an image must not depend on the others: then R ranks train what one rank trains.
+
+        Args:
+            outputs: of `forward`; floating tensors are float32.
+            targets: of the batch: classes (b,) int64, labels (b, K) float32 of 0 and 1, masks (b, H, W) int64
+                with 255 for pixels that do not count, or `Boxes`.
+        """
+
+    def losses(self, outputs: Any, targets: Any) -> Tensor | None:
+        """Return the loss of every image, (b,), or None; their sum is `loss`.
 
         A class that overrides `loss` overrides this too, or its clients are not trained as fast as they could
-        be side by side (`local.engine`). The value of an example must not depend on its place in the batch.
+        be side by side (`local.engine`). The value of an image must not depend on its place in the batch.
         """
         return None
 
     @abstractmethod
-    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def measure(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
         """Return each metric as its sum and its count: float64, shape (2,) or (2, n).
 
-        Adding these over batches and ranks gives the totals of all of them.
+        Adding these over batches and ranks gives the totals of all of them. A task that overrides `summarize`
+        may return any float64 or int64 tensors that add up.
         """
 
-    def probabilities(self, outputs: Tensor) -> Tensor | None:
-        """Return the probability of every class for each example, float32 (b, K); None: it has no classes."""
+    def gather(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
+        """Return what a metric needs of all images together, such as scores to rank: tensors (rows, ...).
+
+        The rows of all batches and ranks are concatenated, and given to `summarize`.
+        """
+        return {}
+
+    def predict(self, outputs: Any) -> Any:
+        """Return what the model predicts; None: nothing that could be shown.
+
+        The probability of every class or label, (b, K) float32; a class per pixel, (b, H, W) uint8; or
+        `Detections`.
+        """
         return None
 
-    def summarize(self, totals: dict[str, Tensor]) -> dict[str, float | list[float | None] | None]:
-        """Divide sums by counts; None where nothing was counted.
+    def summarize(self, totals: Mapping[str, Tensor], gathered: Mapping[str, Tensor]) -> Summary:
+        """Return the metrics: sums divided by counts; None where nothing was counted.
 
         Args:
             totals: what `measure` returned, added over batches and ranks.
+            gathered: what `gather` returned, concatenated over batches and ranks.
 
         Returns:
-            A number for each (2,) metric, a list of n for each (2, n) metric.
+            A number for each (2,) metric, a list of n for each (2, n) metric; in the order of the history.
         """
-        return {name: _ratio(total.tolist()) for name, total in totals.items()}
+        return {name: ratio(total) for name, total in totals.items()}
 
 
-def _ratio(total: list[float] | list[list[float]]) -> float | list[float | None] | None:
-    sums, counts = total
-    if isinstance(sums, list) and isinstance(counts, list):
+def ratio(total: Tensor) -> float | list[float | None] | None:
+    """Return sums / counts of `total`, (2,) or (2, n); None where the count is 0."""
+    sums, counts = total.tolist()
+    if isinstance(sums, list):
         return [s / n if n else None for s, n in zip(sums, counts, strict=True)]
-    assert isinstance(sums, float)
-    assert isinstance(counts, float)
     return sums / counts if counts else None
