@@ -38,7 +38,7 @@ USAGE = """\
 fedddp: federated learning on DDP groups, in one torchrun.
 
   fedddp run RECIPE|FILE [--section.key value ...]    train; under torchrun on many ranks
-  fedddp compare RECIPE|FILE|RUN ... [...]            train what is not trained yet; one table, one picture
+  fedddp compare RECIPE|FILE|RUN ... [--baselines]    train what is not trained yet; one table, one picture
   fedddp report RUN [RUN ...]                         one page: curves, clients, mistakes, times, settings
   fedddp plan RECIPE|FILE [--ranks N] [...]           dry run: groups, bytes, memory
   fedddp partition RECIPE|FILE [...]                  how the data are split over the clients
@@ -48,7 +48,7 @@ fedddp: federated learning on DDP groups, in one torchrun.
   fedddp show RUN                                     one run: settings, versions, metrics, warnings, files
   fedddp watch RUN                                    follow a run from its files, such as a batch job
   fedddp eval RUN [--data.root FOLDER ...]            metrics of a trained model, per class and per client
-  fedddp predict RUN IMAGE|FOLDER ... [--save F.png]  classes of images, with a contact sheet
+  fedddp predict RUN IMAGE|FOLDER ... [--save F.png]  classes, labels, masks or boxes in images
   fedddp export RUN --format pt2|onnx|safetensors     one file that needs no fedddp
   fedddp card RUN [--output FILE]                     a model card
   fedddp slurm [FOLDER]                               write the batch scripts for Slurm (default: slurm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,23 +12,26 @@ from typing import Any
 
 from rich.console import Console
 
+from fedddp.config.baselines import baselines_of, examples_per_round
 from fedddp.config.loader import build, read_sections, typed
 from fedddp.config.schema import Config, fields_with
 from fedddp.data.datasets import load as load_images
 from fedddp.distributed.environment import Launch
 from fedddp.federation import Federation
-from fedddp.reporting.curves import over_seeds, read
+from fedddp.reporting.curves import read_all
 from fedddp.reporting.paper import PaperFiles, write_paper
 from fedddp.reporting.render import write
 from fedddp.reporting.runs import run_folders
 from fedddp.reporting.tables import target_of, terminal
 from fedddp.section import ConfigError, NonNegativeInt, checked, local_path
-from fedddp.simulation.clock import examples_trained
 
 logger = logging.getLogger(__name__)
 
 SHARED = fields_with("common", "seed")
 """Settings that all runs of a comparison take over from the first."""
+
+EVALUATED = 50
+"""Clients that runs are evaluated on beside baselines, at most, where they do not set it."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,19 @@ class Comparison:
     """The runs to train, by name; finished ones are only read."""
     finished: Sequence[Path]
     """Run directories that are compared as they are."""
-    accuracy: float | None
-    """The accuracy to race for, in (0, 1]; by default that of `target_of`."""
+    target: float | None = None
+    """The score to race for, of the metric that the runs are judged by; None: that of `target_of`."""
+    accuracy: float | None = None
+    """The same for runs that are judged by an accuracy, in (0, 1]."""
 
 
 def prepare(
-    targets: Sequence[str], flags: Sequence[str], output: str | None = None, accuracy: float | None = None
+    targets: Sequence[str],
+    flags: Sequence[str],
+    output: str | None = None,
+    target: float | None = None,
+    accuracy: float | None = None,
+    baselines: bool = False,
 ) -> Comparison:
     """Return the comparison that a command line describes.
 
@@ -54,35 +65,34 @@ def prepare(
             folders of such.
         flags: settings for all runs that are trained, as on the command line of a run.
         output: its folder; by default the folder of runs that is the only target, or one in `runs`.
-        accuracy: the accuracy to race for, in (0, 1].
+        target: the score to race for, of the metric that the runs are judged by.
+        accuracy: the same for runs that are judged by an accuracy, in (0, 1].
+        baselines: also train the clients of the first run each alone, and on the data of all in one place.
 
     Raises:
         ConfigError: a target is none of these, or a configuration cannot run.
     """
-    if accuracy is not None and not 0 < accuracy <= 1:
-        raise ConfigError(f"--accuracy must be in (0, 1], got {accuracy:g}")
+    _check_goal(target, accuracy)
     targets = [str(local_path(t, "compare")) if t.startswith("~") else t for t in targets]
     output = None if output is None else str(local_path(output, "output"))
     finished: list[Path] = []
     configured: dict[str, Any] = {}
     seeded: set[str] = set()  # runs whose file gives seeds: they keep their own
     stem = "comparison"
-    for target in targets:
-        if Path(target).is_dir():
-            finished += run_folders(Path(target), ", recipes or .yaml files")
+    for name in targets:
+        if Path(name).is_dir():
+            finished += run_folders(Path(name), ", recipes or .yaml files")
             continue
-        sections = read_sections(target)
+        sections = read_sections(name)
         variants, seeds = sections.pop("compare", None), sections.pop("seeds", None)
         if len(targets) == 1:
-            stem = Path(target).stem
-        described = (
-            {Path(target).stem: sections} if variants is None else _variants(target, sections, variants)
-        )
+            stem = Path(name).stem
+        described = {Path(name).stem: sections} if variants is None else _variants(name, sections, variants)
         if seeds is not None:
-            described = _seeded(target, described, seeds)
+            described = _seeded(name, described, seeds)
             seeded |= described.keys()
-        for name in configured.keys() & described.keys():
-            raise ConfigError(f"{target}: there is a run {name} already; give it another name")
+        for twice in configured.keys() & described.keys():
+            raise ConfigError(f"{name}: there is a run {twice} already; give it another name")
         configured |= described
     if finished and flags and not configured:
         raise ConfigError(
@@ -90,6 +100,21 @@ def prepare(
         )
     one_folder = len(targets) == 1 and Path(targets[0]).is_dir()
     folder = Path(output or (targets[0] if one_folder else Path("runs") / stem))
+    configs = _built(configured, flags, seeded, folder)
+    configs = _with_baselines(configs, folder) if baselines else configs
+    others = [name for name, config in configs.items() if config.task.target != "class"]
+    if accuracy is not None and others:
+        task = type(configs[others[0]].task).__name__
+        raise ConfigError(
+            f"--accuracy is for runs that are judged by it, but {others[0]} has task={task}; give --target"
+        )
+    return Comparison(folder, configs, finished, target, accuracy)
+
+
+def _built(
+    configured: Mapping[str, Any], flags: Sequence[str], seeded: set[str], folder: Path
+) -> dict[str, Config]:
+    """Return the configuration of every run; those that are `seeded` keep their own seed."""
     configs: dict[str, Config] = {}
     for name, sections in configured.items():
         try:
@@ -99,7 +124,53 @@ def prepare(
             configs[name] = dataclasses.replace(_alike(config, name, first, folder), seed=seed)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
-    return Comparison(folder, configs, finished, accuracy)
+    return configs
+
+
+def _with_baselines(configs: Mapping[str, Config], folder: Path) -> dict[str, Config]:
+    """Return `configs`, and the baselines of the first; of each of its seeds where these have runs.
+
+    All runs are evaluated on clients, of which a run that trains each alone has nothing else.
+
+    Raises:
+        ConfigError: there is none to take settings from, or a baseline of it cannot run.
+    """
+    if not configs:
+        raise ConfigError("--baselines are of a run that is trained: give its recipe or .yaml file too")
+    name, first = next(iter(configs.items()))
+    found = dict(configs)
+    for own in configs.values():
+        if own.baseline != "none":
+            raise ConfigError(f"--baselines: {own.name} has baseline={own.baseline}; leave one of them out")
+    seeds = sorted({config.seed for config in configs.values()})
+    for seed in seeds:
+        try:
+            pair = baselines_of(_on_clients(dataclasses.replace(first, seed=seed)))
+        except ConfigError as error:
+            raise ConfigError(f"--baselines of {name}: {error}") from None
+        for kind, config in pair.items():
+            label = kind if len(seeds) == 1 else f"{kind}-seed={seed}"
+            if label in configs:
+                raise ConfigError(f"--baselines: there is a run {label} already; give it another name")
+            found[label] = dataclasses.replace(_alike(config, label, first, folder), seed=seed)
+    return {name: _on_clients(config) for name, config in found.items()}
+
+
+def _on_clients(config: Config) -> Config:
+    """Return `config` with an evaluation on clients, of up to 50, where it has none."""
+    if config.evaluation.clients:
+        return config
+    clients = min(config.data.clients, EVALUATED)
+    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, clients=clients))
+
+
+def _check_goal(target: float | None, accuracy: float | None) -> None:
+    if accuracy is not None and not 0 < accuracy <= 1:
+        raise ConfigError(f"--accuracy must be in (0, 1], got {accuracy:g}")
+    if target is not None and not math.isfinite(target):
+        raise ConfigError(f"--target must be a finite number, got {target:g}")
+    if target is not None and accuracy is not None:
+        raise ConfigError("--target and --accuracy exclude each other; leave one out")
 
 
 def _variants(target: str, common: dict[str, Any], variants: Any) -> dict[str, dict[str, Any]]:
@@ -181,14 +252,11 @@ def _budgeted(configs: Mapping[str, Config]) -> Iterator[tuple[str, Config]]:
     (name, first), *others = configs.items()
     yield name, first
     if others:
-        images, _ = load_images(first.data)
+        images, _ = load_images(first.data, first.task.target)
         _, sizes = first.data.split(images, first.seed)
         for other, config in others:
-            # Clients are sampled uniformly, so the cohort holds the mean client's examples.
-            budget, examples = (
-                one.cohort.size * examples_trained(one.local, sizes).mean() for one in (first, config)
-            )
-            yield other, _stretched(config, first, float(budget / examples) if examples else 1.0)
+            budget, examples = (examples_per_round(one, sizes) for one in (first, config))
+            yield other, _stretched(config, first, budget / examples if examples else 1.0)
 
 
 def _stretched(config: Config, first: Config, factor: float) -> Config:
@@ -217,8 +285,12 @@ def report(comparison: Comparison, console: Console, paper: PaperFiles) -> list[
         OSError: a file cannot be written.
     """
     folders = [*comparison.finished, *(comparison.folder / name for name in comparison.configs)]
-    curves = over_seeds([read(folder) for folder in folders])
-    target = comparison.accuracy or target_of(curves)
+    curves = read_all(folders)
+    metric = curves[0].metric
+    if comparison.accuracy is not None and not metric.in_percent:
+        raise ConfigError(f"--accuracy is not for runs that are judged by {metric.key}; give --target")
+    given = comparison.accuracy if comparison.target is None else comparison.target
+    target = target_of(curves) if given is None else given
     for_paper = write_paper(curves, target, paper)
     console.print(terminal(curves, target, console.width))
     return [*write(curves, comparison.folder, target, f"Comparison: {comparison.folder.name}"), *for_paper]

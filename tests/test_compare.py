@@ -139,7 +139,7 @@ def test_runs_that_differ_in_the_seed_alone_become_one_curve(tmp_path: Path) -> 
     small, large = over_seeds(curves)
     assert [small.name, large.name] == ["FedAvg, alpha 0.1", "FedAvg, alpha 1"]
     assert large.seeds == (0, 1, 2)
-    np.testing.assert_allclose(large.accuracy, [0.6, 0.8])
+    np.testing.assert_allclose(large.score, [0.6, 0.8])
     np.testing.assert_allclose(large.std, [0.1, 0.0], atol=1e-12, err_msg="the sample's: n - 1")
     assert cells([large], 0.7)[1][1] == "80.00 ± 0.00 %"
     twice = over_seeds([curves[0], curves[0]])
@@ -154,7 +154,7 @@ def test_seeds_of_other_rounds_or_evaluations_are_not_one_mean(tmp_path: Path) -
     make_run(tmp_path / "d", [row(0.2)], seed=3, evaluation={"every": 2}, **same)
     curves = over_seeds([read(folder) for folder in sorted(tmp_path.iterdir())])
     assert [curve.seeds for curve in curves] == [(0, 1), (2,), (3,)]
-    np.testing.assert_allclose(curves[0].accuracy, [0.55, 0.75])
+    np.testing.assert_allclose(curves[0].score, [0.55, 0.75])
     assert len({curve.name for curve in curves}) == 3
 
 
@@ -271,7 +271,7 @@ def test_of_two_runs_with_one_seed_the_last_counts(tmp_path: Path) -> None:
     measured = [(0, 0.5), (1, 0.7), (0, 0.9)]
     runs = [make_run(tmp_path / f"{n}", [row(a)], seed=seed) for n, (seed, a) in enumerate(measured)]
     (curve,) = over_seeds([read(run) for run in runs])
-    assert curve.accuracy.tolist() == [0.8]
+    assert curve.score.tolist() == [0.8]
     assert sorted(curve.seeds) == [0, 1]
 
 
@@ -620,10 +620,10 @@ def test_the_band_is_one_standard_deviation_around_the_mean(seeds: list[Any]) ->
 
     axes = Figure().subplots()
     panels(seeds, 0.9)["Accuracy over rounds"](axes)
-    np.testing.assert_allclose(np.asarray(axes.get_lines()[0].get_ydata(), float), 100 * seeds[0].accuracy)
+    np.testing.assert_allclose(np.asarray(axes.get_lines()[0].get_ydata(), float), 100 * seeds[0].score)
     band = np.asarray(axes.collections[0].get_paths()[0].vertices)
     last = band[np.isclose(band[:, 0], seeds[0].x["rounds"][-1])][:, 1]
-    mean, std = 100 * seeds[0].accuracy[-1], 100 * seeds[0].std[-1]
+    mean, std = 100 * seeds[0].score[-1], 100 * seeds[0].std[-1]
     assert std > 0.5
     np.testing.assert_allclose([last.min(), last.max()], [mean - std, mean + std])
 

@@ -300,16 +300,16 @@ def test_a_model_on_a_gpu_predicts_and_evaluates_as_on_the_cpu(
     )
 
 
-def test_a_task_without_probabilities_evaluates_and_refuses_to_predict(
+def test_a_task_without_predictions_evaluates_and_refuses_to_predict(
     digits_run: Result, digits_test: Images
 ) -> None:
     class Plain(Classification):
-        def probabilities(self, outputs: Tensor) -> Tensor | None:  # type: ignore[override]
+        def predict(self, outputs: Tensor) -> Tensor | None:  # type: ignore[override]
             return None
 
     model = dataclasses.replace(load_model(digits_run.folder), task=Plain())
     images = pixels_of(digits_test)
-    with pytest.raises(ConfigError, match="task=Plain has no probabilities"):
+    with pytest.raises(ConfigError, match="task=Plain has no predictions"):
         model.predict(images[:2])
     same_metrics(
         evaluate(model, TensorDataset(images, torch.from_numpy(digits_test.labels))),

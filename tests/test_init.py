@@ -13,7 +13,8 @@ from sklearn.datasets import load_digits
 
 from fedddp import load_config, partitions
 from fedddp.cli import main
-from fedddp.commands.init import choose, look
+from fedddp.commands.folders import look
+from fedddp.commands.init import choose
 from fedddp.storage.history import read_rows
 
 TRIAL = "--tracking.trackers [] --quiet"

@@ -10,7 +10,6 @@ import re
 import shlex
 import signal
 import struct
-import subprocess
 import sys
 import termios
 from collections.abc import Callable, Iterator
@@ -20,15 +19,17 @@ from typing import Any
 
 import pytest
 import yaml
+from launching import type_on_this_rank
 from rich.console import Console
 
 from fedddp import Result
 from fedddp.cli import main
 from fedddp.commands.console import STOPPED
-from fedddp.storage.history import read_rows
+from fedddp.storage.history import main_metric, read_rows
+from fedddp.testing import run_world
 from fedddp.tracking.memory import gpu_bytes, resident_bytes
 from fedddp.tracking.progress import QuietConsole, RoundProgress, silence
-from fedddp.tracking.status import Part, Status, about, fitting, main_metric, size_text
+from fedddp.tracking.status import Part, Status, about, fitting, size_text
 from fedddp.tracking.summary import phases_text, score_of, summary
 from fedddp.tracking.tracker import Tracker, TrackingConfig
 
@@ -135,7 +136,7 @@ def test_a_metric_other_than_accuracy_is_shown_where_there_is_none() -> None:
     assert main_metric({**line, "eval/accuracy": 0.1}) == "eval/accuracy"
     status = Status(2)
     status.round(line)
-    assert [part.text for part in status.scores()] == ["test loss 0.5000", "iou 0.2500"], "no training loss"
+    assert [part.text for part in status.scores()] == ["test loss 0.5000", "IoU 0.2500"], "no training loss"
     status.round({"round": 2, "train/loss": 0.25, "eval/loss": 0.75})
     assert status.scores()[0].text == "train loss 0.2500"
 
@@ -676,24 +677,16 @@ def test_a_notebook_has_one_display_that_is_updated(tmp_path: Path) -> None:
 
 
 def test_every_rank_of_a_verbose_run_prints_with_its_prefix_and_has_a_file(tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     command = f"run digits {SMALL} --rounds 3 --verbose --profile 1"
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "fedddp", *shlex.split(command)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for rank in (0, 1):
+    typed = run_world(type_on_this_rank, command, size=2)
+    assert [code for code, _ in typed] == [0, 0], typed
+    for rank, (_, lines) in enumerate(typed):
         log = (tmp_path / f"runs/digits/logs/rank-{rank}.log").read_text()
         assert f"rank {rank} of 2: client group {rank} of 2, data rank 0, on cpu" in log
         clients = re.findall(r"DEBUG client (\d+): (\d+) steps, loss", log)
         assert clients
         for text in (f"client {clients[0][0]}: {clients[0][1]} steps", "preparing the data (digits) ..."):
-            assert f"[rank {rank}] {text}" in done.stdout
+            assert any(line.startswith(f"[rank {rank}] {text}") for line in lines)
         assert len(re.findall(r"DEBUG round \d of 3: .*train \d", log)) == 3
         assert (tmp_path / f"runs/digits/profile/rank-{rank}.json.gz").exists()
     cohort = read_rows(tmp_path / "runs/digits/history.jsonl")[0]["cohort"]

@@ -22,9 +22,9 @@ from PIL import Image
 from fedddp import ConfigError
 from fedddp.cli import main
 from fedddp.data.partition import Dirichlet
+from fedddp.reporting.classes import thin
 from fedddp.reporting.execution import _timeline, defaults_of, phase_seconds
 from fedddp.reporting.report import default_folder, write_report
-from fedddp.reporting.sections import thin
 
 SMALL = (
     "--data.examples 300 --data.clients 6 --cohort.size 3 --model.name 2nn --local.epochs 1 --rounds 4 "
@@ -578,7 +578,7 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         "good --figure cm.pdf --panel confusion": (2, "good has no confusion matrix in an evaluation.json"),
         "good unevaluated --figure cm.pdf --panel confusion": (2, "--panel confusion is of one run, got 2"),
         "good --panel confusion": (2, "--panel=confusion is for a figure"),
-        "unevaluated --table t.tex": (1, "unevaluated has no eval/accuracy"),
+        "unevaluated --table t.tex": (1, "unevaluated has no metric below eval/"),
     }
     for arguments, (code, words) in cases.items():
         got, line = fails(f"report {arguments}", capsys)

@@ -5,28 +5,20 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedddp.commands.console import fail, is_coordinator, parse, say, show
+from fedddp.commands.folders import TEST_FRACTION, Folder, look
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from fedddp.data.image_folder import ImageFolder
-
-MEASURED = 1000
-"""Images whose size is looked up, evenly spaced."""
 
 PER_CLIENT = 60
 """Training images that a client gets, where there are enough for several clients."""
 
 MOST_CLIENTS, LARGEST_COHORT = 100, 10
-TEST_FRACTION = 0.2
 FEW = 2_000
 """Fewer images than a deep network needs."""
 
@@ -35,36 +27,6 @@ SMALL, MEDIUM = 40, 100
 
 COMMENTS = 27
 """Column of the comments in the file."""
-
-
-@dataclass(frozen=True)
-class Folder:
-    """What a folder of images holds."""
-
-    root: str
-    """As it was given."""
-    classes: tuple[str, ...]
-    train: int
-    """Images to train on, and to test on where the folder is not split."""
-    test: int
-    """Images of test/ or val/; 0 where the folder is not split."""
-    per_class: tuple[int, ...]
-    """Training images of every class."""
-    sizes: Counter[tuple[int, int]]
-    """Width and height, of the images that were measured."""
-    skipped: int
-    unreadable: tuple[str, ...]
-    """Of those measured."""
-
-    @property
-    def trained(self) -> int:
-        """Images that are left to train on."""
-        return self.train if self.test else round(self.train * (1 - TEST_FRACTION))
-
-    @property
-    def side(self) -> int:
-        """Median of the shorter sides, in pixels."""
-        return int(statistics.median(min(size) for size in self.sizes.elements()))
 
 
 @dataclass(frozen=True)
@@ -100,6 +62,8 @@ def init(rest: list[str]) -> None:
         folder = look(root, own.folder)
         if len(folder.classes) < 2:
             fail(f"{root} has one class, {folder.classes[0]}; put the images in two or more CLASS folders")
+        if own.clients is not None and folder.centres:
+            fail(f"--clients: the {len(folder.centres)} centres of {root} are the clients; leave it out")
         if own.clients is not None and not 1 <= own.clients <= folder.trained:
             fail(f"--clients must be in 1..{folder.trained}, the images to train on, got {own.clients}")
         choice = choose(folder, own.clients)
@@ -120,8 +84,9 @@ def _parse(rest: list[str]) -> argparse.Namespace | None:
     """Return the options; None after printing the help."""
     options = argparse.ArgumentParser(
         prog="fedddp init",
-        description="Look at a folder of images (CLASS/IMAGE, also in train/ and test/ or val/), and write a "
-        "configuration for it with settings that suit its size.",
+        description="Look at a folder of images, and write a configuration for it with settings that suit "
+        "its size: images in CLASS folders, or images/ and masks/ with pairs of one name; also in train/ and "
+        "val/ (or test/), and all of it in one folder per centre. Centres become the clients.",
         allow_abbrev=False,
         exit_on_error=False,
         add_help=False,
@@ -135,66 +100,24 @@ def _parse(rest: list[str]) -> argparse.Namespace | None:
     )
 
 
-# ---- what is there ----
-
-
-def look(root: Path, given: str) -> Folder:
-    """Return what the folder `root`, which the user `given`, holds.
-
-    Raises:
-        ValueError: there is no such folder, no class folder or no image.
-    """
-    from fedddp.data.image_folder import image_folder
-
-    both = image_folder(root, TEST_FRACTION)
-    train, test = both if isinstance(both, tuple) else (both, None)
-    counts = Counter(label for _, label in train.samples)
-    sizes, unreadable = _measure(train)
-    if not sizes:
-        raise ValueError(f"{root}: none of its images can be read, the first is {unreadable[0]}; check them")
-    return Folder(
-        root=given,
-        classes=tuple(train.classes),
-        train=len(train.samples),
-        test=len(test.samples) if test else 0,
-        per_class=tuple(counts[label] for label in range(len(train.classes))),
-        sizes=sizes,
-        skipped=train.skipped.total() + (test.skipped.total() if test else 0),
-        unreadable=tuple(unreadable),
-    )
-
-
-def _measure(images: ImageFolder) -> tuple[Counter[tuple[int, int]], list[str]]:
-    """Return the sizes of some images by their headers, and those that cannot be read."""
-    from PIL import Image
-
-    sizes: Counter[tuple[int, int]] = Counter()
-    unreadable = []
-    step = max(1, len(images.samples) // MEASURED)
-    for path, _ in images.samples[::step]:
-        try:
-            with Image.open(path) as picture:
-                sizes[picture.size] += 1
-        except (OSError, ValueError, Image.DecompressionBombError):
-            unreadable.append(path)
-    return sizes, unreadable
-
-
 # ---- what suits it ----
 
 
 def choose(folder: Folder, clients: int | None = None) -> Choice:
     """Return settings for a folder: for a model that a laptop trains, and clients that have enough images.
 
-    `clients` sets their number instead.
+    `clients` sets their number instead. Centres are the clients, each evaluated on its own test images.
     """
     images = folder.trained
-    clients = clients or max(2, min(MOST_CLIENTS, images // PER_CLIENT))
+    clients = len(folder.centres) or clients or max(2, min(MOST_CLIENTS, images // PER_CLIENT))
     cohort = min(clients, LARGEST_COHORT)
     per_client = images / clients
     # Over all images, two epochs at a time.
     passes = 80 if images < FEW else 40 if images < 10_000 else 20 if images < 50_000 else 10
-    if folder.side <= SMALL or (folder.side <= MEDIUM and images < FEW):
+    if folder.masks:
+        size = min(max(folder.side, 8), 32) if folder.side <= SMALL else 64 if folder.side <= MEDIUM else 128
+        model, norm = "unet", "keep"
+    elif folder.side <= SMALL or (folder.side <= MEDIUM and images < FEW):
         size, model, norm = min(max(folder.side, 4), 32), "lenet", "keep"
     elif folder.side <= MEDIUM or images < FEW:
         size, model, norm = 64, "resnet8-gn", "keep"
@@ -206,36 +129,66 @@ def choose(folder: Folder, clients: int | None = None) -> Choice:
         norm=norm,
         clients=clients,
         cohort=cohort,
-        batch_size=16 if per_client < 500 else 32,
+        batch_size=8 if folder.masks else 16 if per_client < 500 else 32,
         rounds=max(10, round(passes / 2 * clients / cohort)),
-        holdout=0.1 if per_client >= 50 else 0.0,
+        holdout=0.1 if per_client >= 50 and not folder.centres else 0.0,
     )
 
 
 def to_yaml(folder: Folder, choice: Choice) -> str:
     """Return the configuration as YAML with comments."""
+    lines = [*_data_lines(folder, choice), *_training_lines(folder, choice)]
+    images = folder.train + folder.test
+    of = f"{len(folder.centres)} centres, " if folder.centres else ""
+    head = f"# {folder.root}: {of}{len(folder.classes)} classes, {images:,} images; written by fedddp init\n"
+    return head + "".join(
+        f"{text:<{COMMENTS}} # {comment}\n" if comment else f"{text}\n"
+        for text, comment in filter(None, lines)
+    )
+
+
+Lines = list[tuple[str, str] | None]
+"""Lines of the file, each with its comment; None: no line."""
+
+
+def _data_lines(folder: Folder, choice: Choice) -> Lines:
+    """Return the section on data, and the task."""
     from fedddp.config.loader import dump_yaml
 
-    held_out = bool(choice.holdout)
-    lines: list[tuple[str, str] | None] = [
+    spread: Lines = [
+        ("  partition:", "each class is spread unevenly over the clients"),
+        ("    name: Dirichlet", "IID: all clients have alike images (remove alpha)"),
+        ("    alpha: 1.0", "0.1: a client has few classes; 100: nearly alike"),
+    ]
+    about = f"the images are split over them: about {per_client(folder, choice)} each"
+    if folder.centres:
+        spread = [("  partition: Natural", "each centre is a client")]
+        about = f"the centres: {_some(folder.centres, 3)}"
+    return [
         ("data:", ""),
-        ("  dataset: image_folder", ""),
+        (f"  dataset: {'mask_folder' if folder.masks else 'image_folder'}", ""),
         (f"  {dump_yaml({'root': folder.root}).strip()}", "from where fedddp is started"),
         (f"  image_size: {choice.image_size}", "images are resized and cropped to this; larger is slower"),
         ("  augment: none", "random changes of training images: crop, flip, crop-flip"),
         None if folder.test else (f"  test_fraction: {TEST_FRACTION}", "tested; the rest is trained on"),
-        (
-            f"  clients: {choice.clients}",
-            f"the images are split over them: about {per_client(folder, choice)} each",
-        ),
-        ("  partition:", "each class is spread unevenly over the clients"),
-        ("    name: Dirichlet", "IID: all clients have alike images (remove alpha)"),
-        ("    alpha: 1.0", "0.1: a client has few classes; 100: nearly alike"),
+        (f"  clients: {choice.clients}", about),
+        *spread,
         (f"  holdout: {choice.holdout}", "of each client's images, to evaluate the model there")
-        if held_out
+        if choice.holdout
         else None,
+        ("task: Segmentation", "a class for every pixel") if folder.masks else None,
+    ]
+
+
+def _training_lines(folder: Folder, choice: Choice) -> Lines:
+    """Return the sections on model, training and evaluation."""
+    others = "lenet, cnn, resnet8-gn, resnet20-gn, resnet18, ... of torchvision"
+    others = "lraspp_mobilenet_v3_large, fcn_resnet50, ... of torchvision" if folder.masks else others
+    evaluated = "so many on their own held-out images"
+    evaluated = "each centre on its own test images" if folder.centres else evaluated
+    return [
         ("model:", ""),
-        (f"  name: {choice.model}", "or lenet, cnn, resnet8-gn, resnet20-gn, resnet18, ... of torchvision"),
+        (f"  name: {choice.model}", f"or {others}"),
         (f"  norm: {choice.norm}", "group: batch norms become group norms, for small batches"),
         ("  # weights: IMAGENET1K_V1", "downloaded; far better with few images")
         if choice.model == "resnet18"
@@ -252,18 +205,12 @@ def to_yaml(folder: Folder, choice: Choice) -> str:
         (f"rounds: {choice.rounds}", ""),
         ("evaluation:", ""),
         ("  every: 1", "rounds between evaluations on the test images"),
-        (f"  clients: {min(choice.clients, 20)}", "so many on their own held-out images")
-        if held_out
+        (f"  clients: {choice.clients if folder.centres else min(choice.clients, 20)}", evaluated)
+        if choice.holdout or folder.centres
         else None,
         ("checkpoint:", ""),
-        ("  best: eval/accuracy", "the best model is kept beside the last"),
+        (f"  best: eval/{'iou' if folder.masks else 'accuracy'}", "the best model is kept beside the last"),
     ]
-    images = folder.train + folder.test
-    head = f"# {folder.root}: {len(folder.classes)} classes, {images:,} images; written by fedddp init\n"
-    return head + "".join(
-        f"{text:<{COMMENTS}} # {comment}\n" if comment else f"{text}\n"
-        for text, comment in filter(None, lines)
-    )
 
 
 def per_client(folder: Folder, choice: Choice) -> int:
@@ -284,8 +231,13 @@ def _found(folder: Folder, choice: Choice) -> Table:
         f" to train, {folder.test:,} to test" if folder.test else f", of which {TEST_FRACTION:.0%} to test"
     )
     table.add_row("images", f"{folder.train:,}{split}")
-    few, many = min(folder.per_class), max(folder.per_class)
-    table.add_row("per class", f"{few:,}" if few == many else f"{few:,} to {many:,}")
+    if folder.per_class:
+        few, many = min(folder.per_class), max(folder.per_class)
+        table.add_row("per class", f"{few:,}" if few == many else f"{few:,} to {many:,}")
+    if folder.masks:
+        table.add_row("masks", "one for each image")
+    if folder.centres:
+        table.add_row("centres", Text(f"{len(folder.centres)}: {_some(folder.centres)}"))
     (width, height), count = folder.sizes.most_common(1)[0]
     measured = folder.sizes.total()
     others = "" if count == measured else f" and {len(folder.sizes) - 1} other sizes; resized and cropped to "
@@ -298,7 +250,8 @@ def _found(folder: Folder, choice: Choice) -> Table:
             "unreadable",
             Text(f"{len(folder.unreadable)} images, such as {folder.unreadable[0]}; remove them"),
         )
-    table.add_row("clients", f"{choice.clients}, with about {per_client(folder, choice)} images each")
+    kind = "the centres, " if folder.centres else ""
+    table.add_row("clients", f"{kind}{choice.clients}, with about {per_client(folder, choice)} images each")
     table.add_row("model", f"{choice.model} on {choice.image_size} x {choice.image_size} pixels")
     table.add_row("training", f"{choice.rounds} rounds of {choice.cohort} clients")
     return table

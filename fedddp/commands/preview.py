@@ -20,7 +20,7 @@ def partition(rest: list[str]) -> None:
     from fedddp.reporting.split_figures import SHOWN, save_split
 
     try:
-        train, _ = load(config.data)
+        train, _ = load(config.data, config.task.target)
         split, _ = config.data.split(train, config.seed)
         names = train.class_names or tuple(map(str, range(train.classes)))
         if figure is not None and is_coordinator():

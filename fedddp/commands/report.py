@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def report(rest: list[str]) -> None:
     """Write the report of one or several runs."""
-    from fedddp.reporting.curves import over_seeds, read
+    from fedddp.reporting.curves import read_all
     from fedddp.reporting.paper import CONFUSION, write_confusion, write_paper
     from fedddp.reporting.render import PANELS
     from fedddp.reporting.report import find_runs, write_report
@@ -59,7 +59,7 @@ def report(rest: list[str]) -> None:
                 write_confusion(folders, paper.figure)
                 written = [paper.figure]
             if paper.table or (paper.figure and not written):
-                curves = over_seeds([read(folder) for folder in folders])
+                curves = read_all(folders)
                 written = write_paper(curves, target_of(curves), paper)
             for path in (write_report(folders, output), *written):
                 say(str(path))
@@ -73,7 +73,7 @@ def add_paper_options(options: argparse.ArgumentParser, more: str = "") -> None:
     options.add_argument(
         "--panel",
         metavar="P",
-        help="the figure's only panel: accuracy over rounds, examples, bytes, time or wall time (wall)"
+        help="the figure's only panel: the score over rounds, examples, bytes, time or wall time (wall)"
         + more,
     )
     options.add_argument(

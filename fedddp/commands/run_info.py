@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedddp.storage.history import HISTORY, Row, flat, read_config, read_rows
+from fedddp.storage.judged import BASELINES
 from fedddp.storage.run_record import RunRecord, age_s, read_record, state_of, unchanged_s
 from fedddp.tracking.summary import Score, last_value, score_of
 
@@ -57,8 +58,10 @@ class RunInfo:
 
     @property
     def algorithm(self) -> str:
-        """The name of the algorithm; empty where it is not known."""
-        return str(self.settings.get("algorithm", ""))
+        """The name of the algorithm or the baseline; empty where it is not known."""
+        settings = self.settings
+        baseline = BASELINES.get(str(settings.get("baseline")))
+        return baseline or str(settings.get("algorithm", ""))
 
     @property
     def dataset(self) -> str:

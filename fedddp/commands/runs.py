@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedddp.commands.console import fail, is_coordinator, parse, say, show
 from fedddp.commands.run_info import CORRUPT, RunInfo, ago, find_runs
+from fedddp.storage.history import Metric, direction
 from fedddp.tracking.progress import QuietConsole
 from fedddp.tracking.status import score_text
 
@@ -17,14 +18,25 @@ if TYPE_CHECKING:
 STATES = ("running", "stopped", "failed", "finished", CORRUPT)
 STYLES = {"running": "cyan", "failed": "red", CORRUPT: "red", "finished": "green", "stopped": "yellow"}
 
+
+def _by_score(run: RunInfo) -> tuple[bool, str, float]:
+    """Return a key that has the best first, among runs that are judged by the same metric."""
+    score = run.score
+    if score is None:
+        return True, "", 0.0
+    # Scores of different metrics do not compare: those of one metric stand together.
+    return False, score.name, -direction(score.name) * score.best
+
+
 SORTS: dict[str, Callable[[RunInfo], Any]] = {
     "name": lambda run: run.name,
-    "accuracy": lambda run: -run.score.best if run.score else float("inf"),
+    "score": _by_score,
+    "accuracy": _by_score,
     "loss": lambda run: float("inf") if run.loss is None else run.loss,
     "rounds": lambda run: -run.done,
     "age": lambda run: float("inf") if run.age_s is None else run.age_s,
 }
-"""What the list is sorted by: the best and the newest first."""
+"""What the list is sorted by: the best and the newest first. A score is of the metric a run is judged by."""
 
 LONGEST_NAME = 24
 """Columns that a name may take; a longer one is folded where the other columns need them."""
@@ -38,7 +50,11 @@ class Column(NamedTuple):
 
 
 def _best(run: RunInfo) -> str:
-    return f"{score_text(run.score.name, run.score.best)} ({run.score.best_round})" if run.score else "–"
+    if run.score is None:
+        return "–"
+    metric = Metric(run.score.name)
+    name = "" if metric.key == "eval/accuracy" else f"{metric.label} "
+    return f"{name}{metric.text(run.score.best)} ({run.score.best_round})"
 
 
 COLUMNS = (
@@ -96,7 +112,12 @@ def _parse(rest: list[str]) -> argparse.Namespace | None:
         add_help=False,
     )
     options.add_argument("output", nargs="?", default="runs", metavar="OUTPUT", help="folder (runs)")
-    options.add_argument("--sort", choices=SORTS, default="name", help="best or newest first (name)")
+    options.add_argument(
+        "--sort",
+        choices=SORTS,
+        default="name",
+        help="best or newest first (name); score: accuracy, mean IoU, ...",
+    )
     options.add_argument("--state", choices=STATES, action="append", help="only runs in this state")
     options.add_argument(
         "--filter",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedddp.commands.console import fail, is_coordinator, say, show
 from fedddp.commands.run_info import RunInfo, ago, read_run_info
-from fedddp.storage.history import HISTORY
+from fedddp.storage.history import HISTORY, is_client_score
 from fedddp.storage.run_record import LaunchRecord, read_warnings
 from fedddp.tracking.status import size_text
 from fedddp.tracking.summary import next_commands, phases_text, score_of
@@ -121,7 +121,7 @@ def _scores(run: RunInfo) -> Lines:
     numbers = [
         key
         for key in dict.fromkeys(key for row in run.rows for key in row)
-        if key.startswith(("eval/", "train/loss", "clients/accuracy")) and score_of(run.rows, key)
+        if (key.startswith(("eval/", "train/loss")) or is_client_score(key)) and score_of(run.rows, key)
     ]
     numbers = [k for k in numbers if isinstance(_last(run, k), int | float) and not k.endswith("_std")]
     if main:

@@ -72,7 +72,7 @@ def compare_runs(rest: list[str]) -> None:
 
     options = argparse.ArgumentParser(
         prog="fedddp compare",
-        usage="fedddp compare RECIPE|FILE|RUN ... [--output FOLDER] [--accuracy A] "
+        usage="fedddp compare RECIPE|FILE|RUN ... [--output FOLDER] [--baselines] [--target X] "
         "[--figure FILE] [--panel P] [--table FILE] [--section.key value ...]",
         description="Train what is not trained yet; compare all runs in a table, a picture, a page.",
         epilog="A folder stands for all runs in it. Settings are for all runs trained: fedddp run --help.",
@@ -81,10 +81,21 @@ def compare_runs(rest: list[str]) -> None:
     )
     options.add_argument("--output", metavar="FOLDER", help="folder of the runs and the report")
     options.add_argument(
-        "--accuracy",
-        metavar="A",
+        "--baselines",
+        action="store_true",
+        help="also train what a federation is measured against, with the settings of the first run: each "
+        "client alone (local only), and the data of all in one place (pooled); needs data.holdout, or "
+        "clients that own test data",
+    )
+    options.add_argument(
+        "--target",
+        metavar="X",
         type=float,
-        help="test accuracy to race for, in (0, 1]; by default 95 %% of the best",
+        help="score to race for, of the metric that the runs are judged by: accuracy (0.9 is 90 %%), mean "
+        "IoU, F1, average precision, or test loss; by default 95 %% of the best",
+    )
+    options.add_argument(
+        "--accuracy", metavar="A", type=float, help="the same, for runs judged by accuracy alone; in (0, 1]"
     )
     add_paper_options(options)
     if help_is_asked(options, rest):
@@ -95,7 +106,7 @@ def compare_runs(rest: list[str]) -> None:
     try:
         own, flags = options.parse_known_args(rest[len(targets) :])
         paper = paper_files(own)
-        comparison = compare.prepare(targets, flags, own.output, own.accuracy)
+        comparison = compare.prepare(targets, flags, own.output, own.target, own.accuracy, own.baselines)
         for config in comparison.configs.values():
             choose_device(config.topology, Launch.from_environment())
     except (ValueError, argparse.ArgumentError) as error:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fedddp.evaluation import IDENTITY
+from fedddp.inference.card_tasks import class_metric, class_text
+from fedddp.storage.history import SPREAD, Metric, judged_by
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,6 +53,7 @@ def as_json(found: RunMetrics, model: TrainedModel) -> dict[str, Any]:
     recall = found.metrics.get("recall")
     if isinstance(recall, list):
         recall = dict(zip(_distinct(model.classes), recall, strict=True))
+    lists = per_class(found.metrics, len(model.classes))
     return {
         "round": int(model.metadata["round"]) if "round" in model.metadata else None,
         "data": {
@@ -60,15 +65,20 @@ def as_json(found: RunMetrics, model: TrainedModel) -> dict[str, Any]:
         "metrics": found.metrics,
         "classes": list(model.classes),
         "recall": recall,
+        "per_class": {
+            metric.bare: dict(zip(_distinct(model.classes), values, strict=True))
+            for metric, values in lists.items()
+        },
         "confusion": None if found.confusion is None else found.confusion.tolist(),
         "confused": [pair._asdict() for pair in confused_pairs(found, model.classes)],
         "clients": None
         if clients is None
         else {
-            "data": "held out" if clients.held_out else "training",
+            "data": "test" if clients.tested else "held out" if clients.held_out else "training",
             "personalized": clients.personalized,
             "states_round": clients.states_round,
-            "accuracy": clients.spread,
+            "metric": clients.judged,
+            **({clients.judged: clients.spread} if clients.judged else {}),
             "rows": clients.rows,
         },
         "clients_left_out": found.left_out,
@@ -84,15 +94,16 @@ def _distinct(classes: Sequence[str]) -> Sequence[str]:
 def evaluation_tables(found: RunMetrics, model: TrainedModel, run: str, *, best: bool) -> list[Any]:
     """Return what `fedddp eval` prints: the metrics, the classes, the confused pairs, the clients."""
     parts = [_summary(found, model, run, best=best)]
-    recall = found.metrics.get("recall")
-    if isinstance(recall, list):
-        examples = None if found.confusion is None else found.confusion.sum(1).tolist()
-        parts.append(_class_table(recall, examples, model.classes))
+    lists = per_class(found.metrics, len(model.classes))
+    counted = "pixels" if model.task.target == "mask" else "examples"
+    if lists:
+        counts = None if found.confusion is None else found.confusion.sum(1).tolist()
+        parts.append(_class_table(lists, counts, counted, model.classes))
     if found.confusion is not None:
         parts += _confusion_table(found.confusion.tolist(), model.classes)
     pairs = confused_pairs(found, model.classes)
     if pairs:
-        table = _table("taken for another class", "predicted", "examples", "share of the class")
+        table = _table("taken for another class", "predicted", counted, "share of the class")
         for pair in pairs[:MOST_PAIRS]:
             _add(table, pair.true, pair.predicted, f"{pair.examples:,}", _percent(pair.share))
         parts.append(table)
@@ -115,7 +126,7 @@ def _summary(found: RunMetrics, model: TrainedModel, run: str, *, best: bool) ->
     lines = [
         ("model", f"{run} ({which})"),
         ("data", f"{found.dataset}: {found.examples:,} examples, {test}"),
-        ("central", ", ".join(_scores(found.metrics))),
+        ("central", ", ".join(_scores(found.metrics)) or "none: each client has a model of its own alone"),
     ]
     if found.clients is not None:
         lines += _client_lines(found.clients)
@@ -128,6 +139,7 @@ def _summary(found: RunMetrics, model: TrainedModel, run: str, *, best: bool) ->
 
 def _client_lines(clients: ClientMetrics) -> Iterator[tuple[str, str]]:
     where = "the data that each held out" if clients.held_out else "the training examples of each"
+    where = "its own part of the test data each" if clients.tested else where
     whose = "the global model"
     if clients.personalized:
         whose = "each client's own model"
@@ -135,38 +147,50 @@ def _client_lines(clients: ClientMetrics) -> Iterator[tuple[str, str]]:
             f" of round {clients.states_round}" if clients.states_round else ", but no checkpoint has one"
         )
     yield "clients", f"{len(clients.rows):,}, on {where}, with {whose}"
-    spread = clients.spread
-    if spread:
-        yield (
-            "",
-            f"accuracy: mean {_percent(spread['mean'])}, worst tenth {_percent(spread['worst10'])}, "
-            f"best tenth {_percent(spread['best10'])}, deviation {_percent(spread['std'])}",
-        )
+    if clients.judged is not None:
+        metric, spread = Metric(f"eval/{clients.judged}"), clients.spread
+        mean, worst, best, deviation = (metric.text(spread[statistic]) for statistic in SPREAD)
+        label = metric.label.removeprefix("test ")
+        yield "", f"{label}: mean {mean}, worst tenth {worst}, best tenth {best}, deviation {deviation}"
 
 
 def _scores(metrics: Metrics) -> Iterator[str]:
     for name, value in metrics.items():
         if isinstance(value, int | float):
-            yield f"{name} {_percent(value) if 'accuracy' in name else f'{value:.4f}'}"
+            yield f"{name} {Metric(name).text(value)}"
+
+
+def per_class(metrics: Metrics, classes: int) -> dict[Metric, list[float | None]]:
+    """Return the metrics that have a number for each of the `classes`."""
+    return {
+        class_metric(f"eval/{name}"): values
+        for name, values in metrics.items()
+        if isinstance(values, list) and len(values) == classes
+    }
 
 
 def _class_table(
-    recall: Sequence[float | None], examples: Sequence[int] | None, classes: Sequence[str]
+    lists: Mapping[Metric, Sequence[float | None]],
+    counts: Sequence[int] | None,
+    counted: str,
+    classes: Sequence[str],
 ) -> Table:
-    """Return the classes with their recall, and their `examples` where they were counted."""
+    """Return the classes with their metrics, and their examples or pixels where they were `counted`."""
     title, labels = "class", list(range(len(classes)))
+    first = next(iter(lists.values()))
     if len(labels) > MOST_CLASSES:
-        labels = sorted(labels, key=lambda label: _sortable(recall[label]))[:MOST_CLASSES]
+        labels = sorted(labels, key=lambda label: _sortable(first[label]))[:MOST_CLASSES]
         title = f"class ({MOST_CLASSES} lowest of {len(classes)})"
-    table = _table(title, *(["examples"] if examples else []), "recall")
+    table = _table(title, *([counted] if counts else []), *(metric.label for metric in lists))
     for label in labels:
-        value, count = recall[label], [f"{examples[label]:,}"] if examples else []
-        _add(table, classes[label], *count, "not tested" if value is None else _percent(value))
+        count = [f"{counts[label]:,}"] if counts else []
+        cells = (class_text(metric, values[label]) for metric, values in lists.items())
+        _add(table, classes[label], *count, *cells)
     return table
 
 
-def _sortable(recall: float | None) -> float:
-    return 2.0 if recall is None else recall
+def _sortable(value: float | None) -> float:
+    return float("inf") if value is None else value
 
 
 def _confusion_table(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> list[Table]:
@@ -197,16 +221,25 @@ def _confusion_table(counts: Sequence[Sequence[int]], classes: Sequence[str]) ->
 
 
 def _client_table(rows: Sequence[Metrics]) -> Table:
-    names = [name for name in rows[0] if name not in ("client", "examples", "accuracy_top5")]
-    ranked = sorted(rows, key=lambda row: (row.get("accuracy", 0.0), -row.get("loss", 0.0)))
+    every = dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in every if name not in (*IDENTITY, "accuracy_top5")]
+    judged = judged_by([{f"eval/{name}": row.get(name) for name in names} for row in rows])
+    name, sign = ("loss", -1) if judged is None else (judged.bare, judged.sign)
+
+    def rank(row: Metrics) -> tuple[float, float]:
+        value = row.get(name)
+        return (float("-inf") if value is None else sign * value), -(row.get("loss") or 0.0)
+
+    ranked = sorted(rows, key=rank)
     shown, title = ranked, "client"
     if len(ranked) > 2 * MOST_CLIENTS:
         shown = [*ranked[:MOST_CLIENTS], {}, *ranked[-MOST_CLIENTS:]]
         title = f"client ({MOST_CLIENTS} worst, {MOST_CLIENTS} best)"
     table = _table(title, "examples", *names)
     for row in shown:
-        cells = [_percent(row[n]) if "accuracy" in n else f"{row[n]:.4f}" for n in names if row]
-        _add(table, *([str(row["client"]), f"{row['examples']:,}", *cells] if row else ["..."]))
+        cells = ["–" if row.get(n) is None else Metric(n).text(row[n]) for n in names if row]
+        who = str(row.get("name", row.get("client")))
+        _add(table, *([who, f"{row['examples']:,}", *cells] if row else ["..."]))
     return table
 
 

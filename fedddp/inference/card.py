@@ -9,9 +9,32 @@ from typing import Any
 
 from fedddp.config.loader import OBJECTS, dump_yaml
 from fedddp.data.catalog import TORCHVISION
-from fedddp.inference.loading import model_file, read_weights
+from fedddp.inference.card_tasks import (
+    KNOWS,
+    PIPELINES,
+    PREDICTS,
+    PURPOSES,
+    SEES,
+    class_metric,
+    class_text,
+    lowest,
+)
+from fedddp.inference.loading import check_model_of_all, model_file, read_weights
+from fedddp.privacy.statement import statement
 from fedddp.section import ConfigError, local_path
-from fedddp.storage.history import HISTORY, Row, flat, read_config, read_json, read_rows
+from fedddp.storage.history import (
+    HISTORY,
+    SPREAD,
+    Metric,
+    Row,
+    capital,
+    flat,
+    is_client_score,
+    judged_by,
+    read_config,
+    read_json,
+    read_rows,
+)
 from fedddp.storage.run_record import EVALUATION, SPLIT, RunRecord, read_record, read_warnings
 
 PERSONAL = {"FedBN": "norm layers", "FedPer": "last layer", "Ditto": "whole model"}
@@ -24,7 +47,7 @@ EDITED = ("name", "output", "resume", "replay", "tracking", "topology", "checkpo
 """Sections that decide nothing that a card is about."""
 
 
-def model_card(run: str | Path, best: bool = False) -> str:
+def model_card(run: str | Path, best: bool | str = False) -> str:
     """Return the card of the final (or best) model of a finished run, with the front matter of Hugging Face.
 
     Raises:
@@ -48,10 +71,11 @@ def model_card(run: str | Path, best: bool = False) -> str:
 class _Card:
     """The files of a run, and the parts of its card; each part yields its blocks of Markdown."""
 
-    def __init__(self, directory: Path, best: bool) -> None:
+    def __init__(self, directory: Path, best: bool | str) -> None:
         self.directory, self.best = directory, best
         self.file = model_file(directory, best)
         weights, self.header = read_weights(self.file)
+        check_model_of_all(directory, self.header)
         self.parameters = sum(tensor.numel() for tensor in weights.values() if tensor.is_floating_point())
         try:
             self.classes: list[str] = json.loads(self.header["classes"])
@@ -90,26 +114,40 @@ class _Card:
         found = {name: value for name, value in self.row.items() if name.startswith("eval/")}
         return {n.removeprefix("eval/"): v for n, v in found.items() if isinstance(v, int | float)}
 
-    def recall(self) -> list[tuple[str, float | None]]:
-        """Return the name and the recall of every class; empty where it was not recorded."""
-        recall = self.row.get("eval/recall") or []
-        return list(zip(self.classes, recall, strict=True)) if len(recall) == len(self.classes) else []
+    @property
+    def pooled(self) -> bool:
+        """Whether the run trained on the data of all in one place."""
+        return self.header.get("baseline") == "pooled"
+
+    @property
+    def target(self) -> str:
+        """What the task predicts: class, multilabel, mask or boxes."""
+        target = self.header.get("target", "class")
+        return target if target in PURPOSES else "class"
+
+    def per_class(self) -> dict[Metric, list[float | None]]:
+        """Return the metrics of every class that were recorded."""
+        return {
+            class_metric(key): values
+            for key, values in self.row.items()
+            if key.startswith("eval/") and isinstance(values, list) and len(values) == len(self.classes)
+        }
 
     # ---- the parts ----
 
     def front_matter(self) -> Iterator[str]:
         """Yield the block that Hugging Face reads."""
-        classifies = self.header.get("task") == "Classification"
+        pipeline = PIPELINES.get(self.header.get("task", ""))
         matter: dict[str, Any] = {"library_name": "fedddp", "tags": ["federated-learning", self.algorithm]}
-        if classifies:
-            matter = {"pipeline_tag": "image-classification", **matter}
+        if pipeline:
+            matter = {"pipeline_tag": pipeline, **matter}
         if self.dataset in TORCHVISION:
             matter["datasets"] = [self.dataset]
         numbers = {n: v for n, v in self.metrics().items() if n != "loss"}
-        if classifies and numbers:
+        if pipeline and numbers:
             matter["metrics"] = list(numbers)
             results = {
-                "task": {"type": "image-classification"},
+                "task": {"type": pipeline},
                 "dataset": {"name": self.dataset, "type": self.dataset, "split": "test"},
                 "metrics": [{"type": name, "value": value} for name, value in numbers.items()],
             }
@@ -120,15 +158,18 @@ class _Card:
         """Yield title and summary."""
         yield f"# {self.directory.resolve().name}"
         clients, version = self.settings["data.clients"], self.header.get("fedddp")
-        score = self.metrics().get("accuracy")
-        accuracy = "" if score is None else f" Its accuracy on the test data is {_percent(score)}."
+        metric = judged_by([self.row])
+        score = ""
+        if metric is not None and metric.sign > 0:
+            score = f" Its {metric.label} on the test data is {metric.text(self.row[metric.key])}."
+        purpose = PURPOSES[self.target].format(network=self.network, classes=len(self.classes))
         chosen = ""
         if self.best:
             chosen = f" It is the best model by {self.header.get('metric')}, of round {self.round}."
-        yield (
-            f"A {self.network} for {len(self.classes)} classes, trained with {self.algorithm} on "
-            f"{clients:,} clients in {self.round:,} rounds, by fedddp {version}.{accuracy}{chosen}"
-        )
+        trained = f"with {self.algorithm} on {clients:,} clients"
+        if self.pooled:
+            trained = f"on the data of {clients:,} clients in one place,"
+        yield (f"{purpose}, trained {trained} in {self.round:,} rounds, by fedddp {version}.{score}{chosen}")
 
     def model(self) -> Iterator[str]:
         """Yield what the network takes and gives."""
@@ -176,7 +217,7 @@ class _Card:
     def _tested(self) -> int:
         """Return the number of test examples; 0 where it was not recorded."""
         confusion = self.examination.get("confusion")
-        if confusion:
+        if confusion and self.target == "class":  # of masks it counts pixels
             return int(sum(map(sum, confusion)))
         return int(self.config.get(OBJECTS, {}).get("test", {}).get("examples", 0))
 
@@ -187,13 +228,15 @@ class _Card:
             ("algorithm", _choice(config["algorithm"])),
             ("aggregation", _choice(config["aggregation"])),
             ("rounds", f"{self.round:,}"),
-            ("cohort", _choice(cohort)),
+            ("cohort", "none: all data in one place" if self.pooled else _choice(cohort)),
             ("local training", _choice(local)),
             ("seed", str(config["seed"])),
         ]
         if self._attacked():
             rows.insert(2, ("attack", _choice(config["attacks"])))
-        until = [row for row in self.rows if row["round"] <= self.round]
+        claim = statement(config, until := [row for row in self.rows if row["round"] <= self.round])
+        if claim is not None:
+            rows.append(("privacy", claim))
         trained = [row["train/examples"] for row in until if "train/examples" in row]
         if trained:
             rows.append(("examples trained on", f"{sum(trained):,}, repetitions counted"))
@@ -206,26 +249,36 @@ class _Card:
         return bool(attacks.get("name", "NoAttack") != "NoAttack" and attacks.get("fraction", 0) > 0)
 
     def results(self) -> Iterator[str]:
-        """Yield metrics, their spread over clients, and the recall per class."""
+        """Yield metrics, their spread over clients, and those of each class."""
         metrics = self.metrics()
         if not metrics:
             yield "The run recorded no metrics on test data."
         else:
-            rows = [(name, _score(name, value)) for name, value in metrics.items()]
+            rows = [(name, Metric(name).text(value)) for name, value in metrics.items()]
             yield f"On the test data, after round {self.round:,}:"
             yield _table(("metric", "value"), rows)
-        spread = {n: self.row.get(f"clients/accuracy_{n}") for n in ("mean", "worst10", "best10", "std")}
-        if isinstance(spread["mean"], float):
-            yield f"On held-out data of {self._clients_evaluated()} clients, accuracy over clients:"
+        judged = self._on_clients()
+        if judged is not None:
+            yield f"On held-out data of {self._clients_evaluated()} clients, {judged.label} over clients:"
             titles = ("mean", "worst 10 %", "best 10 %", "standard deviation")
-            yield _table(titles, [tuple(_percent(value) for value in spread.values())])
+            yield _table(titles, [tuple(judged.text(self.row[judged.on_clients(s)]) for s in SPREAD)])
         else:
             yield "The run recorded no metrics per client (`evaluation.clients`)."
-        rows = [(name, "not tested" if v is None else _percent(v)) for name, v in self.recall()]
-        if rows:
-            rows.sort(key=lambda row: row[1] == "not tested")
-            yield "Recall per class:" if len(rows) <= MOST_CLASSES else f"Recall of {MOST_CLASSES} classes:"
-            yield _table(("class", "recall"), rows[:MOST_CLASSES])
+        lists = self.per_class()
+        if lists:
+            columns = [[class_text(metric, value) for value in values] for metric, values in lists.items()]
+            lines = list(zip(self.classes, *columns, strict=True))
+            lines.sort(key=lambda line: line[1] == "not tested")
+            named = " and ".join(metric.label for metric in lists)
+            few = len(lines) <= MOST_CLASSES
+            yield capital(f"{named} per class:" if few else f"{named} of {MOST_CLASSES} classes:")
+            yield _table(("class", *(metric.label for metric in lists)), lines[:MOST_CLASSES])
+
+    def _on_clients(self) -> Metric | None:
+        """Return the metric that the clients are judged by; None where none was measured."""
+        means = (key for key in self.row if is_client_score(key) and key.endswith("_mean"))
+        key = next((key for key in means if isinstance(self.row[key], float)), None)
+        return None if key is None else Metric(f"eval/{key.removeprefix('clients/').removesuffix('_mean')}")
 
     def _clients_evaluated(self) -> str:
         path = self.directory / "clients.jsonl"
@@ -237,20 +290,21 @@ class _Card:
         height, width = self.preprocessing["size"]
         tested = self._tested()
         lines = [
-            f"It knows {len(self.classes)} classes and gives every image one of them.",
+            KNOWS[self.target].format(classes=len(self.classes)),
             f"It sees images at {height} × {width} pixels; "
-            + ("others are resized and cropped." if height == width else "it takes no others."),
+            + (SEES[self.target] if height == width else "it takes no others."),
             f"The metrics are of the test data of `{self.dataset}`"
             + (f", {tested:,} examples" if tested else "")
             + "; the run measured it on no other data.",
         ]
-        known = [(value, name) for name, value in self.recall() if value is not None]
-        if known:
-            value, name = min(known)
-            lines.append(f"The class with the lowest recall is {_text(name)}: {_percent(value)}.")
-        worst = self.row.get("clients/accuracy_worst10")
-        if isinstance(worst, float):
-            lines.append(f"For the worst tenth of the evaluated clients the accuracy is {_percent(worst)}.")
+        for metric, values in list(self.per_class().items())[:1]:
+            lines += lowest(
+                metric, [(_text(n), value) for n, value in zip(self.classes, values, strict=True)]
+            )
+        judged = self._on_clients()
+        if judged is not None:
+            worst = judged.text(self.row[judged.on_clients("worst10")])
+            lines.append(f"For the worst tenth of the evaluated clients the {judged.label} is {worst}.")
         if self.algorithm in PERSONAL:
             lines.append(
                 f"With {self.algorithm} each client has its own {PERSONAL[self.algorithm]}. The file has the "
@@ -270,10 +324,7 @@ class _Card:
         yield (
             "```python\n"
             "from fedddp import load_model\n\n"
-            f"model = load_model({json.dumps(run)}{own}{best})\n"
-            'probabilities = model.predict("image.png")\n'
-            "print(model.classes[int(probabilities.argmax())])\n"
-            "```"
+            f"model = load_model({json.dumps(run)}{own}{best})\n" + "\n".join(PREDICTS[self.target]) + "\n```"
         )
         yield "`predict` resizes and normalises images as in training."
 
@@ -329,14 +380,6 @@ def _choice(section: Any) -> str:
     settings = ", ".join(f"{name}={value}" for name, value in given.items())
     name = section.get("name", "")
     return f"`{name}({settings})`" if name and settings else f"`{name or settings}`"
-
-
-def _percent(value: Any) -> str:
-    return f"{100 * value:.2f} %"
-
-
-def _score(name: str, value: float) -> str:
-    return _percent(value) if "accuracy" in name else f"{value:.4f}"
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -9,7 +9,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,12 +29,19 @@ Format = Literal["pt2", "onnx", "safetensors"]
 Preprocessing = Literal["inside", "beside"]
 
 TOLERANCE = 1e-4
-"""Largest difference of a logit between a file and the module."""
+"""Largest difference of an output between a file and the module, for outputs up to 1; of larger ones the same
+share of the largest."""
 
 BATCHES = (1, 2, 3, 8, 17)
 """Batch sizes that are compared."""
 
 INPUT, OUTPUT, METADATA = "images", "logits", "metadata.json"
+"""Names in a file. A module that returns a dictionary has its keys as names of outputs."""
+
+SHAPES = {"class": "(n, classes)", "multilabel": "(n, labels)", "mask": "(n, classes, height, width)"}
+"""Of the logits, by what the task predicts."""
+
+Outputs = dict[str, Tensor]
 
 KEPT = ("task", "fedddp", "config_digest", "round", "metric", "value")
 """Texts of the model's own header that an exported file keeps."""
@@ -48,17 +55,19 @@ class Exported:
     format: Format
     preprocessing: Preprocessing
     difference: float
-    """The largest difference of a logit, over `BATCHES`; 0 for weights that are the same bits."""
+    """The largest difference of an output, over `BATCHES`; 0 for weights that are the same bits."""
     beside: Path | None
     """The JSON file with the preprocessing, where it is beside; that of weights is in their header."""
+    outputs: str = OUTPUT
+    """The names of the file's outputs."""
 
     @property
     def compared(self) -> str:
         """The comparison, in words."""
         if self.format == "safetensors":
             return "the same bits as the module's"
-        batches = ", ".join(map(str, BATCHES))
-        within = f"logits within {self.difference:.2g} of" if self.difference else "the same logits as"
+        batches, names = ", ".join(map(str, BATCHES)), self.outputs
+        within = f"{names} within {self.difference:.2g} of" if self.difference else f"the same {names} as"
         return f"{within} the module's, for batches of {batches}"
 
 
@@ -75,10 +84,9 @@ class WithPreprocessing(nn.Module):
         self.register_buffer("factor", (1 / (255 * deviations)).float())
         self.register_buffer("offset", (-means / deviations).float())
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of uint8 `images` (n, C, H, W)."""
-        logits: Tensor = self.module(images.to(torch.float32) * self.factor + self.offset)
-        return logits
+    def forward(self, images: Tensor) -> Any:
+        """Return the module's outputs for uint8 `images` (n, C, H, W)."""
+        return self.module(images.to(torch.float32) * self.factor + self.offset)
 
 
 def export(
@@ -98,15 +106,18 @@ def export(
     module = copy.deepcopy(model.module).cpu().eval().requires_grad_(False)
     if where == "inside":
         module = WithPreprocessing(module, model.mean, model.std).eval()
-    metadata = _metadata(model, chosen, where)
+    samples = _samples(model, where)
+    names = [*_outputs(module, samples[1])]
+    metadata = _metadata(model, chosen, where, names)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         aside = Path(folder) / f"model.{chosen}"
-        difference = _WRITERS[chosen](module, _samples(model, where), aside, metadata)
-        if not difference <= TOLERANCE:
+        difference = _WRITERS[chosen](module, samples, aside, metadata)
+        allowed = TOLERANCE * _magnitude(module, samples)
+        if not difference <= allowed:
             raise ConfigError(
-                f"format={chosen}: a logit of the file differs from the module's by {difference:.3g}, "
-                f"which is more than {TOLERANCE:g}; {path} was not written"
+                f"format={chosen}: an output of the file differs from the module's by {difference:.3g}, "
+                f"which is more than {allowed:.3g}; {path} was not written"
             )
         share(aside)
         aside.replace(path)
@@ -114,7 +125,22 @@ def export(
     if beside is not None:
         plain = {name: _plain(text) for name, text in metadata.items()}
         write_text(beside, json.dumps(plain, indent=1) + "\n")
-    return Exported(path, chosen, where, difference, beside)
+    return Exported(path, chosen, where, difference, beside, ", ".join(names))
+
+
+@torch.no_grad()
+def _outputs(module: nn.Module, images: Tensor) -> Outputs:
+    """Return the outputs of a module by name.
+
+    Raises:
+        ConfigError: they are neither a tensor nor a dictionary of tensors.
+    """
+    found = module(images)
+    named = dict(found) if isinstance(found, Mapping) else {OUTPUT: found}
+    if not all(isinstance(value, Tensor) for value in named.values()):
+        kind = type(found).__name__
+        raise ConfigError(f"the module returns {kind}; only a tensor or a dictionary of them can be exported")
+    return named
 
 
 def _chosen(value: str, known: tuple[Any, ...], key: str) -> Any:
@@ -123,12 +149,16 @@ def _chosen(value: str, known: tuple[Any, ...], key: str) -> Any:
     return value
 
 
-def _metadata(model: TrainedModel, format: str, preprocessing: str) -> dict[str, str]:
+def _metadata(model: TrainedModel, format: str, preprocessing: str, outputs: Sequence[str]) -> dict[str, str]:
     """Return what a user of the file must know; texts, most of them JSON."""
     channels, height, width = model.shape
     shape = f"(n, {channels}, {height}, {width})"
     taken = f"uint8 {shape}, 0..255" if preprocessing == "inside" else f"float32 {shape}, normalised"
-    names = {"format": "pt"} if format == "safetensors" else {"input": f"{INPUT}: {taken}", "output": OUTPUT}
+    names = (
+        {"format": "pt"}
+        if format == "safetensors"
+        else {"input": f"{INPUT}: {taken}", "output": _described(model, outputs)}
+    )
     sizes = {
         "size": [height, width],
         "resize": RESIZE if height == width else "none",
@@ -145,6 +175,14 @@ def _metadata(model: TrainedModel, format: str, preprocessing: str) -> dict[str,
         "torch": torch.__version__,
         **names,
     }
+
+
+def _described(model: TrainedModel, outputs: Sequence[str]) -> str:
+    """Return the names of the outputs; of logits of more than classes with their shape, of masks."""
+    target = model.task.target
+    if list(outputs) != [OUTPUT]:
+        return ", ".join(outputs)
+    return OUTPUT if target == "class" else f"{OUTPUT}: float32 {SHAPES.get(target, '')}".rstrip()
 
 
 def _plain(text: str) -> Any:
@@ -166,9 +204,20 @@ def _samples(model: TrainedModel, preprocessing: str) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _difference(module: nn.Module, samples: list[Tensor], run: Callable[[Tensor], Tensor]) -> float:
-    """Return the largest difference of a logit between `module` and the file that `run` runs."""
-    return float(torch.stack([(run(images) - module(images)).abs().max() for images in samples]).max())
+def _magnitude(module: nn.Module, samples: list[Tensor]) -> float:
+    """Return the largest absolute value of an output; at least 1."""
+    values = (value.abs().max() for images in samples for value in _outputs(module, images).values())
+    return max(1.0, *map(float, values))
+
+
+@torch.no_grad()
+def _difference(module: nn.Module, samples: list[Tensor], run: Callable[[Tensor], Outputs]) -> float:
+    """Return the largest difference of an output between `module` and the file that `run` runs."""
+    largest = []
+    for images in samples:
+        wanted, found = _outputs(module, images), run(images)
+        largest += [(found[name] - value).abs().max() for name, value in wanted.items()]
+    return float(torch.stack(largest).max())
 
 
 # ---- the formats ----
@@ -199,17 +248,19 @@ def _program(module: nn.Module, samples: list[Tensor]) -> torch.export.ExportedP
 def _write_pt2(module: nn.Module, samples: list[Tensor], path: Path, metadata: dict[str, str]) -> float:
     with _quiet():
         torch.export.save(_program(module, samples), path, extra_files={METADATA: json.dumps(metadata)})
-        return _difference(module, samples, torch.export.load(path).module())
+        program = torch.export.load(path).module()
+        return _difference(module, samples, lambda images: _outputs(program, images))
 
 
 def _write_onnx(module: nn.Module, samples: list[Tensor], path: Path, metadata: dict[str, str]) -> float:
     onnx, runtime = _needed("onnx"), _needed("onnxruntime")
     _needed("onnxscript")
+    names = [*_outputs(module, samples[1])]
     with _quiet():
         program = _program(module, samples)
         try:
             written: Any = torch.onnx.export(
-                program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False
+                program, dynamo=True, input_names=[INPUT], output_names=names, verbose=False
             )
         except Exception as error:
             reason = str(error).strip().splitlines()[0][:200]
@@ -217,9 +268,12 @@ def _write_onnx(module: nn.Module, samples: list[Tensor], path: Path, metadata: 
         onnx.save(_labelled(written.model_proto, metadata), path)
         onnx.checker.check_model(path)
         session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return _difference(
-        module, samples, lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
-    )
+
+    def run(images: Tensor) -> Outputs:
+        arrays = session.run(names, {INPUT: images.numpy()})
+        return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+
+    return _difference(module, samples, run)
 
 
 def _labelled(proto: Any, metadata: dict[str, str]) -> Any:

@@ -10,26 +10,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedddp.config.loader import OBJECTS, build, read_sections
 from fedddp.config.schema import Config
+from fedddp.data.datasets import Images
+from fedddp.data.targets import Target
 from fedddp.inference.model import TrainedModel
 from fedddp.section import ConfigError, local_path
 from fedddp.storage.checkpoint import load_into
 from fedddp.storage.history import check_file, parse_json
 from fedddp.storage.run_record import BEST, MODEL, state_of
+from fedddp.training.assembly import outputs_check
 
 
-def load_model(run: str | Path, module: nn.Module | str | None = None, best: bool = False) -> TrainedModel:
+def load_model(
+    run: str | Path, module: nn.Module | str | None = None, best: bool | str = False
+) -> TrainedModel:
     """Return the final model of a finished run, on the CPU.
 
     Args:
         run: the run directory.
         module: for a run of your own module: one of the same architecture, whose weights are replaced; or
             the dotted path of what makes it, as for `model.name`.
-        best: return the best model by the run's `checkpoint.best` instead, which a run has before its end.
+        best: return the best model by the run's `checkpoint.best` instead, which a run has before its end;
+            of several metrics, that by the first, or by the one given here, such as "eval/dice".
 
     Raises:
         ConfigError: there is no such model, its file is corrupt, or it needs `module`.
@@ -50,17 +57,44 @@ def load_model(run: str | Path, module: nn.Module | str | None = None, best: boo
     if module is None and "module" in objects:
         raise ConfigError(_needs_module(directory, str(objects["module"]["class"])))
     config = _described(sections, module)
+    like = no_images(tuple(classes), shape, mean, std, config.task.target)
+    properties: dict[str, Any] = {"classes": len(classes), "shape": shape, "seed": config.seed}
+    properties["check"] = outputs_check(config.task, like)
     if isinstance(module, nn.Module):
-        built = config.model.adapt(module, classes=len(classes), shape=shape, seed=config.seed)
+        built = config.model.adapt(module, **properties)
     else:
         if module is None:
             _check_maker(config.model.name, directory)
-        built = config.model.build(classes=len(classes), shape=shape, seed=config.seed)
+        built = config.model.build(**properties)
     try:
         load_into(built, weights)
     except ValueError as error:
         raise ConfigError(f"{file} does not fit the module: {error}") from None
-    return TrainedModel(built.eval(), tuple(classes), shape, mean, std, config.task, metadata)
+    limits = sections.get("data", {}).get("value_range")
+    value_range = (float(limits[0]), float(limits[1])) if isinstance(limits, list) else None
+    return TrainedModel(built.eval(), tuple(classes), shape, mean, std, config.task, metadata, value_range)
+
+
+def no_images(
+    classes: tuple[str, ...],
+    shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    target: Target,
+) -> Images:
+    """Return no images, of the shape, the classes and the normalisation that a model was trained with."""
+    return Images(
+        labels=np.empty(0, dtype=np.int64),
+        classes=len(classes),
+        shape=shape,
+        pixels=None,
+        source=None,
+        ids=None,
+        mean=mean,
+        std=std,
+        class_names=classes,
+        target=target,
+    )
 
 
 def _described(sections: Mapping[str, Any], module: nn.Module | str | None) -> Config:
@@ -121,6 +155,33 @@ def _check_maker(name: str, directory: Path) -> None:
         )
 
 
+def read_header(file: Path) -> dict[str, str]:
+    """Return the header of a .safetensors file.
+
+    Raises:
+        ConfigError: it is corrupt, or cannot be read.
+    """
+    try:
+        check_file(file)
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _corrupt(file, error) from None
+
+
+def check_model_of_all(run: str | Path, header: Mapping[str, str]) -> None:
+    """Refuse the model of a run that trains each client alone: it is the one before training.
+
+    Raises:
+        ConfigError: it is of such a run.
+    """
+    if header.get("baseline") == "local":
+        raise ConfigError(
+            f"{run}: with baseline=local each client has a model of its own, and there is none of all; "
+            f"measure them with `fedddp eval {run} --cross-site`"
+        )
+
+
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the header of a .safetensors file.
 
@@ -133,22 +194,47 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
             return weights, opened.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"{file} is corrupt or cannot be read ({' '.join(str(error).split())}); restore it, or train the "
-            "run again"
-        ) from None
+        raise _corrupt(file, error) from None
 
 
-def model_file(directory: Path, best: bool = False) -> Path:
-    """Return the file of the final model of the run in `directory`, or of its best.
+def _corrupt(file: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{file} is corrupt or cannot be read ({' '.join(str(error).split())}); restore it, or train the run "
+        "again"
+    )
+
+
+def model_file(directory: Path, best: bool | str = False) -> Path:
+    """Return the file of the final model of the run in `directory`, or of its best, also by a metric.
 
     Raises:
         ConfigError: there is none.
     """
+    if isinstance(best, str):
+        return _best_by(directory, best)
     file = directory / (BEST if best else MODEL)
     if not file.is_file():
         raise ConfigError(_missing(directory, best))
     return file
+
+
+def _best_by(directory: Path, metric: str) -> Path:
+    """Return the file of the best model by `metric`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    others = sorted(directory.glob("best-*.safetensors"))
+    files = [file for file in (directory / BEST, *others) if file.is_file()]
+    known = {read_header(file).get("metric", ""): file for file in files}
+    if metric in known:
+        return known[metric]
+    if not known:
+        raise ConfigError(_missing(directory, best=True))
+    raise ConfigError(
+        f"{directory} has no best model by {metric}; give one of {', '.join(known)}, or train a run with it "
+        "in checkpoint.best"
+    )
 
 
 def _missing(directory: Path, best: bool) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,47 +11,48 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fedddp.algorithms import Algorithm
+from fedddp.config.baselines import in_effect
 from fedddp.config.schema import Config
-from fedddp.data import decode
-from fedddp.data.catalog import open_dataset
-from fedddp.data.datasets import DataConfig, Images, from_dataset, load
+from fedddp.data.datasets import DataConfig, Images, from_dataset
 from fedddp.data.loader import Batch, ClientLoader
-from fedddp.data.partition import holdout
 from fedddp.evaluation import ConfusionMatrix, EvaluationConfig, Metrics, measure, spread
 from fedddp.inference.loading import read_run
-from fedddp.inference.model import TrainedModel
+from fedddp.inference.model import BATCH_SIZES, TrainedModel
+from fedddp.inference.other_data import other_data, own_data, trained_on, without_place
 from fedddp.models.flat import FlatModel
-from fedddp.section import ConfigError, local_path, nearest
+from fedddp.section import ConfigError, local_path
 from fedddp.storage.checkpoint import newest_intact
 from fedddp.storage.run_record import read_record
+from fedddp.training.clients import clients_of
 from fedddp.training.engine import channels_last
 
 logger = logging.getLogger(__name__)
 
-SAME = 1e-6
-"""Largest difference of mean and deviation between training images and those that a run was trained on."""
 
-
-def evaluate(model: TrainedModel, dataset: Dataset[Any], batch_size: int = 500) -> Metrics:
+def evaluate(model: TrainedModel, dataset: Dataset[Any], batch_size: int | None = None) -> Metrics:
     """Return the metrics of a model on a labelled dataset, as the run's history has them below `eval/`.
 
     Args:
         model: from `load_model`.
-        dataset: map-style, of (image, label); images as for `predict`, labels by `model.classes`.
-        batch_size: examples per forward pass, >= 1.
+        dataset: map-style, of (image, label); images as for `predict`. Classes are numbers in
+            `model.classes`. A label is a class; labels (K,) of 0 and 1; a mask (H, W) of classes; or a dict
+            of "boxes" (n, 4) in pixels and "labels" (n,), by the model's task.
+        batch_size: examples per forward pass, >= 1; by default 500, of masks and boxes 16.
 
     Raises:
         ValueError: an image or a label does not fit the model.
     """
     size = model.shape[1] if model.shape[1] == model.shape[2] else None
-    images = from_dataset(dataset, like=_trained_on(model), image_size=size, memory="device")
-    return _central(model, ClientLoader(images, DataConfig(), model.device, seed=0), batch_size)[0]
+    limits = None if model.value_range is None else list(model.value_range)
+    data = DataConfig(image_size=size, memory="device", value_range=limits)
+    images = from_dataset(dataset, data, model.task.target, like=trained_on(model))
+    loader = ClientLoader(images, DataConfig(), model.device, seed=0)
+    return _central(model, loader, batch_size or BATCH_SIZES[model.task.target])[0]
 
 
 @dataclass(frozen=True)
@@ -61,20 +60,27 @@ class ClientMetrics:
     """What a model does for each client of its run."""
 
     rows: list[Metrics]
-    """Of every client with examples: "client", "examples", and the task's metrics that are a number."""
+    """Of every client with examples: "client", its "name" where it has one, "examples", and the task's
+    metrics that are a number."""
     held_out: bool
     """Whether these examples were held out (`data.holdout`); else the client's own training examples."""
     personalized: bool
     """Whether each client was evaluated on its own model, as the algorithm makes it."""
     states_round: int | None
     """The round of the clients' own layers or models; None where there are none."""
+    tested: bool = False
+    """Whether the examples held out are each client's own part of the test set."""
 
     @property
     def spread(self) -> Metrics:
-        """Mean, worst 10 %, best 10 % and deviation of the accuracy over clients; empty without accuracy."""
-        if not self.rows or "accuracy" not in self.rows[0]:
-            return {}
-        return {n.removeprefix("clients/accuracy_"): v for n, v in spread(self.rows).items()}
+        """Mean, worst 10 %, best 10 % and deviation over clients of what they are judged by."""
+        return {name.rpartition("_")[2]: value for name, value in spread(self.rows).items()}
+
+    @property
+    def judged(self) -> str | None:
+        """The metric that the clients are judged by, such as "accuracy"; None without one."""
+        first = next(iter(spread(self.rows)), None)
+        return None if first is None else first.removeprefix("clients/").rpartition("_")[0]
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ class RunMetrics:
     metrics: Metrics
     """Of the task, as the history has them below `eval/`."""
     confusion: Tensor | None
-    """Examples by true class (row) and predicted class (column); int64, (K, K). None: no classes, or more
-    than 1,000."""
+    """Examples, or pixels of masks, by true class (row) and predicted class (column); int64, (K, K). None:
+    boxes and several labels per image, or more than 1,000 classes."""
     clients: ClientMetrics | None
     """None: the data are not the run's, clients were not asked for, or they were left out."""
     left_out: str | None = None
@@ -116,27 +122,34 @@ def evaluate_run(
     _check_flags(flags)
     config, objects = read_run(run, flags)
     before, _ = read_run(run)
+    config = in_effect(config)
     if "train" in objects and not any(flag.partition("=")[0] == "--data.dataset" for flag in flags):
         raise ConfigError(
             f"{run} was trained on a dataset of its program ({objects['train']['class']}); name the data "
             "with --data.dataset and --data.root, or call fedddp.evaluate(model, dataset) in Python"
         )
     found = None
-    if "train" in objects or _without_place(config.data) == _without_place(before.data):
-        found = _own_data(model, config.data, moved=config.data != before.data or "train" in objects)
+    if "train" in objects or without_place(config.data) == without_place(before.data):
+        found = own_data(model, config.data, moved=config.data != before.data or "train" in objects)
     own = found is not None
-    train, test = found or (None, _other_data(model, config.data))
-    batch_size, device = config.evaluation.batch_size, model.device
-    loader = ClientLoader(test, config.data, device, seed=config.seed)
-    metrics, confusion = _central(model, loader, batch_size)
-    per_client = left_out = None
+    train, test = found or (None, other_data(model, config.data))
+    metrics: Metrics = {}
+    confusion = per_client = left_out = None
+    if config.algorithm.has_global_model:
+        loader = ClientLoader(test, config.data, model.device, seed=config.seed)
+        metrics, confusion = _central(model, loader, config.evaluation.batch_size)
+    elif train is None or clients == 0:
+        raise ConfigError(
+            f"{run}: with baseline=local each client has a model of its own, and there is none of all; "
+            "evaluate it on the clients of its own data"
+        )
     if train is not None and clients != 0:
         states = None
         if type(config.algorithm).personalize is not Algorithm.personalize:
             states = _States(local_path(str(run), "run"))
             left_out = _of_another_round(model, states, type(config.algorithm).__name__)
         if left_out is None:
-            per_client = _evaluate_clients(states, model, config, train, clients)
+            per_client = _evaluate_clients(states, model, config, (train, test), clients)
     data = config.data
     return RunMetrics(data.dataset, data.root, len(test), own, metrics, confusion, per_client, left_out)
 
@@ -148,139 +161,22 @@ def _check_flags(flags: Sequence[str]) -> None:
             raise ConfigError(f"{name} cannot be changed for an evaluation; give settings of data only")
 
 
-# ---- the data ----
-
-
-def _trained_on(model: TrainedModel) -> Images:
-    """Return no images, of the shape, the classes and the normalisation that `model` was trained with."""
-    return Images(
-        labels=np.empty(0, dtype=np.int64),
-        classes=len(model.classes),
-        shape=model.shape,
-        pixels=None,
-        source=None,
-        ids=None,
-        mean=model.mean,
-        std=model.std,
-        class_names=model.classes,
-    )
-
-
-def _without_place(data: DataConfig) -> DataConfig:
-    """Return the settings that decide which examples there are."""
-    plain = DataConfig()
-    return dataclasses.replace(
-        data, root=plain.root, download=plain.download, memory=plain.memory, workers=plain.workers
-    )
-
-
-def _own_data(model: TrainedModel, data: DataConfig, *, moved: bool) -> tuple[Images, Images] | None:
-    """Return the training and the test images of the model's run; None if `data` names others.
-
-    They are the same if the training images have the mean and the deviation that the model's file has.
-    """
-    try:
-        train, test = load(data)
-    except ValueError:
-        if moved:
-            return None
-        raise
-    names = train.class_names or tuple(map(str, range(train.classes)))
-    same = train.shape == model.shape and names == model.classes
-    if same and np.allclose([train.mean, train.std], [model.mean, model.std], rtol=0, atol=SAME):
-        return train, test
-    if not moved:
-        logger.warning(
-            "data.root=%s: the training images are not those of the run any more; its test set is evaluated, "
-            "and no client",
-            data.root,
-        )
-    return None
-
-
-def _other_data(model: TrainedModel, data: DataConfig) -> Images:
-    """Return other images of the model's classes: the test set; all of a folder of images without one."""
-    dataset: Any = None
-    if data.dataset == "image_folder":
-        from fedddp.data.image_folder import image_folder  # here: torchvision takes seconds to import
-
-        found = image_folder(local_path(data.root, "data.root"), data.test_fraction or 0.5)
-        dataset = found[1] if isinstance(found, tuple) else found
-    else:
-        options: dict[str, Any] = {"download": data.download, "test_fraction": data.test_fraction}
-        size = model.shape[1]
-        dataset = open_dataset(data.dataset, data.root, image_size=size, examples=data.examples, **options)[1]
-    decode.check_map_style(dataset, data.dataset)
-    prepared = _Prepared(dataset, model, data)
-    return from_dataset(prepared, like=_trained_on(model), memory=data.memory)
-
-
-class _Prepared(Dataset[tuple[Tensor, int]]):
-    """A dataset whose images are resized, and whose labels are matched by name, for a model."""
-
-    def __init__(self, dataset: Any, model: TrainedModel, data: DataConfig) -> None:
-        self.dataset, self.model = dataset, model
-        labels = decode.labels(dataset, data.dataset)
-        names = decode.class_names(dataset, labels)
-        nameless = sorted(set(labels.tolist()) - set(range(len(names))))
-        if nameless:
-            raise ConfigError(
-                f"data.dataset={data.dataset}: label {nameless[0]} has no name among its {len(names)} "
-                "classes; correct the labels or the list of classes"
-            )
-        self.samples = getattr(dataset, "samples", None)  # the files, for errors
-        self.targets = labels.tolist() if names == model.classes else self._by_name(labels, names, data)
-
-    def _by_name(self, labels: NDArray[np.int64], names: tuple[str, ...], data: DataConfig) -> list[int]:
-        """Return the model's label of every example, by the names of the classes."""
-        model = self.model
-        for whose, listed in (("the model", model.classes), (f"data.dataset={data.dataset}", names)):
-            twice = [name for name, count in Counter(listed).items() if count > 1]
-            if twice:
-                raise ConfigError(
-                    f"{whose} has several classes named {twice[0]!r}, so that classes cannot be matched by "
-                    "name; give data with the model's list of classes"
-                )
-        known = {name: label for label, name in enumerate(model.classes)}
-        present = {names[label] for label in set(labels.tolist())}
-        unknown = sorted(present - known.keys())
-        if unknown:
-            near = nearest(unknown[0], model.classes)
-            several = ", ".join(model.classes[:10]) + (", ..." if len(model.classes) > 10 else "")
-            raise ConfigError(
-                f"data.root={data.root}: class {unknown[0]!r} is not one of the model's ({several}){near}; "
-                "rename or remove it"
-            )
-        missing = sorted(known.keys() - present)
-        if missing:
-            logger.warning("data.root=%s has no images of these classes: %s", data.root, ", ".join(missing))
-        return [known[names[label]] for label in labels.tolist()]
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return an image of the model's shape and its label among the model's classes."""
-        image, _ = decode.as_pair(self.dataset[index], f"example {index}")
-        return self.model.pixels(image), self.targets[index]
-
-
 # ---- the numbers ----
 
 
 def _central(model: TrainedModel, loader: ClientLoader, batch_size: int) -> tuple[Metrics, Tensor | None]:
     """Return the metrics over all examples of `loader`, and the confusion matrix."""
-    confusion = ConfusionMatrix(len(model.classes))
+    confusion, task = ConfusionMatrix(len(model.classes)), model.task
 
-    def observe(batch: Batch, outputs: Tensor) -> None:
-        probabilities = model.task.probabilities(outputs)
-        if probabilities is not None:
-            confusion.add(batch.targets.cpu(), probabilities.argmax(1).cpu())
+    def observe(batch: Batch, outputs: Any) -> None:
+        predicted = task.predict(outputs) if task.target in ("class", "mask") else None
+        if predicted is not None and isinstance(batch.targets, Tensor):
+            predicted = predicted.argmax(1) if task.target == "class" else predicted
+            confusion.add(batch.targets.cpu(), predicted.cpu())
 
     everything = np.arange(len(loader.images))
-    totals = measure(model.module, model.task, loader, everything, batch_size, observe=observe)
-    return model.task.summarize(totals), confusion.result()
+    totals = measure(model.module, task, loader, everything, batch_size, observe=observe)
+    return totals.summarize(task), confusion.result()
 
 
 def _of_another_round(model: TrainedModel, states: _States, algorithm: str) -> str | None:
@@ -295,20 +191,28 @@ def _of_another_round(model: TrainedModel, states: _States, algorithm: str) -> s
 
 
 def _evaluate_clients(
-    states: _States | None, model: TrainedModel, config: Config, train: Images, clients: int | None
+    states: _States | None,
+    model: TrainedModel,
+    config: Config,
+    data: tuple[Images, Images],
+    wanted: int | None,
 ) -> ClientMetrics:
-    """Evaluate each client: on its own model with its `states`, or else on the global one."""
-    split, _ = config.data.split(train, config.seed)
-    chosen = np.arange(len(split))
-    if clients is not None:
-        chosen = EvaluationConfig(clients=clients).sample(len(split), config.seed)
+    """Evaluate each client: on its own model with its `states`, or else on the global one.
+
+    Of `data`, training and test images, on its own part of the test set, on what it held out, or else on
+    what it was trained on.
+    """
+    clients = clients_of(config, *data)
+    tested = clients.tests is not None
+    held_out = tested or bool(config.data.holdout)
+    chosen = np.arange(len(clients))
+    if wanted is not None:
+        chosen = EvaluationConfig(clients=wanted).sample(len(clients), config.seed)
     own = None if states is None else _PersonalModel(model, config, states)
-    loader = ClientLoader(train, config.data, model.device, seed=config.seed)
+    loader = ClientLoader(data[tested], config.data, model.device, seed=config.seed)
     rows: list[Metrics] = []
     for client in chosen.tolist():
-        indices: NDArray[np.int64] = split.indices(client)
-        if config.data.holdout:
-            indices = holdout(indices, config.data.holdout, client, config.seed)[1]
+        indices = clients.evaluated(client) if held_out else clients.training(client)
         if not len(indices):
             continue
         module = model.module
@@ -316,10 +220,10 @@ def _evaluate_clients(
             own.load(states.of_client(client))
             module = own.flat.module
         totals = measure(module, model.task, loader, indices, config.evaluation.batch_size, client)
-        metrics = {n: v for n, v in model.task.summarize(totals).items() if isinstance(v, float)}
-        rows.append({"client": client, "examples": len(indices), **metrics})
+        metrics = {n: v for n, v in totals.summarize(model.task).items() if isinstance(v, float)}
+        rows.append({"client": client, **clients.label(client), "examples": len(indices), **metrics})
     states_round = states.round if states is not None else None
-    return ClientMetrics(rows, bool(config.data.holdout), states is not None, states_round)
+    return ClientMetrics(rows, held_out, states is not None, states_round, tested)
 
 
 class _PersonalModel:

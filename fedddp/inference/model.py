@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fedddp.data.decode import naming
-from fedddp.data.loader import Normalizer
+from fedddp.data.items import naming
+from fedddp.data.loader import Batch, Normalizer
 from fedddp.data.pixels import to_uint8
+from fedddp.data.targets import Boxes, Detections, Target
 from fedddp.data.transforms import resize
 from fedddp.section import ConfigError
 from fedddp.tasks import Task
@@ -26,12 +27,17 @@ if TYPE_CHECKING:
     from fedddp.inference.export import Exported, Format, Preprocessing
 
 
+BATCH_SIZES: dict[Target, int] = {"class": 500, "multilabel": 500, "mask": 16, "boxes": 16}
+"""Images per forward pass of a prediction: outputs for every pixel take much memory."""
+
+
 @dataclass(frozen=True)
 class TrainedModel:
     """A trained module with all that is needed to use it on images."""
 
     module: nn.Module
-    """The network, in evaluation mode; it takes normalised images (b, C, H, W) and returns logits (b, K)."""
+    """The network, in evaluation mode; it takes normalised images (b, C, H, W) and returns what its task
+    takes: logits (b, K), of masks (b, K, H, W), of boxes a dictionary."""
     classes: tuple[str, ...]
     """Names of the outputs, in order."""
     shape: tuple[int, int, int]
@@ -44,6 +50,8 @@ class TrainedModel:
     """The task it was trained for."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """The header of the file that it was read from."""
+    value_range: tuple[float, float] | None = None
+    """The run's `data.value_range`: values of 16-bit and floating images that are black and white."""
 
     @property
     def device(self) -> torch.device:
@@ -73,29 +81,45 @@ class TrainedModel:
         return Normalizer(self.mean, self.std, self.device)(stacked.to(self.device))
 
     @torch.no_grad()
-    def predict(self, images: Any, batch_size: int = 500) -> Tensor:
-        """Return the probability of every class for each image; float32, (n, classes), on the CPU.
+    def predict(self, images: Any, batch_size: int | None = None) -> Any:
+        """Return what the task predicts for n images, on the CPU.
 
         Args:
             images: as for `preprocess`.
-            batch_size: images per forward pass, >= 1.
+            batch_size: images per forward pass, >= 1; by default 500, of masks and boxes 16.
+
+        Returns:
+            For Classification and MultiLabel the probability of every class or label, (n, classes) float32.
+            For Segmentation the class of every pixel of what `preprocess` returns, (n, H, W) uint8. For
+            Detection `Detections`, in pixels of what `preprocess` returns.
 
         Raises:
-            ValueError: an image cannot be read or has other channels than the model, or the task has no
-                classes.
+            ValueError: an image cannot be read or has other channels than the model, or the task predicts
+                nothing.
         """
         listed = _listed(images)
-        found = [torch.empty(0, len(self.classes))]
+        batch_size = batch_size or BATCH_SIZES[self.task.target]
+        found = []
         for start in range(0, len(listed), batch_size):
-            outputs = self.module(self.preprocess(listed[start : start + batch_size]))
-            probabilities = self.task.probabilities(outputs)
-            if probabilities is None:
+            prepared = self.preprocess(listed[start : start + batch_size])
+            predicted = self.task.predict(self.outputs(prepared))
+            if predicted is None:
                 raise ConfigError(
-                    f"task={type(self.task).__name__} has no probabilities; give it `probabilities`, or call "
-                    "the module on what `preprocess` returns"
+                    f"task={type(self.task).__name__} has no predictions; give it `predict`, or call the "
+                    "module on what `preprocess` returns"
                 )
-            found.append(probabilities.cpu())
-        return torch.cat(found)
+            found.append(predicted)
+        if self.task.target == "boxes":
+            return _joined(found)
+        none = torch.empty(0, len(self.classes))
+        if self.task.target == "mask":
+            none = torch.empty(0, *self.shape[1:], dtype=torch.uint8)
+        return torch.cat([none, *(predicted.cpu() for predicted in found)])
+
+    def outputs(self, images: Tensor) -> Any:
+        """Return the module's outputs for what `preprocess` returns, as the task takes them."""
+        targets = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        return self.task.forward(self.module, Batch(images, targets, len(images), len(images)))
 
     def pixels(self, image: Any) -> Tensor:
         """Return one image as the network saw it in training, before normalisation; uint8, (C, H, W).
@@ -103,24 +127,9 @@ class TrainedModel:
         Raises:
             ValueError: it is no image, or has other channels than the model.
         """
-        if isinstance(image, str | os.PathLike):
-            with naming(str(image)), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of PIL: large or sloppily written files
-                with Image.open(image) as opened:
-                    opened.load()
-                    return self.pixels(opened)
-        if not isinstance(image, Image.Image | np.ndarray | Tensor):
-            raise ValueError(
-                f"the image is {type(image).__name__}; give the path of an image file, a PIL image, or an "
-                "array or tensor (H, W), (H, W, C) or (C, H, W)"
-            )
-        pixels = to_uint8(image, "the image")
-        channels, height, width = self.shape
-        if pixels.shape[0] == 1:
-            pixels = pixels.expand(channels, -1, -1)
-        elif pixels.shape[0] == 3 and channels == 1:
-            pixels = _grey(pixels)
-        if height == width and pixels.shape[0] == channels:
+        _, height, width = self.shape
+        pixels = self.unresized(image)
+        if height == width and len(pixels) == self.shape[0]:
             pixels = resize(pixels, height)
         if tuple(pixels.shape) != self.shape:
             raise ValueError(
@@ -128,6 +137,27 @@ class TrainedModel:
                 "resize or convert it"
             )
         return pixels
+
+    def unresized(self, image: Any) -> Tensor:
+        """Return one image with the model's channels, where it can, at its own size; uint8, (c, h, w).
+
+        Raises:
+            ValueError: it is no image.
+        """
+        if isinstance(image, str | os.PathLike):
+            with naming(str(image)), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of PIL: large or sloppily written files
+                with Image.open(image) as opened:  # not loaded: Pillow keeps 8 of 16 bits of colours
+                    return self.unresized(opened)
+        if not isinstance(image, Image.Image | np.ndarray | Tensor):
+            raise ValueError(
+                f"the image is {type(image).__name__}; give the path of an image file, a PIL image, or an "
+                "array or tensor (H, W), (H, W, C) or (C, H, W)"
+            )
+        pixels = to_uint8(image, "the image", self.value_range)
+        if pixels.shape[0] == 1:
+            return pixels.expand(self.shape[0], -1, -1)
+        return _grey(pixels) if pixels.shape[0] == 3 and self.shape[0] == 1 else pixels
 
     def export(
         self, path: str | Path, format: Format | None = None, preprocessing: Preprocessing = "inside"
@@ -142,7 +172,7 @@ class TrainedModel:
                 normalised images, and PATH.json has mean and deviation.
 
         Returns:
-            The path, and the largest difference of a logit from the module's.
+            The path, and the largest difference of an output from the module's.
 
         Raises:
             ConfigError: a library is missing, or the module cannot be exported in that format.
@@ -159,6 +189,13 @@ def _listed(images: Any) -> Sequence[Any]:
     several = several or (hasattr(images, "ndim") and images.ndim == 4)
     listed: Sequence[Any] = images if several else [images]
     return listed
+
+
+def _joined(found: Sequence[Detections]) -> Detections:
+    """Return the detections of several batches as one, on the CPU."""
+    cpu = torch.device("cpu")
+    boxes = Boxes.join(one.boxes.to(cpu).of(image) for one in found for image in range(len(one.boxes)))
+    return Detections(boxes, torch.cat([torch.empty(0), *(one.scores.cpu() for one in found)]))
 
 
 def _grey(pixels: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fedddp.data.decode import naming
+from fedddp.data.items import naming
 from fedddp.data.pixels import to_uint8
 from fedddp.data.transforms import torchvision_v2
 from fedddp.inference.model import TrainedModel
 from fedddp.section import ConfigError
+from fedddp.tracking.overlays import label_font
 
 logger = logging.getLogger(__name__)
 
@@ -118,14 +119,13 @@ def _read(model: TrainedModel, file: Path) -> tuple[Image.Image, torch.Tensor]:
     with naming(str(file)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PIL: large or sloppily written files
         with Image.open(file) as opened:
-            opened.load()
             # Of a colour model a grey picture becomes grey pixels of three channels, as in training.
             pixels = model.pixels(opened)
-            shown = torchvision_v2().to_pil_image(to_uint8(opened, str(file)))
-    return _fitted(shown), pixels
+            shown = torchvision_v2().to_pil_image(to_uint8(opened, str(file), model.value_range))
+    return fitted(shown), pixels
 
 
-def _fitted(picture: Image.Image) -> Image.Image:
+def fitted(picture: Image.Image) -> Image.Image:
     """Return `picture` as RGB that fills a tile in one direction; few pixels stay visible as such."""
     factor = TILE / max(picture.size)
     size = tuple(max(1, round(side * factor)) for side in picture.size)
@@ -156,12 +156,12 @@ def contact_sheet(title: str, shown: Sequence[tuple[Prediction, Image.Image]]) -
     rows = math.ceil(len(shown) / columns)
     cell = TILE + MARGIN, TILE + 3 * LINE + MARGIN
     top = MARGIN + 2 * LINE
-    wide = max(MARGIN + columns * cell[0], 2 * MARGIN + round(_font(26, bold=True).getlength(title)))
+    wide = max(MARGIN + columns * cell[0], 2 * MARGIN + round(label_font(26, bold=True).getlength(title)))
     files = [prediction.file for prediction, _ in shown]
     alike = len({file.name for file in files}) < len(files)
     sheet = Image.new("RGB", (wide, top + rows * cell[1]), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, INK, _font(26, bold=True))
+    draw.text((MARGIN, MARGIN), title, INK, label_font(26, bold=True))
     for number, (prediction, picture) in enumerate(shown):
         left, upper = MARGIN + number % columns * cell[0], top + number // columns * cell[1]
         draw.rectangle((left - 1, upper - 1, left + TILE, upper + TILE), "#f8f9fa", FRAME)
@@ -178,7 +178,7 @@ def _caption(draw: ImageDraw.ImageDraw, prediction: Prediction, name: str, left:
     colour = SURE if probability >= 0.5 else UNSURE
     draw.rectangle((left - 1, upper + 6, left + TILE, upper + 13), FRAME)
     draw.rectangle((left - 1, upper + 6, left - 1 + round((TILE + 1) * probability), upper + 13), colour)
-    percent, small, bold = f"{100 * probability:.1f} %", _font(19), _font(24, bold=True)
+    percent, small, bold = f"{100 * probability:.1f} %", label_font(19), label_font(24, bold=True)
     space = TILE - bold.getlength(percent) - 12
     baseline = upper + 16 + LINE
     draw.text((left, baseline), _shortened(prediction.classes[0], bold, space), INK, bold, anchor="ls")
@@ -196,11 +196,3 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
         if font.getlength(shorter) <= width:
             return shorter
     return "…"
-
-
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return matplotlib's DejaVu Sans, which has the letters of most alphabets."""
-    import matplotlib as mpl  # here: a model is loaded without it
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / name), size)

@@ -15,11 +15,12 @@ from fedddp.config.loader import OBJECTS
 from fedddp.config.schema import execution_settings, fields_with
 from fedddp.reporting.labels import distinguish
 from fedddp.reporting.runs import read_settings
-from fedddp.storage.history import Row
+from fedddp.storage.history import Metric, Row, judged_by, number
+from fedddp.storage.judged import BASELINES, judged_together
 from fedddp.storage.run_record import MODEL
 
 AXES = ("rounds", "examples", "bytes", "virtual s", "wall s")
-"""What accuracy is drawn against. Examples are counted as often as they are trained on, bytes in both
+"""What a score is drawn against. Examples are counted as often as they are trained on, bytes in both
 directions; wall seconds leave out evaluation and checkpoints."""
 
 COMPARED = (*fields_with("experiment", "common"), OBJECTS)
@@ -37,16 +38,20 @@ class Curve:
     name: str
     x: Mapping[str, Floats]
     """Each of `AXES` at the E evaluations, (E,); NaN where the run did not record it."""
-    accuracy: Floats
-    """In [0, 1], (E,)."""
+    metric: Metric
+    """What the run is judged by."""
+    score: Floats
+    """The metric at the E evaluations, (E,); accuracies in [0, 1]."""
     std: Floats
-    """Sample standard deviation of the accuracy over seeds, (E,); 0 for one run."""
+    """Sample standard deviation of the score over seeds, (E,); 0 for one run."""
     staleness: NDArray[np.int64]
     """Arrivals by their staleness 0, 1, ...; empty for rounds."""
     idle: Floats
     """Share of the wall time in which each group did not train, (G,); empty where it is not known."""
     settings: Mapping[str, Any]
     """The configuration, with dotted keys."""
+    last: Mapping[str, float]
+    """The last value of every number below eval/ and clients/, by its key; of one run."""
     members: tuple[Curve, ...] = ()
     """The runs of a mean; empty for one run."""
 
@@ -60,41 +65,79 @@ class Curve:
         """The seed of each run."""
         return tuple(int(run.settings.get("seed", 0)) for run in self.runs)
 
-    def reach(self, accuracy: float) -> dict[str, float]:
-        """Return each axis where `accuracy` is first measured; NaN if it never is.
+    @property
+    def best(self) -> float:
+        """The best score: the highest, of a loss the lowest."""
+        return float(self.metric.sign * (self.metric.sign * self.score).max())
+
+    def reach(self, target: float) -> dict[str, float]:
+        """Return each axis where a score as good as `target` is first measured; NaN if it never is.
 
         Of a mean over seeds it is the mean of its runs, NaN where one of them never reaches it.
         """
         if self.members:
-            reached = [run.reach(accuracy) for run in self.members]
+            reached = [run.reach(target) for run in self.members]
             return {axis: float(np.mean([one[axis] for one in reached])) for axis in self.x}
-        there = np.flatnonzero(self.accuracy >= accuracy)
+        there = np.flatnonzero(self.metric.sign * (self.score - target) >= 0)
         return {axis: float(x[there[0]]) if len(there) else float("nan") for axis, x in self.x.items()}
 
 
-def read(folder: Path) -> Curve:
-    """Return the curve of the run in `folder`.
+def read(folder: Path, metric: Metric | None = None) -> Curve:
+    """Return the curve of the run in `folder`: a metric, by default that which it is judged by.
 
     Raises:
         ValueError: it is no run, is corrupt, or was never evaluated.
     """
     settings, _, rows = read_settings(folder)
-    measured, accuracy = series(rows, "eval/accuracy")
-    if not len(measured):
+    metric = judged_by(rows) if metric is None else metric
+    if metric is None:
         raise ValueError(
-            f"{folder} has no eval/accuracy in its history; compare runs that were evaluated on test data"
+            f"{folder} has no metric below eval/ in its history; compare runs evaluated on test data"
         )
+    measured, score = series(rows, metric.key)
     passed = steps(rows)
     idle = added(lists_of(rows, "time/idle")) / max(float(passed["wall s"].sum()), 1e-9)
     return Curve(
         name=folder.name + ("" if (folder / MODEL).exists() else UNFINISHED),
         x={axis: np.cumsum(step)[measured] for axis, step in passed.items()},
-        accuracy=accuracy,
-        std=np.zeros(len(accuracy)),
+        metric=metric,
+        score=score,
+        std=np.zeros(len(score)),
         staleness=added(lists_of(rows, "staleness/histogram")).astype(np.int64),
         idle=np.minimum(idle, 1.0),
         settings=settings,
+        last={
+            key: value
+            for row in rows
+            for key in row
+            if key.startswith(("eval/", "clients/")) and (value := number(row, key)) is not None
+        },
     )
+
+
+def read_all(folders: Iterable[Path]) -> list[Curve]:
+    """Return the curves of runs that are compared, one for all that differ in the seed alone.
+
+    Beside clients that trained alone, and have no test of a model of all, the others are judged by the mean
+    over clients too.
+
+    Raises:
+        ValueError: one is no run, is corrupt, or was never evaluated; or they are judged by several metrics.
+    """
+    folders = list(folders)
+    judged = judged_together([read_settings(folder)[2] for folder in folders])
+    curves = [read(folder, metric) for folder, metric in zip(folders, judged, strict=True)]
+    other = next((curve for curve in curves if curve.metric != curves[0].metric), None)
+    if other is not None:
+        first = curves[0]
+        fix = "runs of one task"
+        if first.metric.of_clients or other.metric.of_clients:
+            fix += ", all with data.holdout or clients that own test data, and with evaluation.clients"
+        raise ValueError(
+            f"{first.name} is judged by {first.metric.key}, but {other.name} by {other.metric.key}; compare "
+            f"{fix}"
+        )
+    return over_seeds(curves)
 
 
 def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.int64], Floats]:
@@ -174,16 +217,18 @@ def over_seeds(curves: list[Curve]) -> list[Curve]:
 
 def _mean(runs: list[Curve]) -> Curve:
     first = runs[0]
-    length = min(len(run.accuracy) for run in runs)
-    accuracies = np.array([run.accuracy[:length] for run in runs])
+    length = min(len(run.score) for run in runs)
+    scores = np.array([run.score[:length] for run in runs])
     return Curve(
         name=first.name,
         x={axis: np.mean([run.x[axis][:length] for run in runs], axis=0) for axis in AXES},
-        accuracy=accuracies.mean(0),
-        std=accuracies.std(0, ddof=1),
+        metric=first.metric,
+        score=scores.mean(0),
+        std=scores.std(0, ddof=1),
         staleness=added(run.staleness.tolist() for run in runs).astype(np.int64),
         idle=added(run.idle.tolist() for run in runs) / len(runs),
         settings=first.settings,
+        last={},
         members=tuple(runs),
     )
 
@@ -203,7 +248,17 @@ def _named(curves: list[Curve], keys: list[str]) -> list[Curve]:
             names.append((stems.pop() if len(stems) == 1 else label) + suffix)
         else:
             names.append((label if numbered and labels.count(label) == 1 else name) + suffix)
+    names = [_spoken(name, curve) for name, curve in zip(names, curves, strict=True)]
     return [
         replace(curve, name=name if names.count(name) == 1 else f"{name} [{curve.name}]")
         for curve, name in zip(curves, names, strict=True)
     ]
+
+
+def _spoken(name: str, curve: Curve) -> str:
+    """Return the label of a baseline where the run's `name` is that of its folder: "local only"."""
+    label = BASELINES.get(str(curve.settings.get("baseline")), "")
+    folder = label.replace(" ", "-")
+    return (
+        f"{label}{name.removeprefix(folder)}" if label and name.removesuffix(UNFINISHED) == folder else name
+    )

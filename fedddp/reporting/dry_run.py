@@ -6,15 +6,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.filesize import decimal
 
 from fedddp.algorithms import ServerState
+from fedddp.config.baselines import in_effect
 from fedddp.config.schema import Config
 from fedddp.data.datasets import Images, load
+from fedddp.data.partition import Split, holdout_sizes
 from fedddp.models.flat import FlatModel
+from fedddp.privacy.config import CentralDP
+from fedddp.privacy.protection import check_model
+from fedddp.privacy.statement import forecast
+from fedddp.secure import SecureAggregation
 from fedddp.simulation.clock import examples_trained
 from fedddp.simulation.cohort import assign
+from fedddp.training.assembly import outputs_check
+from fedddp.training.clients import clients_of, pooled
 from fedddp.training.engine import Place, clients_at_once
+from fedddp.training.exchange import round_bytes
+from fedddp.training.protect import check_library, participations_of
+from fedddp.transport.links import Links
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,13 +45,18 @@ def dry_run(config: Config, world_size: int) -> Table:
     """
     from rich.table import Table
 
+    config = in_effect(config)
     groups = config.topology.groups(world_size)
-    train, test = load(config.data)
-    split, sizes = config.data.split(train, config.seed)
+    train, test = load(config.data, config.task.target)
+    config, split, sizes = _split(config, train, test)
     config.clock.check(examples_trained(config.local, sizes), config.aggregation.min_clients(), config.seed)
     shape = train.shape
     module = config.model.build(
-        classes=train.classes, shape=shape, seed=config.seed, sync=lambda tensor: tensor
+        classes=train.classes,
+        shape=shape,
+        seed=config.seed,
+        sync=lambda tensor: tensor,
+        check=outputs_check(config.task, train),
     )
     flat = FlatModel(module)
     config.algorithm.check_model(flat)
@@ -48,7 +65,6 @@ def dry_run(config: Config, world_size: int) -> Table:
     cohort = config.cohort.sample(len(split), config.seed, 0)
     assignment = assign(cohort, sizes[cohort], groups)
     examples = [int(sizes[clients].sum()) for clients in assignment]
-    up, down = config.algorithm.traffic(server)
     steps = config.local.steps or config.local.epochs * float(np.ceil(sizes / config.local.batch_size).mean())
 
     table = Table("", "", box=None, show_header=False)
@@ -58,11 +74,7 @@ def dry_run(config: Config, world_size: int) -> Table:
         f"{config.data.dataset}: {len(train.labels):,} training images of "
         f"{'x'.join(map(str, shape))}, {0 if test is None else len(test.labels):,} for testing",
     )
-    table.add_row(
-        "population",
-        f"{len(split):,} clients of {sizes.min():,} to {sizes.max():,} "
-        f"examples (median {np.median(sizes):,.0f})",
-    )
+    table.add_row("population", _population(sizes))
     parameters, buffers = flat.params.numel(), flat.buffers.numel()
     table.add_row(
         "model", f"{config.model.name}: {parameters:,} trainable parameters, {buffers:,} buffer elements"
@@ -75,9 +87,65 @@ def dry_run(config: Config, world_size: int) -> Table:
         f"clients per group {_list([len(v) for v in assignment])}, examples per group {_list(examples)}",
     )
     table.add_row("local training", _engine(config, module, train, groups))
-    table.add_row("bytes per round", f"{_size(down * len(cohort))} down, {_size(up * len(cohort))} up")
+    if config.privacy is not None:
+        table.add_row("privacy", privacy_text(config, flat))
+    table.add_row("bytes per round", _traffic(config, server, len(cohort)))
+    if config.secure_aggregation is not None:
+        table.add_row("secure aggregation", _secure(config.secure_aggregation, len(cohort)))
     table.add_row("memory per rank", _memory(config, train, test, flat))
     return table
+
+
+def _split(config: Config, train: Images, test: Images | None) -> tuple[Config, Split, NDArray[np.int64]]:
+    """Return the split over those that train, the examples that each has, and `config` as they train."""
+    clients = clients_of(config, train, test)
+    if config.baseline == "pooled":
+        config, split = pooled(config, clients)
+        return config, split, split.sizes
+    sizes = clients.split.sizes
+    return config, clients.split, sizes - holdout_sizes(sizes, config.data.holdout)
+
+
+def privacy_text(config: Config, flat: FlatModel) -> str:
+    """Return the noise and the ε that the section `privacy` asks for.
+
+    Raises:
+        ValueError: the model, or the budget, does not allow a run.
+    """
+    privacy, population = config.privacy, config.data.clients
+    assert privacy is not None
+    check_library(config)
+    check_model(flat, config.algorithm)
+    account = None
+    if isinstance(privacy, CentralDP):
+        account = privacy.account(config.cohort, population, config.rounds)
+    return forecast(privacy, account, participations_of(config, population), config.rounds)
+
+
+def _traffic(config: Config, server: ServerState, clients: int) -> str:
+    """Return the bytes of a round, as its row of the history will have them without drop-outs."""
+    links = Links(config.transport, config.algorithm, config.seed)
+    up, most = round_bytes(config, links, server, clients)
+    down = f"{_size(most)} down"
+    if config.transport.down is not None:
+        least = most - clients * (links.model_bytes(server) - links.change_bytes(server))
+        down += f" at most ({_size(least)} to clients of the round before)"
+    return f"{down}, {_size(up)} up"
+
+
+def _secure(settings: SecureAggregation, clients: int) -> str:
+    """Return the neighbours and thresholds of a cohort of `clients` clients."""
+    degree = settings.degree(clients)
+    name, needed = type(settings).__name__, settings.needed(degree + 1)
+    return (
+        f"{name}: {_count(degree, 'neighbour')} per client, {needed} of {degree + 1} shares recover a secret"
+    )
+
+
+def _population(sizes: NDArray[np.int64]) -> str:
+    """Return how many clients there are, and how many of their `sizes` (clients,) examples train."""
+    median = f"median {np.median(sizes):,.0f}"
+    return f"{len(sizes):,} clients of {sizes.min():,} to {sizes.max():,} examples ({median})"
 
 
 def _world(config: Config, world_size: int, groups: int) -> str:
@@ -104,7 +172,8 @@ def _memory(config: Config, train: Images, test: Images | None, flat: FlatModel)
     """Return the bytes of the images and of the vectors: model, gradient, server, update, optimizer, sums."""
     p, b, item = flat.params.numel(), flat.buffers.numel(), flat.params.element_size()
     vectors = 4 + OPTIMIZER_VECTORS[config.local.optimizer] + bool(config.local.momentum)
-    state = (p * vectors + 2 * b) * item + p * config.aggregation.bytes_per_element
+    sums = 1 if config.secure_aggregation is None else 3  # a client's vector, its masked copy, and the sum
+    state = (p * vectors + 2 * b) * item + p * config.aggregation.bytes_per_element * sums
     pixels = [s.pixels for s in (train, test) if s is not None and s.pixels is not None]
     images = sum(tensor.numel() for tensor in pixels)
     return f"{_size(images)} of images, {_size(state)} of model state, plus activations"

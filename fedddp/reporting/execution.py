@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from fedddp.config.loader import build, to_dict
 from fedddp.config.schema import Config
+from fedddp.reporting.classes import thin
 from fedddp.reporting.curves import added, lists_of, numbers, series
 from fedddp.reporting.figures import COLOURS, GRID, MUTED, SIZE, Chart, Line, chart, curves, size_of, stairs
 from fedddp.reporting.page import PageSection, html_table
 from fedddp.reporting.runs import RunFiles
-from fedddp.reporting.sections import metric_lines, thin
+from fedddp.reporting.sections import metric_lines
 from fedddp.section import ConfigError
 from fedddp.storage.history import Row, flat
 from fedddp.storage.run_record import LaunchRecord

@@ -243,7 +243,9 @@ def _short(values: Any) -> list[float]:
 # ---- panels ----
 
 
-def curves(axes: Axes, lines: Sequence[Line], axis: str, ylabel: str, target: float | None = None) -> None:
+def curves(
+    axes: Axes, lines: Sequence[Line], axis: str, ylabel: str, target: tuple[float, str] | None = None
+) -> None:
     """Draw lines over one axis, with their bands; logarithmic where they end far apart.
 
     Args:
@@ -251,7 +253,7 @@ def curves(axes: Axes, lines: Sequence[Line], axis: str, ylabel: str, target: fl
         lines: those whose x is not known are left out.
         axis: what x is, one of `AXES`.
         ylabel: what y is.
-        target: height of a dashed line, in %.
+        target: height of a dashed line, and its name.
     """
     shown = [line for line in lines if len(line.x) and np.isfinite(line.x).all()]
     for number, line in enumerate(shown):
@@ -268,8 +270,8 @@ def curves(axes: Axes, lines: Sequence[Line], axis: str, ylabel: str, target: fl
     if ends and max(ends) > 8 * max(min(ends), 1e-9) and max(ends) > min(starts):
         axes.set_xscale("log")
     if target is not None:
-        label, dashes = f"target {target:.10g} %", (0, (4, 4))
-        axes.axhline(target, color=MUTED, linewidth=0.8, linestyle=dashes, zorder=0, label=label)
+        (height, label), dashes = target, (0, (4, 4))
+        axes.axhline(height, color=MUTED, linewidth=0.8, linestyle=dashes, zorder=0, label=label)
     axes.set(xlabel=LABELS.get(axis, axis), ylabel=ylabel)
     scale_axis(axes, axis)
 

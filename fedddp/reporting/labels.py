@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedddp.storage.judged import algorithm_of
+
 
 def distinguish(runs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
     """Return a label for each of the runs, such as "FedAvg, momentum 0".
@@ -14,11 +16,11 @@ def distinguish(runs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[
         keys: the settings in which the runs may differ.
 
     Returns:
-        The algorithm and as few settings as distinguish the runs, in the order of `runs`. Runs that agree in
-        all `keys` get the same label.
+        The algorithm, or the baseline, and as few settings as distinguish the runs, in the order of `runs`.
+        Runs that agree in all `keys` get the same label.
     """
-    parts = [[_name(settings.get("algorithm", "run"))] for settings in runs]
-    others = [key for key in keys if key != "algorithm"]
+    parts = [[algorithm_of(settings) or "run"] for settings in runs]
+    others = [key for key in keys if key not in ("algorithm", "baseline")]
     names = {key: _spoken(key, others) for key in others}
     choices = {key for key in others if any(k.startswith(f"{key}.") for settings in runs for k in settings)}
     groups: dict[str, list[int]] = {}

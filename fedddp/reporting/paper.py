@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fedddp.reporting.classes import class_name
 from fedddp.reporting.curves import Curve
 from fedddp.reporting.render import Panel, save_figure
 from fedddp.reporting.runs import read_run
-from fedddp.reporting.sections import class_name
 from fedddp.reporting.split_figures import save_confusion
 from fedddp.reporting.tables import write_table
 from fedddp.section import ConfigError

@@ -25,7 +25,8 @@ from fedddp.reporting.figures import (
     curves as draw_curves,
 )
 from fedddp.reporting.page import PageSection, html_table, page
-from fedddp.reporting.tables import UNKNOWN, Cells, cells, has_spread, markdown, note
+from fedddp.reporting.tables import UNKNOWN, Cells, cells, goal_text, markdown, note
+from fedddp.storage.history import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,16 +43,18 @@ Panels = dict[str, Callable[["Axes"], None]]
 
 def panels(curves: Sequence[Curve], target: float) -> Panels:
     """Return what draws each panel that has something to show, by title."""
+    metric = curves[0].metric
+    goal = metric.factor * target, f"target {goal_text(metric, target)}"
 
     def over(axis: str) -> Callable[[Axes], None]:
         lines = [
-            Line(i, c.name, c.x[axis], 100 * c.accuracy, 100 * c.std if c.members else None)
+            Line(i, c.name, c.x[axis], metric.factor * c.score, metric.factor * c.std if c.members else None)
             for i, c in enumerate(curves)
         ]
-        return lambda axes: draw_curves(axes, lines, axis, "test accuracy in %", 100 * target)
+        return lambda axes: draw_curves(axes, lines, axis, metric.axis, goal)
 
     found: Panels = {
-        f"Accuracy over {axis}": over(axis)
+        _title(metric, axis): over(axis)
         for axis in AXES
         if any(np.isfinite(curve.x[axis]).all() for curve in curves)
     }
@@ -64,6 +67,11 @@ def panels(curves: Sequence[Curve], target: float) -> Panels:
     return found
 
 
+def _title(metric: Metric, axis: str) -> str:
+    """Return the title of the panel of a metric over an axis, such as "Accuracy over rounds"."""
+    return f"{metric.heading} over {axis}"
+
+
 def one_panel(curves: Sequence[Curve], target: float, panel: Panel) -> Panels:
     """Return the panel of that name alone.
 
@@ -73,7 +81,7 @@ def one_panel(curves: Sequence[Curve], target: float, panel: Panel) -> Panels:
     found = panels(curves, target)
     names = {"time": ("virtual s", "wall s"), "wall": ("wall s",)}.get(panel, (panel,))
     for name in names:
-        title = f"Accuracy over {name}"
+        title = _title(curves[0].metric, name)
         if title in found:
             return {title: found[title]}
     raise ValueError(f"--panel {panel}: no run recorded it; choose one of {', '.join(PANELS)}")
@@ -84,7 +92,7 @@ def save_figure(curves: Sequence[Curve], target: float, path: Path, panel: Panel
 
     Args:
         curves: what it shows.
-        target: the accuracy of the dashed line.
+        target: the score of the dashed line.
         path: the file.
         panel: one panel, as wide as one column (3.4 in); None: all panels, as wide as two (7 in).
 
@@ -138,7 +146,7 @@ def write(curves: Sequence[Curve], folder: Path, target: float, title: str) -> l
         OSError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    text = f"{markdown(cells(curves, target))}\n{note(target, spread=has_spread(curves))}\n"
+    text = f"{markdown(cells(curves, target))}\n{note(curves, target)}\n"
     found = panels(curves, target)
     columns = min(4, len(found))
     figure = _figure(curves, found, columns, (3.7 * columns, 3.5 * -(-len(found) // columns)), 10.0)
@@ -159,12 +167,12 @@ def comparison_page(curves: Sequence[Curve], target: float, title: str) -> str:
     from html import escape
 
     charts: list[Chart | str] = [chart(name, name, draw) for name, draw in panels(curves, target).items()]
-    about = f'<p class="small">{escape(note(target, spread=has_spread(curves)))}</p>'
+    about = f'<p class="small">{escape(note(curves, target))}</p>'
     different, same = _settings(curves)
     rest = f"<details><summary>What is the same in all runs</summary>{html_table(same)}</details>"
     parts = [
         PageSection("Results", [html_table(cells(curves, target), numbers=True), about]),
-        PageSection("Accuracy", charts),
+        PageSection(curves[0].metric.heading, charts),
         PageSection("What differs", [(html_table(different) if different[1:] else "<p>Nothing.</p>") + rest]),
     ]
     return page(title, [curve.name for curve in curves], parts)

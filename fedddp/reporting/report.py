@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import numpy as np
 
+from fedddp.privacy.statement import statement
 from fedddp.reporting import execution, sections
+from fedddp.reporting.cross_site import cross_site
 from fedddp.reporting.curves import AXES, series, steps
 from fedddp.reporting.figures import size_of
 from fedddp.reporting.page import PageSection, html_table, page
@@ -17,6 +20,8 @@ from fedddp.reporting.runs import RunFiles, read_run, run_folders, unique_names
 from fedddp.reporting.tables import UNKNOWN, Cells, seconds
 from fedddp.section import ConfigError
 from fedddp.storage.checkpoint import write_text
+from fedddp.storage.history import Metric
+from fedddp.storage.judged import algorithm_of, judged_together
 from fedddp.storage.run_record import REPORT
 
 
@@ -70,9 +75,10 @@ def report(runs: Sequence[RunFiles]) -> str:
     title = f"Report: {names[0]}" if len(runs) == 1 else f"Report: {len(runs)} runs"
     recorded = [axis for axis in AXES if any(np.isfinite(steps(run.rows)[axis]).all() for run in runs)]
     parts = [
-        PageSection("Summary", [html_table(summary(runs), numbers=True)]),
+        PageSection("Summary", [html_table(summary(runs), numbers=True), *protected(runs)]),
         sections.learning(runs, names),
         sections.clients(runs, names),
+        cross_site(runs),
         sections.data(runs),
         sections.participation(runs),
         sections.mistakes(runs),
@@ -85,29 +91,39 @@ def report(runs: Sequence[RunFiles]) -> str:
     return page(title, names, parts, recorded)
 
 
+def protected(runs: Sequence[RunFiles]) -> list[str]:
+    """Return a line for each run that protects its clients: what it may claim."""
+    lines = []
+    for index, run in enumerate(runs):
+        claim = statement(run.sections, run.rows)
+        if claim is not None:
+            lines.append(f'<p class="run-{index}">{escape(run.name)}: {escape(claim)}.</p>')
+    return lines
+
+
 def summary(runs: Sequence[RunFiles]) -> Cells:
     """Return the table of the runs: its header, and a row for each."""
-    rows = [["run", "algorithm", "state", "rounds", "accuracy", "best (round)", "worst 10 %", "loss"]]
+    judged = judged_together([run.rows for run in runs])
+    one = len(set(judged)) == 1
+    first = ("accuracy" if judged[0] is None else judged[0].label) if one else "score"
+    rows = [["run", "algorithm", "state", "rounds", first, "best (round)", "worst 10 %", "loss"]]
     rows[0] += ["examples", "bytes", "virtual s", "wall s"]
-    for run in runs:
-        measured, accuracy = series(run.rows, "eval/accuracy")
-        worst, loss = (series(run.rows, key)[1] for key in ("clients/accuracy_worst10", "eval/loss"))
+    for run, metric in zip(runs, judged, strict=True):
+        last, best, worst = _scores(run, metric)
+        last = last if one or metric is None else f"{metric.label} {last}"
+        loss = series(run.rows, "eval/loss")[1]
         totals = {axis: float(step.sum()) for axis, step in steps(run.rows).items()}
-        best = UNKNOWN
-        if len(accuracy):
-            at = int(accuracy.argmax())
-            best = f"{100 * accuracy[at]:.2f} % ({run.rows[measured[at]]['round']})"
         wanted = run.settings.get("rounds")
         done = run.rows[-1]["round"]
         rows.append(
             [
                 run.name,
-                str(run.settings.get("algorithm", UNKNOWN)).rsplit(".", 1)[-1],
+                algorithm_of(run.settings) or UNKNOWN,
                 run.state,
                 f"{done} of {wanted}" if isinstance(wanted, int) and wanted != done else str(done),
-                f"{100 * accuracy[-1]:.2f} %" if len(accuracy) else UNKNOWN,
+                last,
                 best,
-                f"{100 * worst[-1]:.2f} %" if len(worst) else UNKNOWN,
+                worst,
                 f"{loss[-1]:.4f}" if len(loss) else UNKNOWN,
                 f"{totals['examples']:,.0f}" if np.isfinite(totals["examples"]) else UNKNOWN,
                 size_of(totals["bytes"]) if np.isfinite(totals["bytes"]) else UNKNOWN,
@@ -115,3 +131,14 @@ def summary(runs: Sequence[RunFiles]) -> Cells:
             ]
         )
     return rows
+
+
+def _scores(run: RunFiles, metric: Metric | None) -> tuple[str, str, str]:
+    """Return as text the last and the best value of what a run is judged by, and its worst clients'."""
+    if metric is None:
+        return UNKNOWN, UNKNOWN, UNKNOWN
+    measured, values = series(run.rows, metric.key)
+    at = int((metric.sign * values).argmax())
+    best = f"{metric.text(values[at])} ({run.rows[measured[at]]['round']})"
+    worst = series(run.rows, metric.on_clients("worst10"))[1]
+    return metric.text(values[-1]), best, metric.text(worst[-1]) if len(worst) else UNKNOWN

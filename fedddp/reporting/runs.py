@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fedddp.data.description import Description, Share
+from fedddp.reporting.cross_site_file import CrossSite, parse_cross_site
 from fedddp.section import RENAMED, ConfigError
+from fedddp.storage.examined import Examined, parse_examined
 from fedddp.storage.history import CLIENTS, HISTORY, Row, flat, parse_json, read_config, read_rows, read_text
 from fedddp.storage.run_record import (
+    CROSS_SITE,
     EVALUATION,
     SPLIT,
-    WRONG,
     RunRecord,
     read_record,
     read_warnings,
@@ -24,18 +23,6 @@ from fedddp.storage.run_record import (
 )
 
 Content = TypeVar("Content")
-
-
-@dataclass(frozen=True)
-class Examined:
-    """What the final model does on the test data."""
-
-    confusion: NDArray[np.int64] | None
-    """Examples by true class (row) and predicted class (column), (K, K)."""
-    wrong: list[Row]
-    """The wrong examples shown, each with "label", "predicted" and "probability"."""
-    images: NDArray[np.uint8] | None
-    """Those examples, (n, C, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +44,8 @@ class RunFiles:
     split: Description | None
     class_names: tuple[str, ...]
     examined: Examined | None
+    cross_site: CrossSite | None = None
+    """cross-site.json, as `fedddp eval RUN --cross-site` writes it."""
 
 
 def run_folders(target: Path, or_give: str = "") -> list[Path]:
@@ -132,7 +121,8 @@ def read_run(folder: Path) -> RunFiles:
         warnings=read_warnings(folder),
         split=split,
         class_names=names,
-        examined=_parsed(folder / EVALUATION, _examined),
+        examined=_parsed(folder / EVALUATION, parse_examined),
+        cross_site=_parsed(folder / CROSS_SITE, parse_cross_site),
     )
 
 
@@ -177,31 +167,3 @@ def _split(_: Path, content: Any) -> tuple[Description, tuple[str, ...]]:
     description = Description(shares, **numbers, classes_per_client=float(content["classes_per_client"]))
     names = tuple(map(str, content.get("class_names") or range(len(shares[0].histogram))))
     return description, names
-
-
-def _examined(folder: Path, content: Any) -> Examined:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    confusion = None if content["confusion"] is None else np.array(content["confusion"], dtype=np.int64)
-    if confusion is not None and (confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]):
-        raise ValueError("its confusion matrix is not square")
-    wrong = [
-        {
-            "label": int(one["label"]),
-            "predicted": int(one["predicted"]),
-            "probability": float(one["probability"]),
-        }
-        for one in content["wrong"]
-    ]
-    images, path = None, folder / WRONG
-    if wrong and path.exists():
-        try:
-            images = load_file(path)["images"]
-        except SafetensorError as error:
-            raise ValueError(f"{path.name}: {error}") from None
-        if images.ndim != 4 or images.dtype != np.uint8 or len(images) != len(wrong):
-            raise ValueError(
-                f"{path.name} does not hold one image for each of its {len(wrong)} wrong examples"
-            )
-    return Examined(confusion, wrong, images)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from functools import partial
 from html import escape
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedddp.reporting.classes import MOST_POINTS, class_name, class_table, over_rounds, thin
 from fedddp.reporting.curves import AXES, Floats, is_number, series, steps
 from fedddp.reporting.figures import (
     SIZE,
@@ -24,27 +23,18 @@ from fedddp.reporting.figures import (
     scale_axis,
     tall,
 )
+from fedddp.reporting.gallery import gallery
 from fedddp.reporting.page import PageSection
-from fedddp.reporting.runs import Examined, RunFiles
+from fedddp.reporting.runs import RunFiles
 from fedddp.reporting.split_figures import caption, confusion, holdings, sizes
+from fedddp.storage.examined import Examined
+from fedddp.storage.history import Metric, capital, judged_by, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_POINTS = 500
-"""Points of a curve that are drawn; of a longer one every n-th."""
-
 MOST_ROWS = 100
 """Rows of a matrix of clients."""
-
-IMAGE_SIDE = 112
-"""Pixels to which larger images are reduced."""
-
-
-def thin(count: int) -> Sequence[int]:
-    """Return the positions of at most `MOST_POINTS` + 1 of `count` points, evenly spaced, with the last."""
-    every = -(-count // MOST_POINTS)
-    return [*range(0, max(count - 1, 0), every or 1), *([count - 1] if count else [])]
 
 
 def metric_lines(
@@ -64,102 +54,119 @@ def learning(runs: Sequence[RunFiles], names: Sequence[str]) -> PageSection:
     """Return the metrics of the model over rounds, examples, bytes and time."""
     scalars = {key for run in runs for row in run.rows for key, value in row.items() if is_number(value)}
     others = sorted(key for key in scalars if key.startswith("eval/"))
-    first = ["eval/accuracy", "eval/loss", "train/loss"]
-    titles = {"eval/accuracy": "Test accuracy", "eval/loss": "Test loss", "train/loss": "Training loss"}
-    titles["eval/accuracy_top5"] = "Top-5 accuracy"
+    judged = [metric.key for run in runs if (metric := judged_by(run.rows))]
+    tested = [key for key in judged if key.startswith("eval/")]
+    judged = tested or judged  # means over clients are in the section on clients
+    first = list(dict.fromkeys([*judged, "eval/loss", "train/loss"]))
+    titles = {"train/loss": "Training loss", "eval/accuracy_top5": "Top-5 accuracy"}
+    titles |= {key: Metric(key).title for key in (*judged, "eval/loss")}
     blocks: list[Chart | str] = []
     for key in [*first, *(key for key in others if key not in first)]:
-        share = "accuracy" in key
+        metric = Metric(key)
         for axis in AXES:
-            lines = metric_lines(runs, names, key, axis, 100 if share else 1)
+            lines = metric_lines(runs, names, key, axis, metric.factor)
             if not any(np.isfinite(line.x).all() for line in lines):
                 continue
-            title = titles.get(key, key.removeprefix("eval/").replace("_", " ").capitalize())
-            label = f"{title[0].lower()}{title[1:]}{' in %' if share else ''}"
+            title = capital(titles.get(key, metric.heading.replace("_", " ")))
+            named = title == metric.label  # IoU, Dice: with a capital
+            label = (title if named else title[0].lower() + title[1:]) + " in %" * metric.in_percent
 
             def draw(axes: Axes, lines: list[Line] = lines, axis: str = axis, label: str = label) -> None:
                 curves(axes, lines, axis, label)
 
             blocks.append(chart(f"{key} over {axis}", title, draw, axis=axis))
-    blocks += [block for index, run in enumerate(runs) for block in _recall(index, run)]
-    missing = "" if "eval/accuracy" in scalars else "test accuracy: a task with an accuracy, and test data"
+    blocks += [block for index, run in enumerate(runs) for block in over_rounds(index, run)]
+    for index, run in enumerate(runs):
+        blocks += class_table(index, run, names)
+    missing = "" if judged else "test accuracy: a task with an accuracy, and test data"
     return PageSection("Learning", blocks, missing)
 
 
-def _recall(index: int, run: RunFiles) -> list[Chart]:
-    """Return the recall of every class over rounds."""
-    measured = [row for row in run.rows if isinstance(row.get("eval/recall"), list) and row["eval/recall"]]
-    classes = {len(row["eval/recall"]) for row in measured}
-    if len(classes) != 1 or len(measured) < 2:
-        return []
-    kept = [measured[i] for i in thin(len(measured))]
-    recall = np.array([[float(v) if is_number(v) else np.nan for v in row["eval/recall"]] for row in kept]).T
-    labels = run.class_names if len(run.class_names) == len(recall) else [str(i) for i in range(len(recall))]
-
-    def draw(axes: Axes) -> None:
-        heat(axes, 100 * recall, xlabel="round", ylabel="class", scale="recall in %", top=100.0)
-        name_ticks(axes, "y", labels)
-        name_ticks(axes, "x", [str(row["round"]) for row in kept], most=8)
-
-    return [chart(f"recall {index}", "Recall of each class", draw, run=index)]
-
-
 def clients(runs: Sequence[RunFiles], names: Sequence[str]) -> PageSection:
-    """Return how accurate the model is on the clients' own held-out data."""
+    """Return how good the model is on the clients' own held-out data."""
     blocks: list[Chart | str] = []
-    titles = {"accuracy_mean": "Mean over clients", "accuracy_worst10": "Worst 10 % of clients"}
-    for key, title in titles.items():
-        lines = metric_lines(runs, names, f"clients/{key}", "rounds", 100)
+    titles = {"mean": "Mean over clients", "worst10": "Worst 10 % of clients"}
+    judged = [judged_on_clients(run) for run in runs]
+    several = len(set(judged) - {None}) > 1
+    for metric in dict.fromkeys(one for one in judged if one):
+        for statistic, title in titles.items():
+            key = metric.on_clients(statistic)
+            lines = metric_lines(runs, names, key, "rounds", metric.factor)
 
-        def draw(axes: Axes, lines: list[Line] = lines) -> None:
-            curves(axes, lines, "rounds", "accuracy in %")
+            def draw(axes: Axes, lines: list[Line] = lines, metric: Metric = metric) -> None:
+                curves(axes, lines, "rounds", on_clients(metric))
 
-        blocks += [chart(f"clients {key}", title, draw)] if lines else []
-    for index, run in enumerate(runs):
-        blocks += _spread_over_clients(index, run)
+            shown = f"{title}: {metric.label}" if several else title
+            blocks += [chart(f"clients {key.removeprefix('clients/')}", shown, draw)] if lines else []
+    for index, (run, one) in enumerate(zip(runs, judged, strict=True)):
+        blocks += _spread_over_clients(index, run, one) if one else []
     missing = "" if blocks else "the accuracy of every client: data.holdout=0.2 and evaluation.clients"
     return PageSection("Clients", blocks, missing)
 
 
-def _accuracies(run: RunFiles) -> tuple[list[int], list[int], Floats]:
-    """Return rounds, clients, and the accuracy of each client in each of the rounds; NaN where unknown."""
-    known = [row for row in run.clients if is_number(row.get("accuracy")) and type(row.get("client")) is int]
+def judged_on_clients(run: RunFiles) -> Metric | None:
+    """Return the metric that the clients of a run are judged by; None where none was measured."""
+    shared = ("round", "client", "examples")
+    rows = [{f"eval/{n}": v for n, v in row.items() if n not in shared} for row in run.clients]
+    metric = judged_by(run.rows)
+    if metric is not None and metric.of_clients:
+        return Metric(f"eval/{metric.bare}")
+    has = metric is not None and any(number(row, metric.key) is not None for row in rows)
+    if has or any(metric and metric.on_clients("mean") in row for row in run.rows):
+        return metric
+    return judged_by(rows)
+
+
+def on_clients(metric: Metric) -> str:
+    """Return the title of an axis of a metric of clients, whose data are no test data."""
+    return metric.axis.removeprefix("test ")
+
+
+def _scores(run: RunFiles, name: str) -> tuple[list[int], list[int], Floats]:
+    """Return rounds, clients, and the score of each client in each of the rounds; NaN where unknown."""
+    known = [row for row in run.clients if is_number(row.get(name)) and type(row.get("client")) is int]
     rounds = sorted({row["round"] for row in known})
     who = sorted({row["client"] for row in known})
     matrix = np.full((len(who), len(rounds)), np.nan)
     columns, lines = {r: i for i, r in enumerate(rounds)}, {c: i for i, c in enumerate(who)}
     for row in known:
-        matrix[lines[row["client"]], columns[row["round"]]] = row["accuracy"]
+        matrix[lines[row["client"]], columns[row["round"]]] = row[name]
     kept = thin(len(rounds))
     return [rounds[i] for i in kept], who, matrix[:, kept]
 
 
-def _spread_over_clients(index: int, run: RunFiles) -> list[Chart]:
-    rounds, who, matrix = _accuracies(run)
+def _spread_over_clients(index: int, run: RunFiles, metric: Metric) -> list[Chart]:
+    rounds, who, matrix = _scores(run, metric.bare)
     if not who:
         return []
-    quantiles = 100 * np.nanquantile(matrix, (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0), axis=0)
+    names = {row["client"]: str(row["name"]) for row in run.clients if "client" in row and "name" in row}
+    label = on_clients(metric)
+    shares = metric.sign > 0 and bool(np.nanmax(matrix) <= 1 and np.nanmin(matrix) >= 0)
+    limits = (-0.02 * metric.factor, 1.02 * metric.factor) if shares else None
+    quantiles = metric.factor * np.nanquantile(matrix, (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0), axis=0)
 
     def distribution(axes: Axes) -> None:
-        for low, high, alpha, label in ((0, 6, 0.12, "all"), (1, 5, 0.2, "80 %"), (2, 4, 0.35, "half")):
+        for low, high, alpha, share in ((0, 6, 0.12, "all"), (1, 5, 0.2, "80 %"), (2, 4, 0.35, "half")):
             style: dict[str, Any] = {"alpha": alpha, "linewidth": 0, "color": colour_of(index)}
-            axes.fill_between(rounds, quantiles[low], quantiles[high], label=label, **style)
+            axes.fill_between(rounds, quantiles[low], quantiles[high], label=share, **style)
         colour = colour_of(index)
         axes.plot(rounds, quantiles[3], color=colour, label="median", gid=f"run:{index}:median")
-        axes.set(xlabel="round", ylabel="accuracy in %", ylim=(-2, 102))
+        axes.set(xlabel="round", ylabel=label, ylim=limits)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0)
 
     found = [chart(f"spread {index}", "Spread over clients", distribution, run=index)]
-    title, shown = "Accuracy of each client", list(range(len(who)))
+    title = f"{capital(metric.heading.removeprefix('Test '))} of each client"
+    shown = list(range(len(who)))
     if len(who) > MOST_ROWS:
-        last = [float(row[np.isfinite(row)][-1]) for row in matrix]
-        by_accuracy = np.argsort(last, kind="stable").tolist()
-        shown = [*by_accuracy[: MOST_ROWS // 2], *by_accuracy[-MOST_ROWS // 2 :]]
+        last = [metric.sign * float(row[np.isfinite(row)][-1]) for row in matrix]
+        by_score = np.argsort(last, kind="stable").tolist()
+        shown = [*by_score[: MOST_ROWS // 2], *by_score[-MOST_ROWS // 2 :]]
         title += f" (the {MOST_ROWS // 2} worst and best at the end)"
 
     def table(axes: Axes) -> None:
-        heat(axes, 100 * matrix[shown], xlabel="round", ylabel="client", scale="accuracy in %", top=100.0)
-        name_ticks(axes, "y", [str(who[i]) for i in shown])
+        top = float(metric.factor) if shares else None
+        heat(axes, metric.factor * matrix[shown], xlabel="round", ylabel="client", scale=label, top=top)
+        name_ticks(axes, "y", [names.get(who[i], str(who[i])) for i in shown])
         name_ticks(axes, "x", [str(number) for number in rounds], most=8)
 
     return [*found, chart(f"clients {index}", title, table, tall(len(shown)), run=index)]
@@ -216,8 +223,8 @@ def _participation(index: int, run: RunFiles) -> list[Chart]:
 
     def table(axes: Axes) -> None:
         matrix = np.zeros((population, -(-len(cohorts) // per_column)))
-        for number, cohort in enumerate(cohorts):
-            np.add.at(matrix[:, number // per_column], cohort, 1)
+        for place, cohort in enumerate(cohorts):
+            np.add.at(matrix[:, place // per_column], cohort, 1)
         heat(axes, matrix, xlabel="round", ylabel="client")
         name_ticks(axes, "y", [str(client) for client in range(population)])
         name_ticks(axes, "x", [str(1 + per_column * column) for column in range(matrix.shape[1])], most=8)
@@ -229,50 +236,21 @@ def _participation(index: int, run: RunFiles) -> list[Chart]:
 
 
 def mistakes(runs: Sequence[RunFiles]) -> PageSection:
-    """Return the confusion matrix, and the images that are wrong with the highest probability."""
+    """Return the confusion matrix, and the images that are most wrong."""
     blocks: list[Chart | str] = []
     for index, run in enumerate(runs):
         if run.examined is None:
             continue
         if run.examined.confusion is not None:
-            blocks.append(_confusion(index, run, run.examined.confusion.astype(float)))
-        blocks += [_gallery(index, run, run.examined)] if run.examined.wrong else []
+            blocks.append(_confusion(index, run, run.examined))
+        blocks += [gallery(index, run, run.examined)] if run.examined.wrong else []
     missing = "" if blocks else "the confusion matrix: it is written when a run with test data ends"
     return PageSection("Mistakes of the final model", blocks, missing)
 
 
-def _confusion(index: int, run: RunFiles, counts: Floats) -> Chart:
+def _confusion(index: int, run: RunFiles, examined: Examined) -> Chart:
+    assert examined.confusion is not None
+    counts = examined.confusion.astype(float)
     draw = partial(confusion, counts=counts, names=[class_name(run, label) for label in range(len(counts))])
-    return chart(f"confusion {index}", "Confusion matrix", draw, (SIZE[0], 4.0), run=index)
-
-
-def class_name(run: RunFiles, label: int) -> str:
-    """Return the name of a class, its number where it has none."""
-    return run.class_names[label] if label < len(run.class_names) else str(label)
-
-
-def _gallery(index: int, run: RunFiles, examined: Examined) -> Chart:
-    """Return the wrongly classified images."""
-    items = []
-    for number, one in enumerate(examined.wrong):
-        true, predicted = (escape(class_name(run, one[key])) for key in ("label", "predicted"))
-        words = f"{true} → <b>{predicted}</b><br>{100 * one['probability']:.0f} %"
-        picture = (
-            "" if examined.images is None else _picture(examined.images[number], f"{true} as {predicted}")
-        )
-        items.append(f"<li>{picture}<span>{words}</span></li>")
-    title = "Wrong with the highest probability: true class → predicted class"
-    content = f'<ul class="gallery">{"".join(items)}</ul>'
-    return Chart(f"wrong {index}", title, content, run=index, wide=True)
-
-
-def _picture(image: np.ndarray, alternative: str) -> str:
-    from PIL import Image
-
-    pixels = np.moveaxis(image, 0, -1)
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] != 3 else pixels)
-    picture.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-    file = io.BytesIO()
-    picture.save(file, format="PNG")
-    source = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{alternative}" src="data:image/png;base64,{source}">'
+    title = "Confusion matrix in pixels" if examined.target == "mask" else "Confusion matrix"
+    return chart(f"confusion {index}", title, draw, (SIZE[0], 4.0), run=index)

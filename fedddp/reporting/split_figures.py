@@ -38,8 +38,16 @@ def holdings(axes: Axes, split: Description, names: Sequence[str]) -> None:
 def mark(axes: Axes, counts: np.ndarray) -> None:
     """Write the numbers of a matrix into its cells, 0 left out."""
     for row, column in np.argwhere(counts > 0):
-        text = f"{counts[row, column]:.0f}"
+        text = _short(counts[row, column])
         axes.text(column, row, text, ha="center", va="center", fontsize=8 if len(text) < 4 else 6)
+
+
+def _short(count: float) -> str:
+    """Return a number in at most five letters: 12345 as 12k."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= max(unit, 1e4):
+            return f"{count / unit:.{1 if count < 10 * unit else 0}f}{letter}"
+    return f"{count:.0f}"
 
 
 def confusion(axes: Axes, counts: np.ndarray, names: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from fedddp.reporting.curves import AXES, Curve
+from fedddp.storage.history import Metric
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,17 +28,22 @@ UNKNOWN = "–"
 
 
 def target_of(curves: Sequence[Curve]) -> float:
-    """Return the accuracy to race for: 95 % of the best, rounded down to whole percent.
+    """Return the score to race for: 95 % of the best, rounded down to whole percent, or to two digits.
 
-    The best is the highest that one of the curves reaches with each of its seeds.
+    The best is the highest that one of the curves reaches with each of its seeds. Of a loss it is the lowest,
+    and the score to race for lies 5 % above it.
     """
-    best = max(min(float(run.accuracy.max()) for run in curve.runs) for curve in curves)
-    return math.floor(95 * best + 1e-9) / 100
+    metric = curves[0].metric
+    best = max(min(metric.sign * run.best for run in curve.runs) for curve in curves)
+    goal = best - 0.05 * abs(best)
+    small = 0 < abs(goal) < 0.1 and not metric.in_percent
+    scale = 10.0 ** (1 - math.floor(math.log10(abs(goal)))) if small else 100.0
+    return metric.sign * math.floor(scale * goal + 1e-9) / scale
 
 
-def percent(share: float) -> str:
-    """Return a share as text, with all the digits that it was given with."""
-    return f"{100 * share:.10g} %"
+def goal_text(metric: Metric, target: float) -> str:
+    """Return a score to race for as text, with all the digits that it was given with."""
+    return f"{metric.factor * target:.10g}{metric.unit}"
 
 
 MEANINGS = {
@@ -51,10 +57,12 @@ MEANINGS = {
 
 
 def note(
-    target: float, *, columns: Sequence[str] = tuple(MEANINGS), totals: bool = True, spread: bool = False
+    curves: Sequence[Curve], target: float, *, columns: Sequence[str] = tuple(MEANINGS), totals: bool = True
 ) -> str:
     """Return how the table is read, of which `columns` are shown."""
-    goal = f"to {percent(target)} test accuracy"
+    metric, spread = curves[0].metric, any(curve.members for curve in curves)
+    goal = f"to {goal_text(metric, target)} {metric.title}"
+    goal = goal if metric.in_percent else f"to a {metric.title} of {goal_text(metric, target)}"
     meanings = "; ".join(text for column, text in MEANINGS.items() if column in columns)
     return " ".join(
         [
@@ -74,10 +82,12 @@ def cells(curves: Sequence[Curve], target: float, *, totals: bool = True) -> Cel
         "virtual s": seconds,
         "wall s": seconds,
     }
-    rows = [["run", "accuracy", *shown, "stale", "idle"]]
+    metric, other = curves[0].metric, beside(curves)
+    rows = [["run", _column(metric), *([_column(other)] if other else []), *shown, "stale", "idle"]]
     for curve in curves:
         reached = curve.reach(target)
-        row = [curve.name, f"{spread([100 * run.accuracy[-1] for run in curve.runs])} %"]
+        row = [curve.name, scores(metric, [run.score[-1] for run in curve.runs]) + metric.unit]
+        row += [_last(other, curve, other.unit)] if other else []
         for axis, text in shown.items():
             numbers = [reached[axis], curve.x[axis][-1]] if totals else [reached[axis]]
             row.append(" / ".join(UNKNOWN if math.isnan(number) else text(number) for number in numbers))
@@ -85,10 +95,37 @@ def cells(curves: Sequence[Curve], target: float, *, totals: bool = True) -> Cel
     return rows
 
 
+def beside(curves: Sequence[Curve]) -> Metric | None:
+    """Return the metric of a second column: the mean over clients beside the test, or the other way round.
+
+    The mean is shown where all runs have it, the test where one has it; None: neither.
+    """
+    metric = curves[0].metric
+    other = Metric(f"eval/{metric.bare}" if metric.of_clients else metric.on_clients("mean"))
+    has = [other.key in run.last for curve in curves for run in curve.runs]
+    return other if (any(has) if metric.of_clients else all(has)) else None
+
+
+def _column(metric: Metric) -> str:
+    """Return the heading of a metric's column."""
+    return f"{Metric(f'eval/{metric.bare}').label} of clients" if metric.of_clients else metric.label
+
+
+def _last(metric: Metric, curve: Curve, unit: str = "") -> str:
+    """Return the last value of a metric, the mean over seeds where they are several; a dash without one."""
+    values = [run.last[metric.key] for run in curve.runs if metric.key in run.last]
+    return UNKNOWN if len(values) < len(curve.runs) else scores(metric, values) + unit
+
+
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """Return the mean of `values` as text, with ± their sample standard deviation where they are several."""
     mean = f"{np.mean(values):,.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):,.{digits}f}"
+
+
+def scores(metric: Metric, values: Sequence[float]) -> str:
+    """Return the mean of a metric's `values` as `spread` does, without the unit."""
+    return spread([metric.factor * value for value in values], metric.digits)
 
 
 def _mean_staleness(curve: Curve) -> str:
@@ -104,11 +141,6 @@ def _mean_idle(curve: Curve) -> str:
 def seconds(value: float) -> str:
     """Return seconds with three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def has_spread(curves: Sequence[Curve]) -> bool:
-    """Return whether a curve is a mean over seeds."""
-    return any(curve.members for curve in curves)
 
 
 # ---- for a terminal ----
@@ -130,7 +162,7 @@ def terminal(curves: Sequence[Curve], target: float, width: int) -> Table:
         name for i, name in enumerate(header) if i not in shown and any(_tells(row[i]) for row in rows)
     ]
     columns = [header[index] for index in shown]
-    caption = note(target, columns=columns, totals=totals, spread=has_spread(curves))
+    caption = note(curves, target, columns=columns, totals=totals)
     caption += f" Left out: {', '.join(left_out)}; comparison.md has all columns." if left_out else ""
     table = Table(box=None, header_style="bold", caption=caption, caption_justify="left", pad_edge=False)
     for index in shown:
@@ -159,7 +191,8 @@ def _fitting(rows: Cells, width: int) -> tuple[list[int], list[int]]:
         return width - sum(widths[i] + 2 for i in shown if i)
 
     empty = [i for i in range(2, len(header)) if not any(_tells(row[i]) for row in body)]
-    least_telling = ("idle", "stale", "examples", "virtual s", "bytes", "wall s", "rounds")
+    scored = header[2 : header.index("rounds")]
+    least_telling = ("idle", "stale", "examples", "virtual s", "bytes", "wall s", "rounds", *scored)
     for index in [*empty, *(header.index(name) for name in least_telling)]:
         if index in shown and rest() < min(widths[0], NAME_WIDTH):
             shown.remove(index)
@@ -203,21 +236,26 @@ def latex(rows: Cells) -> str:
 def paper_cells(curves: Sequence[Curve], target: float) -> Cells:
     """Return the table of a paper: mean ± sample standard deviation over seeds of each curve.
 
-    Columns: seeds, final and best accuracy, and each axis at the first evaluation that reaches `target`; a
+    Columns: seeds, final and best score, and each axis at the first evaluation that reaches `target`; a
     dash where a seed does not reach it. Columns of dashes alone are left out.
     """
-    goal = f"to {percent(target)}"
+    metric = curves[0].metric
+    goal = f"to {goal_text(metric, target)}"
     largest = max((float(np.nanmax(c.x["bytes"], initial=0.0)) for c in curves), default=0.0)
     unit, divisor = ("GB", 1e9) if largest >= 1e10 else ("MB", 1e6)
     scales = {"rounds": ("rounds", 1.0, 1), "examples": ("examples", 1.0, 0)}
     scales |= {"bytes": (unit, divisor, 1), "virtual s": ("virtual s", 1.0, 1), "wall s": ("wall s", 1.0, 1)}
     axes = [axis for axis in AXES if any(np.isfinite(curve.x[axis]).all() for curve in curves)]
-    rows = [["", "seeds", "accuracy in %", "best in %", *(f"{scales[axis][0]} {goal}" for axis in axes)]]
+    other, label = beside(curves), _column(metric)
+    titles = [f"{label} in %", "best in %"] if metric.in_percent else [label, f"best {label}"]
+    titles += [_column(other) + " in %" * other.in_percent] if other else []
+    rows = [["", "seeds", *titles, *(f"{scales[axis][0]} {goal}" for axis in axes)]]
     for curve in curves:
         reached = [run.reach(target) for run in curve.runs]
         row = [curve.name, str(len(curve.runs))]
-        row.append(spread([100 * run.accuracy[-1] for run in curve.runs]))
-        row.append(spread([100 * run.accuracy.max() for run in curve.runs]))
+        row.append(scores(metric, [run.score[-1] for run in curve.runs]))
+        row.append(scores(metric, [run.best for run in curve.runs]))
+        row += [_last(other, curve)] if other else []
         for axis in axes:
             _, by, digits = scales[axis]
             values = [numbers[axis] / by for numbers in reached]

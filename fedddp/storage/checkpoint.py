@@ -40,9 +40,16 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 2
     """Newest checkpoints that stay on disk, >= 1."""
 
-    best: str | None = None
+    best: list[str] | str | None = None
     """Metric of an evaluation, such as eval/accuracy, by which the best model is kept as best.safetensors;
-    the lowest value is the best for a name that ends in loss, else the highest."""
+    the lowest value is the best for a name that ends in loss, else the highest. Of a list, such as
+    [eval/iou, eval/dice], the first is that metric; the best by the others are kept beside it, as
+    best-eval-dice.safetensors."""
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics of `best`, the decisive one first; empty for none."""
+        return [self.best] if isinstance(self.best, str) else self.best or []
 
 
 @dataclass(frozen=True)

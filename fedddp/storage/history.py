@@ -7,7 +7,8 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -223,8 +224,138 @@ def number(row: Mapping[str, Any], key: str, *, finite: bool = True) -> float | 
 
 
 def direction(metric: str) -> int:
-    """Return 1 where a higher value of `metric` is better, -1 for a loss."""
-    return -1 if metric.endswith("loss") else 1
+    """Return 1 where a higher value of `metric` is better, -1 for a loss, also over clients."""
+    name = metric.rpartition("_")[0] if is_client_score(metric) else metric
+    return -1 if name.endswith("loss") else 1
+
+
+NAMES = {
+    **{"iou": "IoU", "dice": "Dice", "pixel_accuracy": "pixel accuracy", "label_accuracy": "label accuracy"},
+    **{"f1": "F1", "f1_macro": "macro F1", "map": "mAP", "ap": "AP", "ap50": "AP50", "ap75": "AP75"},
+}
+"""What the metrics of tasks are called; others by their keys."""
+
+SPREAD = ("mean", "worst10", "best10", "std")
+"""Endings of the keys of a metric over clients, such as clients/accuracy_mean."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of a history: how it is called, shown and compared."""
+
+    key: str
+    """Such as "eval/accuracy"."""
+
+    @property
+    def of_clients(self) -> bool:
+        """Whether it is a statistic over clients, such as clients/accuracy_mean."""
+        return is_client_score(self.key)
+
+    @property
+    def bare(self) -> str:
+        """The key without eval/; of a statistic over clients, that of what was measured."""
+        if self.of_clients:
+            return self.key.removeprefix("clients/").rpartition("_")[0]
+        return self.key.removeprefix("eval/")
+
+    @property
+    def label(self) -> str:
+        """Its name in a table: accuracy, IoU, test loss, train loss."""
+        if self.of_clients:
+            return self.key
+        losses = {"train/loss": "train loss", "eval/loss": "test loss"}
+        return losses.get(self.key) or NAMES.get(self.bare, self.bare)
+
+    @property
+    def title(self) -> str:
+        """Its name on an axis or in a sentence: test accuracy, test loss, mean accuracy of clients."""
+        if self.of_clients:
+            spoken = {"worst10": "worst-tenth", "best10": "best-tenth", "std": "spread of"}
+            statistic = self.key.rpartition("_")[2]
+            return f"{spoken.get(statistic, statistic)} {NAMES.get(self.bare, self.bare)} of clients"
+        return self.label if self.key.endswith("/loss") else f"test {self.label}"
+
+    @property
+    def heading(self) -> str:
+        """Its name as a heading: Accuracy, IoU, mAP."""
+        if self.of_clients:
+            return capital(self.title)
+        return self.label if self.bare in NAMES and " " not in self.label else capital(self.label)
+
+    @property
+    def axis(self) -> str:
+        """The title of an axis with values times `factor`."""
+        return f"{self.title} in %" if self.in_percent else self.title
+
+    @property
+    def sign(self) -> int:
+        """1 where a higher value is better, -1 for a loss."""
+        return direction(self.bare)
+
+    @property
+    def in_percent(self) -> bool:
+        """Whether it is a share that is shown in percent: an accuracy."""
+        return "accuracy" in self.key
+
+    @property
+    def factor(self) -> int:
+        """What a value is multiplied with where it is shown."""
+        return 100 if self.in_percent else 1
+
+    @property
+    def digits(self) -> int:
+        """Digits behind the point of a value times `factor`."""
+        return 2 if self.in_percent else 4
+
+    @property
+    def unit(self) -> str:
+        """What stands behind a value times `factor`."""
+        return " %" if self.in_percent else ""
+
+    def text(self, value: float) -> str:
+        """Return a value as text, such as "94.17 %" or "0.7312"."""
+        return f"{self.factor * value:.{self.digits}f}{self.unit}"
+
+    def on_clients(self, statistic: str) -> str:
+        """Return the key of a `statistic`, one of `SPREAD`, over clients."""
+        return f"clients/{self.bare}_{statistic}"
+
+
+def capital(text: str) -> str:
+    """Return `text` with a capital at its beginning; its other letters stay."""
+    return f"{text[:1].upper()}{text[1:]}"
+
+
+def main_metric(row: Mapping[str, Any]) -> str | None:
+    """Return the key of the metric that a row is judged by; None where it has none.
+
+    eval/accuracy, or the first number below eval/ that is no loss, or eval/loss. Without all of these, where
+    clients train alone, the first mean over clients, such as clients/accuracy_mean.
+    """
+    metric = judged_by([row])
+    return None if metric is None else metric.key
+
+
+def judged_by(rows: Sequence[Mapping[str, Any]]) -> Metric | None:
+    """Return the metric that a run with these rows is judged by, as `main_metric` does for one."""
+    keys = dict.fromkeys(
+        key for row in rows for key in row if key.startswith("eval/") and number(row, key) is not None
+    )
+    scores = [key for key in keys if direction(key) > 0]
+    found = next((key for key in ("eval/accuracy", *scores, "eval/loss", *keys) if key in keys), None)
+    if found is None:
+        found = next((key for row in rows for key in row if is_mean(row, key)), None)
+    return None if found is None else Metric(found)
+
+
+def is_mean(row: Mapping[str, Any], key: str) -> bool:
+    """Return whether `row` has at `key` the mean of a metric over clients."""
+    return is_client_score(key) and key.endswith("_mean") and number(row, key) is not None
+
+
+def is_client_score(key: str) -> bool:
+    """Return whether a key is that of a metric over clients, such as clients/accuracy_mean."""
+    return key.startswith("clients/") and key.rpartition("_")[2] in SPREAD
 
 
 def working_seconds(row: Mapping[str, Any]) -> float:

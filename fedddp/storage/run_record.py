@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 RECORD, LOG = "run.json", "run.log"
 MODEL, BEST, REPORT = "model.safetensors", "best.safetensors", "report.html"
 SPLIT, EVALUATION, WRONG = "split.json", "evaluation.json", "wrong.safetensors"
+CROSS_SITE = "cross-site.json"
 """Files of a run directory, beside those of the history and `config.yaml`."""
 
 HELD_RECORDS = 1000

@@ -125,7 +125,7 @@ class RoundProgress:
         self._view.within_round()
 
     def round(self, row: Mapping[str, Any]) -> None:
-        """Show that the round `row["round"]` (1-based) ended, with its losses and accuracy."""
+        """Show that the round `row["round"]` (1-based) ended, with its losses and scores."""
         first = self.status.done == self.status.resumed
         self.status.round(row)
         self._view.round(row)

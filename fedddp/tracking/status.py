@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.filesize import decimal
 
-from fedddp.storage.history import number, working_seconds
+from fedddp.storage.history import Metric, direction, main_metric, number, working_seconds
 
 Row = Mapping[str, Any]
 
@@ -69,6 +69,7 @@ class Status:
         self._idle = self._group_seconds = 0.0
         self._loss: tuple[str, float] | None = None  # label, last
         self._score: tuple[str, float, float | None] | None = None  # name, last, the one before
+        self._privacy: tuple[float, bool] | None = None  # ε, whether its noise can be repeated
 
     def begin_round(self, clients: int, at_once: int = 1) -> None:
         """Note that a round trains `clients`, of which `at_once` train at a time."""
@@ -100,8 +101,12 @@ class Status:
         self._idle += sum(idle)
         self._group_seconds += len(idle) * working_seconds(row)
         self._loss = _loss(row) or self._loss
+        epsilon = number(row, "privacy/epsilon")
+        if epsilon is not None:
+            self._privacy = (epsilon, bool(row.get("privacy/simulated")))
         name = main_metric(row)
-        if name is not None:
+        # A row without a score, such as one of NaN, does not make the run one that is judged by its loss.
+        if name is not None and (self._score is None or _rank(name) >= _rank(self._score[0])):
             before = self._score[1] if self._score and self._score[0] == name else None
             self._score = (name, row[name], before)
 
@@ -114,7 +119,7 @@ class Status:
         return self.done + (within if self.done < self.total else 0.0)
 
     def scores(self, row: Row | None = None, *, arrows: bool = True) -> list[Part]:
-        """Return the training loss (else the test loss), and the accuracy with its change.
+        """Return the training loss (else the test loss), the metric it is judged by with its change, and ε.
 
         Args:
             row: leave out what this row does not have; None: the last that any row had.
@@ -123,13 +128,18 @@ class Status:
         parts = []
         if self._loss is not None and (row is None or _loss(row) is not None):
             label, loss = self._loss
-            parts.append(Part(label, f"{loss:.4f}", 3))
-        if self._score and (row is None or main_metric(row) is not None):
+            if not (self._score and label_of(self._score[0]) == label):  # else it follows, with its change
+                parts.append(Part(label, f"{loss:.4f}", 3))
+        if self._score and (row is None or number(row, self._score[0]) is not None):
             name, value, before = self._score
             text = score_text(name, value)
             if before is not None:
                 text += f" {_change(name, value - before, arrows=arrows)}"
             parts.append(Part(label_of(name), text, 1))
+        if self._privacy is not None:
+            epsilon, simulated = self._privacy
+            label = "ε" if arrows else "epsilon"
+            parts.append(Part(f"simulated {label}" if simulated else label, f"{epsilon:.3g}", 2))
         return parts
 
     def left(self, *, ended: bool = False) -> list[Part]:
@@ -192,17 +202,14 @@ class Status:
 # ---- numbers as text ----
 
 
-def main_metric(row: Row) -> str | None:
-    """Return the key of the metric that a row is judged by: eval/accuracy, or the first but the loss."""
-    names = [
-        key for key in row if key.startswith("eval/") and key != "eval/loss" and number(row, key) is not None
-    ]
-    return "eval/accuracy" if "eval/accuracy" in names else next(iter(names), None)
-
-
 def label_of(name: str) -> str:
-    """Return a metric's key as it is shown: train loss, test loss, accuracy, clients/accuracy_mean."""
-    return {"train/loss": "train loss", "eval/loss": "test loss"}.get(name, name.removeprefix("eval/"))
+    """Return a metric's key as it is shown: train loss, test loss, accuracy, IoU, clients/accuracy_mean."""
+    return Metric(name).label
+
+
+def _rank(name: str) -> int:
+    """Return a higher number for a metric that a run is rather judged by."""
+    return 0 if not name.startswith("eval/") else 2 if direction(name) > 0 else 1
 
 
 def _loss(row: Row) -> tuple[str, float] | None:
@@ -214,11 +221,12 @@ def _loss(row: Row) -> tuple[str, float] | None:
 
 def score_text(name: str, value: float) -> str:
     """Return a metric as text: an accuracy in percent."""
-    return f"{100 * value:.2f} %" if "accuracy" in name else f"{value:.4f}"
+    return Metric(name).text(value)
 
 
 def _change(name: str, change: float, *, arrows: bool) -> str:
-    digits = f"{100 * change:+.2f}" if "accuracy" in name else f"{change:+.4f}"
+    metric = Metric(name)
+    digits = f"{metric.factor * change:+.{metric.digits}f}"
     if float(digits) == 0:
         return "=" if arrows else "+0"
     return f"{'↑' if change > 0 else '↓'}{digits[1:]}" if arrows else digits

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fedddp.storage.history import direction, number, read_config
+from fedddp.storage.history import direction, judged_by, number, read_config
 from fedddp.storage.run_record import BEST
-from fedddp.tracking.status import Row, label_of, main_metric, score_text, size_text
+from fedddp.tracking.status import Row, label_of, score_text, size_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,13 +39,14 @@ class Score(NamedTuple):
 def score_of(rows: Sequence[Row], name: str | None = None) -> Score | None:
     """Return the last and the best value of a metric; None where no row has it.
 
-    `name` is its key, by default the main metric of the last row that has one. Of equal values the first is
+    `name` is its key, by default that of the metric that the run is judged by. Of equal values the first is
     the best; of a loss the smallest.
     """
     if name is None:
-        name = next(filter(None, map(main_metric, reversed(rows))), None)
-    if name is None:
-        return None
+        metric = judged_by(rows)
+        if metric is None:
+            return None
+        name = metric.key
     values = ((number(row, name), row["round"]) for row in rows)
     found = [(value, round_number) for value, round_number in values if value is not None]
     if not found:
@@ -69,16 +70,41 @@ def compared_metric(rows: Sequence[Row], folder: Path) -> str | None:
         metric, after = config["checkpoint"].get("best"), config["evaluation"].get("stop_after")
     except (OSError, ValueError, KeyError, AttributeError):  # no file, or one of an older version
         return None
+    if isinstance(metric, list):  # the first decides
+        metric = metric[0] if metric else None
     if metric is None and after:
-        metric = "eval/accuracy" if any("eval/accuracy" in row for row in rows) else "eval/loss"
+        judged = judged_by(rows)
+        metric = judged.key if judged else "eval/loss"
     return None if metric is None else str(metric)
+
+
+def _privacy(rows: Sequence[Row], folder: Path) -> str | None:
+    """Return what the run may claim of the privacy of its clients; None where it claims nothing."""
+    from fedddp.privacy.statement import statement  # by way of torch, which `fedddp runs` does not need
+
+    if number(rows[-1], "privacy/epsilon") is None:
+        return None
+    try:
+        return statement(read_config(folder / "config.yaml"), rows)
+    except (OSError, ValueError):
+        return None
 
 
 def next_commands(folder: Path) -> list[str]:
     """Return the commands that come after a finished run; with its best model where it kept that."""
     path = shlex.quote(str(folder))
     best = " --best" if (folder / BEST).exists() else ""
+    if _trained_alone(folder):  # there is no model of all
+        return [f"fedddp report {path}", f"fedddp eval {path} --cross-site"]
     return [f"fedddp report {path}", f"fedddp predict {path} IMAGE{best}"]
+
+
+def _trained_alone(folder: Path) -> bool:
+    """Return whether each client of the run has a model of its own alone."""
+    try:
+        return bool(read_config(folder / "config.yaml").get("baseline") == "local")
+    except (OSError, ValueError):
+        return False
 
 
 def phases_text(rows: Sequence[Row]) -> str:
@@ -126,6 +152,9 @@ def summary(rows: Sequence[Row], folder: Path, total_rounds: int, *, finished: b
     table.add_row("examples", f"{_sum(rows, 'train/examples'):,}")
     up, down = (int(_sum(rows, f"bytes/{way}")) for way in ("up", "down"))
     table.add_row("bytes", f"{size_text(up)} up, {size_text(down)} down")
+    protected = _privacy(rows, folder)
+    if protected is not None:
+        table.add_row("privacy", Text(protected))
     table.add_row("time", phases_text(rows))
     if finished:
         for index, command in enumerate(next_commands(folder)):

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedddp.storage.checkpoint import write_text
-from fedddp.storage.history import flat, plain, read_json, read_text
+from fedddp.storage.examined import Examined, parse_examined
+from fedddp.storage.history import flat, plain, read_config, read_json, read_text
 from fedddp.storage.run_record import EVALUATION, SPLIT
+from fedddp.tracking import overlays
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,6 +87,10 @@ class AccelerateTracker:
             if ending.clients and hasattr(self._tracker, "log_table"):
                 columns, data = table(ending.clients)
                 self._tracker.log_table("clients/table", columns=columns, data=data, step=ending.round)
+            classes = class_table(self._folder, ending)
+            if classes and hasattr(self._tracker, "log_table"):
+                columns, data = classes
+                self._tracker.log_table("eval/classes", columns=columns, data=data, step=ending.round)
             if self._kind == "tensorboard" and not ending.failed:
                 for key, picture in pictures(self._folder, ending).items():
                     images = {key: picture[None]}
@@ -142,7 +148,10 @@ def confusion(folder: Path, ending: Ending) -> tuple[list[list[int]], list[str]]
 
 
 def pictures(folder: Path, ending: Ending) -> dict[str, NDArray[np.uint8]]:
-    """Return the pictures of a run directory by key: `clients/split` and `eval/confusion`, (H, W, 3) each."""
+    """Return the pictures of a run directory by key, (H, W, 3) each.
+
+    `clients/split`, `eval/confusion`, and of masks and boxes `eval/worst`: the examples of highest loss.
+    """
     from fedddp.tracking.heat_map import heat_map
 
     found = {}
@@ -153,8 +162,44 @@ def pictures(folder: Path, ending: Ending) -> dict[str, NDArray[np.uint8]]:
         axes = ("class", "client")
         found["clients/split"] = heat_map(counts, rows, split["class_names"], axes, "Training examples")
     matrix = confusion(folder, ending)
+    examined = worst_examples(folder, ending)
     if matrix:
         counts, names = matrix
         axes = ("predicted class", "true class")
-        found["eval/confusion"] = heat_map(counts, names, names, axes, "Test examples")
+        title = "Test pixels" if examined is not None and examined.target == "mask" else "Test examples"
+        found["eval/confusion"] = heat_map(counts, names, names, axes, title)
+    if examined is not None:
+        worst = overlays.sheet(examined, split.get("class_names") or [], background=has_background(folder))
+        if worst is not None:
+            found["eval/worst"] = worst
     return found
+
+
+def worst_examples(folder: Path, ending: Ending) -> Examined | None:
+    """Return the worst test examples of a finished run with masks or boxes; None of others."""
+    content = read_json(folder / EVALUATION) if ending.model_file else {}
+    return parse_examined(folder, content) if content.get("target") in ("mask", "boxes") else None
+
+
+def has_background(folder: Path) -> bool:
+    """Return whether class 0 of the masks is background: `task.background`, by default true."""
+    task = read_config(folder / "config.yaml").get("task") if (folder / "config.yaml").exists() else None
+    return not isinstance(task, dict) or task.get("background") is not False
+
+
+def class_table(folder: Path, ending: Ending) -> tuple[list[str], list[list[Any]]] | None:
+    """Return columns and rows of the metrics of each class in the last evaluation; None of recall alone."""
+    lists = {key: values for key, values in ending.summary.items() if is_per_class(key, values)}
+    lists = {key: values for key, values in lists.items() if len(values) == max(map(len, lists.values()))}
+    if not lists or [*lists] == ["eval/recall"]:
+        return None
+    columns = [key.removeprefix("eval/").removesuffix("_per_class") for key in lists]
+    names = read_json(folder / SPLIT).get("class_names") or []
+    count = len(next(iter(lists.values())))
+    names = names if len(names) == count else [str(label) for label in range(count)]
+    return ["class", *columns], [list(row) for row in zip(names, *lists.values(), strict=True)]
+
+
+def is_per_class(key: str, values: object) -> bool:
+    """Return whether what a row has at `key` are the values of a metric for each class."""
+    return key.startswith("eval/") and isinstance(values, list) and bool(values)

@@ -10,10 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from fedddp.storage.run_record import BEST, MODEL, REPORT
+from fedddp.storage.examined import BoxesOfImage, Examined
+from fedddp.storage.history import is_client_score, read_json
+from fedddp.storage.run_record import BEST, MODEL, REPORT, SPLIT
 from fedddp.tracking.derived import DerivedMetrics
+from fedddp.tracking.overlays import IGNORED, picture_of
 from fedddp.tracking.tracker import TrackingConfig, reason
-from fedddp.tracking.trackers import Ending, Row, RunDescription, confusion, pictures, start, table
+from fedddp.tracking.trackers import (
+    Ending,
+    Row,
+    RunDescription,
+    class_table,
+    confusion,
+    pictures,
+    start,
+    table,
+    worst_examples,
+)
 
 INIT_TIMEOUT_S = 30.0
 """Seconds the start of a run waits for the wandb server before it logs offline."""
@@ -23,6 +36,9 @@ FINISH_TIMEOUT_S = 120.0
 
 MOST_CHART_CLASSES = 50
 """Classes of a confusion matrix that is an interactive chart; of more, it is a picture."""
+
+MOST_WORST = 12
+"""Test examples with masks or boxes."""
 
 _USED_IDS: set[str] = set()  # of the wandb runs that this process started
 
@@ -128,8 +144,22 @@ class WandbRun:
         matrix = confusion(self._described.folder, ending)
         if matrix and len(matrix[1]) <= MOST_CHART_CLASSES:
             values["eval/confusion"] = _confusion_chart(*matrix)
+        classes = class_table(self._described.folder, ending)
+        if classes:
+            columns, data = classes
+            values["eval/classes"] = wandb.Table(columns=[*columns], data=data)
+        if "eval/worst" in values:  # with masks and boxes that can be switched on and off
+            values["eval/worst"] = self._worst(ending)
         if values:
             self._log(values, ending)
+
+    def _worst(self, ending: Ending) -> list[Any]:
+        """Return the worst test examples as images with masks or boxes."""
+        folder = self._described.folder
+        examined = worst_examples(folder, ending)
+        assert examined is not None
+        names = read_json(folder / SPLIT).get("class_names") or []
+        return [_annotated(examined, number, names) for number in range(min(len(examined.wrong), MOST_WORST))]
 
     def _log_report(self, ending: Ending) -> None:
         import wandb
@@ -144,7 +174,7 @@ class WandbRun:
         scores = {
             key: value
             for key, value in ending.summary.items()
-            if key.startswith(("eval/", "clients/accuracy")) and isinstance(value, int | float)
+            if (key.startswith("eval/") or is_client_score(key)) and isinstance(value, int | float)
         }
         best = self._described.folder / BEST
         if best.exists():
@@ -166,6 +196,40 @@ class WandbRun:
         artifact = wandb.Artifact(f"model-{self._run.id}", "model", metadata=metadata)
         artifact.add_file(str(file.resolve()), name=MODEL, policy="immutable")  # not copied
         self._run.log_artifact(artifact, aliases=["latest", alias])
+
+
+def _annotated(examined: Examined, number: int, names: list[str]) -> Any:
+    """Return one example with its true and its predicted mask or boxes."""
+    import wandb
+
+    assert examined.images is not None
+    labels = dict(enumerate(names))
+    picture = picture_of(examined.images[number])
+    caption = f"test example {examined.wrong[number]['index']}, loss {examined.wrong[number]['loss']:.3f}"
+    if examined.masks is not None:
+        labels[IGNORED] = "not counted"
+        truth, predicted = ({"mask_data": side[number], "class_labels": labels} for side in examined.masks)
+        return wandb.Image(picture, caption=caption, masks={"ground_truth": truth, "predictions": predicted})
+    true, found = examined.boxes[number]
+    sides = {"ground_truth": _boxes(true, labels), "predictions": _boxes(found, labels)}
+    return wandb.Image(picture, caption=caption, boxes=sides)
+
+
+def _boxes(found: BoxesOfImage, labels: dict[int, str]) -> Row:
+    """Return boxes as wandb takes them."""
+    scores = [None] * len(found.labels) if found.scores is None else found.scores.tolist()
+    data = []
+    for (left, top, right, bottom), label, score in zip(
+        found.boxes.tolist(), found.labels.tolist(), scores, strict=True
+    ):
+        one: Row = {
+            "position": {"minX": left, "maxX": right, "minY": top, "maxY": bottom},
+            "domain": "pixel",
+            "class_id": label,
+            "box_caption": labels.get(label, str(label)),
+        }
+        data.append(one if score is None else {**one, "scores": {"score": score}})
+    return {"box_data": data, "class_labels": labels}
 
 
 def _options(run: RunDescription, run_id: str | None) -> Row:

@@ -1,0 +1,207 @@
+"""Predict masks and boxes of image files, in pixels of the files, and draw them."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fedddp.data.items import naming
+from fedddp.data.pixels import to_uint8
+from fedddp.inference.model import BATCH_SIZES, TrainedModel
+from fedddp.inference.pictures import Prediction
+from fedddp.inference.placement import Placement
+from fedddp.storage.examined import BoxesOfImage
+from fedddp.tracking import overlays
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MaskOfFile:
+    """The class of every pixel of an image file."""
+
+    file: Path
+    mask: NDArray[np.uint8]
+    """(height, width) of the file; 255 where the model did not see it."""
+    classes: tuple[str, ...]
+    picture: Image.Image
+    """The image with the mask on it, as large as the file."""
+
+    @property
+    def counts(self) -> list[int]:
+        """Pixels of each class."""
+        counts: list[int] = np.bincount(self.mask.flatten(), minlength=256)[: len(self.classes)].tolist()
+        return counts
+
+    @property
+    def outside(self) -> int:
+        """Pixels that the model did not see."""
+        return int((self.mask == overlays.IGNORED).sum())
+
+    @property
+    def shares(self) -> Prediction:
+        """The classes with their shares of the pixels that the model saw, the largest first."""
+        seen = max(1, self.mask.size - self.outside)
+        shares = sorted(zip(self.counts, self.classes, strict=True), key=lambda one: -one[0])
+        return Prediction(self.file, tuple(n for _, n in shares), tuple(count / seen for count, _ in shares))
+
+
+@dataclass(frozen=True)
+class BoxesOfFile:
+    """The boxes that were found in an image file, by falling score."""
+
+    file: Path
+    size: tuple[int, int]
+    """Height and width of the file."""
+    found: BoxesOfImage
+    """In pixels of the file."""
+    classes: tuple[str, ...]
+    picture: Image.Image
+    """The image with the boxes on it, as large as the file, or enlarged."""
+
+    @property
+    def names(self) -> list[str]:
+        """The class of each box."""
+        return [self.classes[label] for label in self.found.labels.tolist()]
+
+    @property
+    def scores(self) -> list[float]:
+        """The score of each box."""
+        assert self.found.scores is not None
+        return [round(score, 6) for score in self.found.scores.tolist()]
+
+    @property
+    def summary(self) -> str:
+        """How many boxes there are of which class: "2 × car, 1 × person"."""
+        return ", ".join(f"{count} × {name}" for name, count in Counter(self.names).most_common()) or "none"
+
+
+@torch.no_grad()
+def find_masks(model: TrainedModel, files: Sequence[Path]) -> Iterator[MaskOfFile]:
+    """Yield the mask of every image file; one that is no image is logged and left out."""
+    background = bool(getattr(model.task, "background", True))
+    for some in _batches(model, files):
+        masks = model.predict([pixels for _, _, pixels in some])
+        for (file, image, _), classes in zip(some, masks, strict=True):
+            mask = Placement.of(_size(image), model.shape[1:]).mask(classes).numpy()
+            picture = overlays.overlay(overlays.picture_of(image.numpy()), mask, background=background)
+            yield MaskOfFile(file, mask, model.classes, picture)
+
+
+@torch.no_grad()
+def find_boxes(model: TrainedModel, files: Sequence[Path], threshold: float) -> Iterator[BoxesOfFile]:
+    """Yield the boxes with a score of `threshold` or more of every image file, as `find_masks` does."""
+    for some in _batches(model, files):
+        detections = model.predict([pixels for _, _, pixels in some])
+        offsets = detections.boxes.offsets.tolist()
+        for number, (file, image, _) in enumerate(some):
+            boxes, labels = detections.boxes.of(number)
+            scores = detections.scores[offsets[number] : offsets[number + 1]]
+            kept = scores >= threshold
+            placed = Placement.of(_size(image), model.shape[1:]).boxes(boxes[kept])
+            found = BoxesOfImage(placed.numpy(), labels[kept].numpy(), scores[kept].numpy())
+            factor = max(1.0, overlays.scale_to(SMALL, _size(image)))
+            picture = overlays.resized(overlays.picture_of(image.numpy()), factor)
+            overlays.draw_boxes(picture, found, model.classes, factor=factor)
+            yield BoxesOfFile(file, _size(image), found, model.classes, picture)
+
+
+SMALL = 480
+"""Images with fewer pixels across are enlarged where boxes are drawn on them, so that names can be read."""
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    return image.shape[1], image.shape[2]
+
+
+def _batches(model: TrainedModel, files: Sequence[Path]) -> Iterator[list[tuple[Path, Tensor, Tensor]]]:
+    """Yield files with their pixels, uint8 (C, h, w), and with these as the model sees them, (C, H, W)."""
+    size = BATCH_SIZES[model.task.target]
+    for start in range(0, len(files), size):
+        some = []
+        for file in files[start : start + size]:
+            try:
+                with naming(str(file)), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of PIL: large or sloppily written files
+                    with Image.open(file) as opened:
+                        pixels = model.pixels(opened)
+                        some.append((file, to_uint8(opened, str(file), model.value_range), pixels))
+            except ValueError as error:
+                logger.warning("%s", error)
+        if some:
+            yield some
+
+
+# ---- files ----
+
+
+def file_names(files: Sequence[Path]) -> list[str]:
+    """Return a name for what is written of each file: its own without the ending, made unique."""
+    names = [file.stem for file in files]
+    if len(set(names)) < len(names):
+        names = [file.name for file in files]
+    if len(set(names)) < len(names):
+        names = ["-".join((*file.resolve().parts[-2:-1], file.name)) for file in files]
+    seen: Counter[str] = Counter()
+    for place, name in enumerate(names):
+        seen[name] += 1
+        names[place] = name if seen[name] == 1 else f"{name}-{seen[name]}"
+    return names
+
+
+def write_mask(one: MaskOfFile, folder: Path, name: str, *, background: bool) -> dict[str, Any]:
+    """Write NAME.mask.png, whose pixels are classes, and NAME.overlay.png; return what is known as JSON."""
+    mask, overlay = folder / f"{name}.mask.png", folder / f"{name}.overlay.png"
+    overlays.mask_picture(one.mask, background=background).save(mask)
+    one.picture.save(overlay)
+    seen = max(1, one.mask.size - one.outside)
+    return {
+        "image": str(one.file),
+        "mask": str(mask),
+        "overlay": str(overlay),
+        "height": one.mask.shape[0],
+        "width": one.mask.shape[1],
+        "classes": [
+            {"class": name, "pixels": count, "share": count / seen}
+            for name, count in zip(one.classes, one.counts, strict=True)
+        ],
+        "pixels_outside": one.outside,
+    }
+
+
+def write_boxes(one: BoxesOfFile, folder: Path, name: str) -> dict[str, Any]:
+    """Write NAME.boxes.png; return what is known as JSON."""
+    picture = folder / f"{name}.boxes.png"
+    one.picture.save(picture)
+    boxes = zip(one.names, one.scores, one.found.boxes.tolist(), strict=True)
+    return {
+        "image": str(one.file),
+        "picture": str(picture),
+        "height": one.size[0],
+        "width": one.size[1],
+        "boxes": [
+            {"class": name, "score": score, "box": [round(edge, 2) for edge in box]}
+            for name, score, box in boxes
+        ],
+    }
+
+
+def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the boxes of `write_boxes` as CSV: image, class, score, left, top, right, bottom."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "class", "score", "left", "top", "right", "bottom"])
+        for row in rows:
+            table.writerows([row["image"], one["class"], one["score"], *one["box"]] for one in row["boxes"])
