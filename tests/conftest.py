@@ -16,6 +16,24 @@ os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# One worker waits for Slurm while the other one trains in worlds of ranks; short files come last, so that
+# both end at the same time. A worker takes another file when two tests or fewer are left of its own.
+FIRST = (
+    *("slurm/test_training", "test_algorithms", "slurm/test_templates", "test_robust", "test_identities"),
+    *("e2e/test_torchrun", "e2e/test_killed_group", "test_faults", "test_docs", "test_benchmarks"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have xdist give out files as they are ordered here, not by their number of tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of FIRST."""
+    order = {Path(__file__).parent / f"{name}.py": index for index, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
 
 @pytest.fixture(autouse=True)
 def no_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fedddp.cli import main
+from fedddp.distributed import environment
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,6 +63,12 @@ def type_on_this_rank(command: str) -> tuple[object, list[str]]:
     ):
         main(shlex.split(command))
     return stop.value.code, printed.getvalue().splitlines()
+
+
+def type_and_wait_briefly(command: str) -> tuple[object, list[str]]:
+    """Do as `type_on_this_rank`; no launcher ends the ranks that wait for the first error's report."""
+    environment.FIRST_ERROR_S = 0.5
+    return type_on_this_rank(command)
 
 
 def call(*words: str, code: int = 0) -> None:

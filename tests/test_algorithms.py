@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -111,9 +111,19 @@ CONFIGS = {
 }
 
 
+ONE_EACH = {type(algorithm): name for name, (algorithm, _, _) in CASES.items()}.values()
+"""A case of each algorithm, the last: that with batch norm, where there is one."""
+
+
+def cases_in(groups: int, ranks: int) -> Iterable[str]:
+    """Return the cases for a world; in that of four ranks, other local settings would show nothing new."""
+    return ONE_EACH if (groups, ranks) == (2, 2) else CASES
+
+
 @functools.cache
 def trained(groups: int, ranks: int, folder: str) -> dict[str, rig.Trained]:
-    return rig.train_in_world(CONFIGS, groups, ranks, f"{folder}/{groups}x{ranks}")
+    configs = {name: CONFIGS[name] for name in cases_in(groups, ranks)}
+    return rig.train_in_world(configs, groups, ranks, f"{folder}/{groups}x{ranks}")
 
 
 @functools.cache
@@ -149,8 +159,9 @@ def test_cohorts_sizes_and_steps_of_the_runs_are_uneven() -> None:
     assert max(rounds) == 3
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("groups", "ranks"), rig.WORLDS)
+@pytest.mark.parametrize(
+    ("groups", "ranks", "name"), [(*world, name) for world in rig.WORLDS for name in cases_in(*world)]
+)
 def test_three_rounds_equal_the_papers_equations(name: str, groups: int, ranks: int, folder: str) -> None:
     model, kept = trained(groups, ranks, folder)[name]
     want, personalized = expected(name)
@@ -171,7 +182,7 @@ def test_a_run_stopped_within_a_round_resumes_to_the_same_bits(name: str, folder
 
 @pytest.mark.parametrize("name", CASES)
 def test_bits_do_not_depend_on_the_number_of_groups(name: str, folder: str) -> None:
-    for ranks in (1, 2):
+    for ranks in (1, 2) if name in ONE_EACH else (1,):
         rig.assert_same_bits(*(trained(groups, ranks, folder)[name] for groups in (1, 2)))
 
 

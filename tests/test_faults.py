@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import torchrun, type_on_this_rank
+from launching import torchrun, type_and_wait_briefly
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -115,11 +115,19 @@ def test_a_killed_coordinator_resumes_and_a_rank_that_raises_ends_the_job(
 
 def test_an_error_of_all_ranks_is_reported_once() -> None:
     flags = "--rounds 1 --data.examples 400 --tracking.trackers [] --local.lr 1e30"
-    reports = run_world(type_on_this_rank, f"run digits {flags}", size=2)
+    reports = run_world(type_and_wait_briefly, f"run digits {flags}", size=2)
     assert [code for code, _ in reports] == [1, 1]
     (line,) = [line for _, lines in reports for line in lines if line.startswith("error: ")]
     assert "its training loss became nan; lower local.lr" in line
     assert not any("Traceback" in line for _, lines in reports for line in lines)
+
+
+def test_a_configuration_error_is_reported_once() -> None:
+    reports = run_world(type_and_wait_briefly, "run digits --topology.ranks_per_client 3", size=2)
+    assert [code for code, _ in reports] == [2, 2]
+    (line,) = [line for _, lines in reports for line in lines]
+    assert line.startswith("error: ")
+    assert "ranks_per_client=3 does not divide the 2 training ranks" in line
 
 
 @pytest.mark.parametrize("signal", ["SIGUSR1", "SIGTERM", "SIGHUP", "SIGINT"])

@@ -125,6 +125,10 @@ EQUAL = [
 ]
 
 
+# Groups of two ranks: tests/test_algorithms.py finds the bits of one group there.
+WORLDS = [(1, 1), (1, 2), (2, 1)]
+
+
 @functools.cache
 def trained(groups: int, ranks: int, folder: str) -> dict[str, rig.Trained]:
     # Clients of the quadratics have one example: a second rank would hold padding examples only.
@@ -138,7 +142,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(("left", "right"), EQUAL)
-@pytest.mark.parametrize(("groups", "ranks"), rig.WORLDS)
+@pytest.mark.parametrize(("groups", "ranks"), WORLDS)
 def test_algorithms_made_equal_by_their_settings_train_the_same_model(
     left: str, right: str, groups: int, ranks: int, folder: str
 ) -> None:
@@ -148,14 +152,14 @@ def test_algorithms_made_equal_by_their_settings_train_the_same_model(
     assert (results[left][0] - start).norm() > 0.05  # training moved the model
 
 
-@pytest.mark.parametrize(("groups", "ranks"), rig.WORLDS)
+@pytest.mark.parametrize(("groups", "ranks"), WORLDS)
 def test_corrections_are_added_to_unscaled_gradients(groups: int, ranks: int, folder: str) -> None:
     results = trained(groups, ranks, folder)
     right, half, without = (results[name][0] for name in ("FedProx", "FedProx in fp16", "FedAvg"))
     assert (half - right).norm() < 0.05 * (without - right).norm()
 
 
-@pytest.mark.parametrize(("groups", "ranks"), rig.WORLDS)
+@pytest.mark.parametrize(("groups", "ranks"), WORLDS)
 def test_fedavg_of_one_client_is_plain_sgd(groups: int, ranks: int, folder: str) -> None:
     config = CONFIGS["one client, batches"]
     reference = ref.Reference(config, clients=1)

@@ -245,14 +245,16 @@ CONFIGS = {
 def test_bits_do_not_depend_on_the_number_of_groups_nor_on_a_resume(tmp_path: Path) -> None:
     def results(groups: int, ranks: int, stop: bool = False) -> dict[str, rig.Trained]:
         folder = str(tmp_path / f"{groups}x{ranks}-{stop}")
-        return rig.train_in_world(CONFIGS, groups, ranks, folder, stop)
+        # What pairs of ranks send is the same for every rule: with buffers, and without.
+        names = CONFIGS if ranks == 1 else ("Krum and norm", "MultiKrum")
+        return rig.train_in_world({name: CONFIGS[name] for name in names}, groups, ranks, folder, stop)
 
     alone = results(1, 1)
     for other in (results(2, 1), results(1, 1, stop=True)):
         for name in CONFIGS:
             rig.assert_same_bits(alone[name], other[name])
     one_group, two_groups = results(1, 2), results(2, 2)
-    for name in CONFIGS:
+    for name in one_group:
         rig.assert_same_bits(one_group[name], two_groups[name])
         torch.testing.assert_close(one_group[name][0], alone[name][0], rtol=0, atol=1e-5)
 

@@ -82,7 +82,7 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 def test_the_quickstart_job_learns_and_writes_a_run_directory(launch: Launcher) -> None:
     command = "--standalone --nproc-per-node 4 -m fedddp run digits --topology.ranks_per_client 2"
-    code, out, err = launch.run(f"torchrun {command} --output OUT")
+    code, out, err = launch.run(f"torchrun {command} --output OUT --rounds 16 --checkpoint.every 5")
     assert code == 0, err
     assert out.splitlines()[-1] == "run directory: OUT/digits"
     assert "To upload the run: wandb sync " in out
@@ -92,14 +92,14 @@ def test_the_quickstart_job_learns_and_writes_a_run_directory(launch: Launcher) 
         *("run.json", "run.log", "split.json", "evaluation.json", "wrong.safetensors"),
     }
     history = lines(folder / "history.jsonl")
-    assert [row["round"] for row in history] == list(range(1, 31))
+    assert [row["round"] for row in history] == list(range(1, 17))
     assert history[-1]["eval/accuracy"] > 0.95  # type: ignore[operator]
     for name in ("train/loss", "eval/loss", "time/round", "time/train", "bytes/up", "bytes/down", "cohort"):
         assert name in history[-1]
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert kept == ["round-00020", "round-00030"]
+    assert kept == ["round-00015", "round-00016"]
     again = load_config(str(folder / "config.yaml"))
-    assert (again.topology.ranks_per_client, again.rounds) == (2, 30)
+    assert (again.topology.ranks_per_client, again.rounds) == (2, 16)
     missing, unexpected = load_model(lenet(10, (1, 8, 8)), folder / "model.safetensors")
     assert not missing
     assert not unexpected
@@ -131,12 +131,3 @@ def test_torchrun_on_two_nodes_trains_one_client_data_parallel(launch: Launcher)
     two, one = load_file("OUT/digits/model.safetensors"), train_on_one_rank()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-5)
-
-
-def test_a_configuration_error_is_reported_once(launch: Launcher) -> None:
-    flags = "--topology.ranks_per_client 3"
-    code, out, err = launch.run(f"torchrun --standalone --nproc-per-node 2 -m fedddp {SHORT} {flags}")
-    assert code == 1  # torchrun's own, whatever a rank's was
-    (line,) = [line for line in (out + err).splitlines() if line.startswith("error: ")]
-    assert "ranks_per_client=3 does not divide the 2 training ranks" in line
-    assert "fedddp/" not in err, "a traceback through fedddp"

@@ -40,7 +40,7 @@ def rounds(run: Path) -> list[int]:
 
 def wait_for_round(cluster: Cluster, job_id: str, run: Path, wanted: int) -> None:
     """Wait until a running job has recorded round `wanted`."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 500
     while max(rounds(run), default=0) < wanted:
         job = cluster.job(job_id)
         assert time.monotonic() < deadline, f"{job}\n{cluster.output(job)}"
