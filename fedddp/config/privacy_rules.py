@@ -1,0 +1,195 @@
+"""Which settings cannot be combined with `privacy`, and why; docs/privacy.md has them as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from fedddp.aggregation import Mean
+from fedddp.algorithms import AsynchronousAlgorithm
+from fedddp.privacy.config import CentralDP, Privacy
+
+if TYPE_CHECKING:
+    from fedddp.config.schema import Config
+
+
+class Rule(NamedTuple):
+    """A setting that is refused with `privacy`."""
+
+    title: str
+    """The feature, for the table of the documentation."""
+    kind: type[Privacy]
+    """The class of `privacy` that it is refused with."""
+    strict: bool
+    """Whether it is refused under `privacy.strict` only."""
+    setting: Callable[[Config], str | None]
+    """Returns the setting that is refused, with its value; None where it is not."""
+    reason: str
+    """Words that follow the setting, with the fix."""
+
+
+def _named(given: bool, text: str) -> str | None:
+    return text if given else None
+
+
+def _name(choice: object) -> str:
+    return type(choice).__name__
+
+
+RULES = (
+    Rule(
+        "asynchronous algorithms",
+        Privacy,
+        False,
+        lambda c: _named(isinstance(c.algorithm, AsynchronousAlgorithm), f"algorithm={_name(c.algorithm)}"),
+        "absorbs updates as they arrive, and no account knows how often a client does; use a synchronous one",
+    ),
+    Rule(
+        "algorithms that need every client's loss",
+        Privacy,
+        False,
+        lambda c: _named(c.algorithm.needs_initial_loss, f"algorithm={_name(c.algorithm)}"),
+        "shows every client's loss to all others; use another algorithm",
+    ),
+    Rule(
+        "robust aggregation",
+        CentralDP,
+        False,
+        lambda c: _named(not isinstance(c.aggregation, Mean), f"aggregation={_name(c.aggregation)}"),
+        "has no bound on what one client changes; use Mean, or LocalDP",
+    ),
+    Rule(
+        "`aggregation.sums=float32`",
+        CentralDP,
+        False,
+        lambda c: _named(getattr(c.aggregation, "sums", "") == "float32", "aggregation.sums=float32"),
+        "rounds differently from cohort to cohort, which noise on a grid cannot hide; use exact",
+    ),
+    Rule(
+        "`aggregation.clip_norm`",
+        Privacy,
+        False,
+        lambda c: _named(
+            c.aggregation.clip_norm is not None, f"aggregation.clip_norm={c.aggregation.clip_norm}"
+        ),
+        "clips one vector of an update once more; leave it out, privacy.clip is over all of them",
+    ),
+    Rule(
+        "`aggregation.on_invalid_update=clip`",
+        Privacy,
+        False,
+        lambda c: _named(c.aggregation.on_invalid_update == "clip", "aggregation.on_invalid_update=clip"),
+        "would repair an update that has no norm to clip it to; use skip",
+    ),
+    Rule(
+        "`cohort.extra`",
+        CentralDP,
+        False,
+        lambda c: _named(c.cohort.extra > 0, f"cohort.extra={c.cohort.extra}"),
+        "lets the amount of data decide who is in a cohort; leave it out",
+    ),
+    Rule(
+        "`clock.deadline_s`",
+        CentralDP,
+        False,
+        lambda c: _named(
+            getattr(c.clock, "deadline_s", None) is not None,
+            f"clock.deadline_s={getattr(c.clock, 'deadline_s', None)}",
+        ),
+        "lets the amount of data decide who is in a cohort; leave it out",
+    ),
+    Rule(
+        "`transport.up`",
+        CentralDP,
+        False,
+        lambda c: _named(c.transport.up is not None, f"transport.up={_name(c.transport.up)}"),
+        "decodes to vectors of another norm: clipped before, they would exceed C, and clipped after, C would "
+        "cut the codec's error more than the update; leave it out, or use LocalDP",
+    ),
+    Rule(
+        "`secure_aggregation` with amplification by sampling",
+        CentralDP,
+        False,
+        lambda c: _named(
+            c.secure_aggregation is not None
+            and isinstance(c.privacy, CentralDP)
+            and c.privacy.sampling(c.cohort.sampling) != "none",
+            f"secure_aggregation={_name(c.secure_aggregation)} with amplification by sampling",
+        ),
+        "abandons a round of too few clients, which reveals a cohort that the account takes for secret; set "
+        "privacy.amplification=none",
+    ),
+    Rule(
+        "codecs with error feedback",
+        Privacy,
+        True,
+        lambda c: _named(c.transport.stateful, f"transport.up={_name(c.transport.up)}"),
+        "keeps its error per client in checkpoints, which show who took part; use QSGD, or another that "
+        "keeps none",
+    ),
+    Rule(
+        "`transport.down`",
+        Privacy,
+        True,
+        lambda c: _named(c.transport.down is not None, f"transport.down={_name(c.transport.down)}"),
+        "keeps in checkpoints which client was sent which model; leave it out",
+    ),
+    Rule(
+        "`evaluation.clients`",
+        Privacy,
+        True,
+        lambda c: _named(c.evaluation.clients > 0, f"evaluation.clients={c.evaluation.clients}"),
+        "records numbers of single clients; leave it out",
+    ),
+    Rule(
+        "client state (`SCAFFOLD`, `MOON`, `FedBN`, `FedPer`, `Ditto`, `local.optimizer_state=keep`)",
+        Privacy,
+        True,
+        lambda c: _named(
+            c.algorithm.stateful or c.local.optimizer_state == "keep",
+            f"algorithm={_name(c.algorithm)}, local.optimizer_state={c.local.optimizer_state}",
+        ),
+        "keeps what clients computed from their data in checkpoints; use FedAvg, or another that keeps none",
+    ),
+    Rule(
+        "`aggregation.on_invalid_update=stop`",
+        Privacy,
+        True,
+        lambda c: _named(c.aggregation.on_invalid_update == "stop", "aggregation.on_invalid_update=stop"),
+        "ends the run with the name of a client; use skip",
+    ),
+)
+
+
+def refusal(c: Config) -> str | None:
+    """Return why the settings of `c` cannot be combined, in one line; None where they can."""
+    privacy = c.privacy
+    if privacy is None:
+        return None
+    if c.algorithm.not_private:
+        return (
+            f"algorithm={_name(c.algorithm)} cannot be combined with privacy={_name(privacy)}: it "
+            f"{c.algorithm.not_private}; use another algorithm"
+        )
+    for rule in RULES:
+        applies = isinstance(privacy, rule.kind) and (privacy.strict or not rule.strict)
+        setting = rule.setting(c) if applies else None
+        if setting is not None:
+            given = f"privacy={_name(privacy)}{' with privacy.strict' if rule.strict else ''}"
+            return f"{setting} cannot be combined with {given}: it {rule.reason}"
+    return _sampling_refusal(c, privacy) if isinstance(privacy, CentralDP) else None
+
+
+def _sampling_refusal(c: Config, privacy: CentralDP) -> str | None:
+    """Return what is wrong with δ or the account of the cohorts."""
+    if privacy.delta >= 1 / c.data.clients:
+        return (
+            f"privacy.delta={privacy.delta:g} must be below 1 / data.clients = {1 / c.data.clients:.3g}: a "
+            "larger δ allows to publish a client as it is; lower privacy.delta"
+        )
+    if privacy.amplification == "without_replacement" and c.cohort.sampling != "fixed":
+        return (
+            f"privacy.amplification=without_replacement is of cohorts of fixed size, but cohort.sampling="
+            f"{c.cohort.sampling}; use cohort.sampling=fixed, or privacy.amplification=auto"
+        )
+    return None

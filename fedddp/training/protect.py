@@ -1,0 +1,123 @@
+"""Makes what protects the clients of a run, from its section `privacy` and what its directory records."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedddp.config.schema import Config
+from fedddp.privacy.accountant import require_library
+from fedddp.privacy.central import CentralProtection, central_terms
+from fedddp.privacy.config import CentralDP, LocalDP
+from fedddp.privacy.local import LocalProtection, Participations, local_terms
+from fedddp.privacy.protection import Protection, Terms, check_model, silent_elements
+from fedddp.section import ConfigError
+from fedddp.storage.checkpoint import write_text
+from fedddp.storage.history import HISTORY, read_json, read_rows
+from fedddp.training.session import Session
+
+logger = logging.getLogger(__name__)
+
+LEDGER = "privacy.json"
+"""File of the run directory with the number of rounds that were released, lost, and released again."""
+
+
+def check_library(config: Config) -> None:
+    """Refuse a run whose account needs dp-accounting where it is not installed; before any work.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    privacy = config.privacy
+    if (
+        isinstance(privacy, CentralDP)
+        and privacy.account(config.cohort, config.data.clients, config.rounds).needs_library
+    ):
+        require_library()
+
+
+def protect(s: Session, metadata: Mapping[str, Any]) -> Protection:
+    """Collective. Return what protects the clients of `s`, which resumes from a checkpoint with `metadata`.
+
+    To be called before the history is opened, which cuts off what the checkpoint does not have.
+
+    Raises:
+        ValueError: the model cannot be protected, or the budget does not allow a round.
+    """
+    privacy, server = s.config.privacy, s.server
+    if privacy is None:
+        return Protection()
+    check_model(s.flat, s.config.algorithm)
+    silent = silent_elements(s.flat, s.config.algorithm)
+    terms, problem = None, None
+    if s.world.is_coordinator:
+        try:
+            terms = _terms(s, metadata)
+        except ValueError as error:
+            problem = str(error)
+    terms, problem = s.world.gather((terms, problem))[0]
+    if terms is None:
+        raise ConfigError(problem)
+    if s.world.is_coordinator and terms.last_round < s.config.rounds:
+        logger.info(
+            "privacy: the budget ends the run after round %d of %d", terms.last_round, s.config.rounds
+        )
+    seed = s.config.seed
+    if isinstance(privacy, CentralDP):
+        account = privacy.account(s.config.cohort, len(s.split), s.config.rounds)
+        return CentralProtection(privacy, account, terms, server, seed=seed, silent=silent)
+    assert isinstance(privacy, LocalDP)
+    participations = participations_of(s.config, len(s.split))
+    return LocalProtection(privacy, terms, participations, seed=seed, silent=silent)
+
+
+def participations_of(config: Config, population: int) -> Participations:
+    """Return how often each of `population` clients is sampled, before the first round."""
+    return Participations(population, lambda index: config.cohort.sample(population, config.seed, index))
+
+
+def _terms(s: Session, metadata: Mapping[str, Any]) -> Terms:
+    """Return what the run is held to: what its checkpoint recorded of it, and what was lost since then."""
+    config, privacy = s.config, s.config.privacy
+    assert privacy is not None
+    earlier = metadata.get("privacy", {})
+    repeated = 0
+    if config.resume == "auto" and privacy.noise == "secret":
+        repeated = _charge_lost_rounds(
+            s.directory, int(metadata.get("round", 0)), int(earlier.get("repeated", 0))
+        )
+    if isinstance(privacy, CentralDP):
+        account = privacy.account(config.cohort, len(s.split), config.rounds)
+        return central_terms(privacy, account, config.rounds, earlier.get("noise_multiplier"), repeated)
+    assert isinstance(privacy, LocalDP)
+    return local_terms(privacy, participations_of(config, len(s.split)), config.rounds, repeated)
+
+
+def _charge_lost_rounds(directory: Path, kept_rounds: int, repeated: int) -> int:
+    """Return how many rounds are charged again, and write it down before the history forgets them.
+
+    A round whose line is in the history was released: its metrics are of its noisy model. After a resume it
+    is repeated with other noise, and both are seen. A line that is cut short counts.
+
+    Args:
+        directory: the run directory.
+        kept_rounds: rounds that the checkpoint has.
+        repeated: rounds that were charged again before the checkpoint.
+    """
+    ledger, history = directory / LEDGER, directory / HISTORY
+    repeated = max(repeated, int(read_json(ledger).get("repeated", 0)))
+    lost = 0
+    if history.exists():
+        lost = len([row for row in read_rows(history) if row["round"] > kept_rounds])
+        content = history.read_bytes()
+        lost += bool(content) and not content.endswith(b"\n")
+    if lost:
+        repeated += lost
+        logger.warning(
+            "privacy: %d rounds were released and lost with their process; they are charged again", lost
+        )
+        write_text(ledger, json.dumps({"repeated": repeated}) + "\n")
+    return repeated
