@@ -1,0 +1,1 @@
+"""What travels between clients and the coordinator in fewer bytes: codecs, and what they apply to."""
