@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedddp import aggregation as aggregation
     from fedddp import algorithms as algorithms
+    from fedddp import privacy as privacy
+    from fedddp import secure as secure
     from fedddp import tasks as tasks
     from fedddp.algorithms.local import LocalConfig as LocalConfig
     from fedddp.callbacks import Callback as Callback
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from fedddp.simulation.cohort import CohortConfig as CohortConfig
     from fedddp.storage.checkpoint import CheckpointConfig as CheckpointConfig
     from fedddp.tracking.tracker import TrackingConfig as TrackingConfig
+    from fedddp.transport import codecs as codecs
+    from fedddp.transport.config import TransportConfig as TransportConfig
 
 __version__ = _version("fedddp")
 
@@ -40,7 +44,10 @@ _MODULES = {
     "aggregation": "fedddp.aggregation",
     "attacks": "fedddp.simulation.attacks",
     "clocks": "fedddp.simulation.clock",
+    "codecs": "fedddp.transport.codecs",
     "partitions": "fedddp.data.partition",
+    "privacy": "fedddp.privacy",
+    "secure": "fedddp.secure",
     "tasks": "fedddp.tasks",
 }
 _NAMES = {
@@ -62,6 +69,7 @@ _NAMES = {
     "EvaluationConfig": "fedddp.evaluation",
     "CheckpointConfig": "fedddp.storage.checkpoint",
     "TrackingConfig": "fedddp.tracking.tracker",
+    "TransportConfig": "fedddp.transport.config",
 }
 __all__ = ["__version__", *_NAMES, *_MODULES]  # noqa: PLE0604 - the names are strings
 

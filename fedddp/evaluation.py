@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedddp.data.datasets import Images
 from fedddp.data.loader import Batch, ClientLoader
+from fedddp.data.targets import Boxes, Target
 from fedddp.distributed.world import World
 from fedddp.rng import stream
 from fedddp.section import NonNegativeInt, PositiveInt, Section
+from fedddp.storage.history import direction, main_metric
 from fedddp.tasks.task import Task
 
 Metrics = dict[str, Any]
 
-Observe = Callable[[Batch, Tensor], None]
-"""Takes a batch and the module's outputs for it."""
+Observe = Callable[[Batch, Any], None]
+"""Takes a batch and the outputs for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +36,11 @@ class EvaluationConfig(Section):
     """Rounds between evaluations, >= 1; the last round is always evaluated."""
 
     batch_size: PositiveInt = 500
-    """Examples per forward pass on each rank, >= 1."""
+    """Examples per forward pass on each rank, >= 1; fewer where masks or boxes would take much memory."""
 
     clients: NonNegativeInt = 0
-    """Clients whose held-out local data are evaluated too (needs data.holdout > 0), >= 0."""
+    """Clients that are evaluated on local data too, >= 0: on their own examples of the test set, where
+    clients are natural and the test set names its owners; else on those that data.holdout keeps."""
 
     stop_after: NonNegativeInt = 0
     """Rounds without a better value of `checkpoint.best` (eval/accuracy where that is not set) after which
@@ -53,6 +57,17 @@ class EvaluationConfig(Section):
         return np.sort(rng.choice(population, size, replace=False)).astype(np.int64)
 
 
+IDENTITY = ("client", "name", "examples")
+"""Keys of a client's row that are no metrics."""
+
+
+EVALUATED_ELEMENTS = 2**24
+"""Elements of outputs for masks that are evaluated together, at most: 64 MiB in float32."""
+
+BOX_ELEMENTS = 64
+"""Elements per pixel that a detector is taken to need."""
+
+
 class NoMemoryError(ValueError):
     """A batch does not fit into memory: one line that names the settings to change."""
 
@@ -60,6 +75,38 @@ class NoMemoryError(ValueError):
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether `error` is torch's, of a GPU or of a CPU, for want of memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@dataclass
+class Totals:
+    """What a task has measured over several batches, before any division."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """What `Task.measure` returned, added."""
+    gathered: dict[str, list[Tensor]] = field(default_factory=dict)
+    """What `Task.gather` returned, batch by batch."""
+
+    def add(self, task: Task, outputs: Any, targets: Any) -> None:
+        """Measure one batch more."""
+        for name, value in task.measure(outputs, targets).items():
+            if value.dtype not in (torch.float64, torch.int64):
+                kind = str(value.dtype).removeprefix("torch.")
+                raise TypeError(
+                    f"{type(task).__name__}.measure returns {name} as {kind}; return float64 or int64, which "
+                    "add up exactly"
+                )
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        for name, rows in task.gather(outputs, targets).items():
+            self.gathered.setdefault(name, []).append(rows.cpu())
+
+    def clear(self) -> None:
+        """Forget what was measured, but for names and shapes."""
+        self.sums = {name: torch.zeros_like(value) for name, value in self.sums.items()}
+        self.gathered = {name: [rows[0][:0]] for name, rows in self.gathered.items()}
+
+    def summarize(self, task: Task) -> Metrics:
+        """Return the metrics of `task`."""
+        return task.summarize(self.sums, {name: torch.cat(rows) for name, rows in self.gathered.items()})
 
 
 @torch.no_grad()
@@ -71,18 +118,19 @@ def measure(
     batch_size: int,
     client: int | None = None,
     observe: Observe | None = None,
-) -> dict[str, Tensor]:
-    """Return the (sum, count) pairs of `task` over the examples `indices`, on this rank alone.
+) -> Totals:
+    """Return what `task` measures over the examples `indices`, on this rank alone.
 
-    `observe` is called with each batch, in the order of `indices`, and the module's outputs for it.
+    Batches are smaller than `batch_size` where images with masks or boxes are large.
+
+    `observe` is called with each batch, in the order of `indices`, and the outputs for it.
     """
     module.eval()
-    totals: dict[str, Tensor] = {}
+    totals = Totals()
     try:
-        for batch in loader.batches(indices, batch_size, client=client):
-            outputs = module(batch.images)
-            for name, pair in task.measure(outputs, batch.targets).items():
-                totals[name] = totals[name] + pair if name in totals else pair
+        for batch in loader.batches(indices, min(batch_size, _affordable(loader.images)), client=client):
+            outputs = task.forward(module, batch)
+            totals.add(task, outputs, batch.targets)
             if observe is not None:
                 observe(batch, outputs)
     except Exception as error:
@@ -93,6 +141,14 @@ def measure(
             ) from error
         raise
     return totals
+
+
+def _affordable(images: Images) -> int:
+    """Return how many images are evaluated together at most: outputs per pixel take memory, several times."""
+    if images.target in ("class", "multilabel"):
+        return len(images) or 1
+    per_pixel = images.classes if images.target == "mask" else BOX_ELEMENTS
+    return max(1, EVALUATED_ELEMENTS // (per_pixel * images.shape[1] * images.shape[2]))
 
 
 def evaluate(
@@ -114,9 +170,12 @@ def evaluate(
         totals = measure(module, task, loader, shard, batch_size, observe=observe)
     else:
         totals = measure(module, task, loader, np.arange(1), batch_size)
-        totals = {name: torch.zeros_like(pair) for name, pair in totals.items()}
-    world.sum_numbers(*totals.values())
-    return task.summarize(totals)
+        totals.clear()
+    world.sum_numbers(*totals.sums.values())
+    if totals.gathered:  # by every rank or none: all have measured an example
+        of_ranks = world.gather(totals.gathered)
+        totals.gathered = {name: [r for ranks in of_ranks for r in ranks[name]] for name in totals.gathered}
+    return totals.summarize(task)
 
 
 def _shard(world: World, loader: ClientLoader) -> NDArray[np.int64]:
@@ -136,6 +195,8 @@ def evaluate_clients(
 ) -> list[Metrics]:
     """Collective. Return one row of metrics for every client with held-out examples, by client.
 
+    A metric that is not known of a client, such as the precision of one without a box, is None.
+
     `held_out` maps the clients that this rank evaluates (each on one rank) to their examples, and
     `personalise(client)` puts that client's model into `module` before it is measured.
     """
@@ -144,15 +205,24 @@ def evaluate_clients(
         if len(indices):
             personalise(client)
             totals = measure(module, task, loader, indices, batch_size, client)
-            metrics = {n: v for n, v in task.summarize(totals).items() if isinstance(v, float)}
+            metrics = {n: v for n, v in totals.summarize(task).items() if not isinstance(v, list)}
             rows.append({"client": client, "examples": len(indices), **metrics})
     everyone = [row for part in world.gather(rows) for row in part]
     return sorted(everyone, key=lambda row: int(row["client"]))
 
 
-def spread(rows: list[Metrics], name: str = "accuracy") -> Metrics:
-    """Return mean, worst 10 %, best 10 % and standard deviation of metric `name` over clients."""
-    values = np.sort([row[name] for row in rows])
+def spread(rows: list[Metrics]) -> Metrics:
+    """Return mean, worst 10 %, best 10 % and standard deviation over clients of their main metric.
+
+    Clients of which it is not known are left out. The worst have the lowest values, of a loss the highest.
+    """
+    # Not by what is known: the metric must not depend on which clients are evaluated.
+    judged = main_metric({f"eval/{name}": 0.0 for name in rows[0] if name not in IDENTITY})
+    name = (judged or "eval/loss").removeprefix("eval/")
+    values = np.array([row[name] for row in rows if row.get(name) is not None])
+    if not len(values):
+        return {}
+    values = values[np.argsort(direction(name) * values, kind="stable")]
     tenth = max(1, round(len(values) / 10))
     return {
         f"clients/{name}_mean": float(values.mean()),
@@ -166,86 +236,158 @@ def spread(rows: list[Metrics], name: str = "accuracy") -> Metrics:
 class Examination:
     """What a model does on a test set, beyond its metrics."""
 
+    target: Target
+    """What its task predicts."""
     metrics: Metrics
     """Of the task, without a prefix."""
     confusion: Tensor | None
-    """Examples by true class (row) and predicted class (column); int64, (K, K); None without classes, or with
-    more than 1,000."""
-    wrong: list[dict[str, Any]]
-    """The examples that are wrong with the highest probability, that first: "index" in the test set, "label",
-    "predicted", and "probability" of the predicted class."""
-    images: Tensor
-    """Those examples; uint8, (n, C, H, W)."""
+    """Examples, or pixels of masks, by true class (row) and predicted class (column); int64, (K, K). None for
+    tasks without, or more than 1,000 classes."""
+    worst: list[dict[str, Any]]
+    """Examples with their "index" in the test set. Of classes: those that are wrong with the highest
+    probability, with "label", "predicted", and "probability" of the predicted class; of other targets those
+    with the highest "loss", labels with "labels" and "predicted", numbers of classes."""
+    tensors: dict[str, Tensor]
+    """"images" of those examples, uint8 (n, C, H, W). Of masks "truth" and "predicted", uint8 (n, H, W); of
+    boxes the fields of `Boxes` as "truth.boxes", ..., "predicted.boxes", ..., and "predicted.scores"."""
 
 
 CONFUSED_CLASSES = 1000
 """Classes up to which an `Examination` has a confusion matrix: it grows with their square."""
 
-WRONG = 24
-"""Wrongly classified examples of an `Examination`, at most."""
+WORST = 24
+"""Worst examples of an `Examination`, at most."""
 
 
 def examine(
     world: World, module: nn.Module, task: Task, loader: ClientLoader, batch_size: int
 ) -> Examination:
-    """Collective. Return what `module` does on `loader`: metrics, confusion matrix, wrong examples."""
+    """Collective. Return what `module` does on `loader`: metrics, confusion matrix, worst examples."""
     own = _Examiner(task, loader, _shard(world, loader))
     metrics = evaluate(world, module, task, loader, batch_size, own.observe)
     world.sum_numbers(own.confusion.counts)
-    wrong = sorted((one for some in world.gather(own.wrong) for one in some), key=lambda one: one[:2])[:WRONG]
+    everyone = (one for some in world.gather(own.worst) for one in some)
+    worst = sorted(everyone, key=lambda one: one.rank)[:WORST]
     return Examination(
+        target=task.target,
         metrics=metrics,
         confusion=own.confusion.result(),
-        wrong=[
-            {"index": index, "label": label, "predicted": predicted, "probability": -negative}
-            for negative, index, label, predicted, _ in wrong
-        ],
-        images=torch.stack([one[-1] for one in wrong]) if wrong else torch.empty(0, 0, 0, 0).byte(),
+        worst=[one.row for one in worst],
+        tensors=_tensors(task.target, worst),
     )
 
 
 class ConfusionMatrix:
-    """Counts examples by true and by predicted class, of at most `CONFUSED_CLASSES` classes."""
+    """Counts examples (or pixels) by true and by predicted class, of at most `CONFUSED_CLASSES` classes."""
 
     def __init__(self, classes: int) -> None:
         """Begin with no example of `classes` classes."""
-        classes = classes if classes <= CONFUSED_CLASSES else 0
-        self.counts = torch.zeros(classes, classes, dtype=torch.int64)
+        self.classes = classes if classes <= CONFUSED_CLASSES else 0
+        self.counts = torch.zeros(self.classes, self.classes, dtype=torch.int64)
 
     def add(self, labels: Tensor, predicted: Tensor) -> None:
-        """Count examples by their `labels` and `predicted` classes; both (b,), int64, on the CPU."""
-        if self.counts.numel():
-            self.counts.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+        """Count examples by their `labels` and `predicted` classes, any shape, on the CPU.
+
+        Those whose label is no class, such as 255 in a mask, do not count.
+        """
+        if self.classes:
+            valid = labels < self.classes
+            pairs = labels[valid].long() * self.classes + predicted[valid].long()
+            self.counts += torch.bincount(pairs, minlength=self.classes**2).view_as(self.counts)
 
     def result(self) -> Tensor | None:
         """Return the counts, true class (row) by predicted class (column); None where nothing was counted."""
         return self.counts if self.counts.any() else None
 
 
+@dataclass(frozen=True)
+class _Worst:
+    """One example of an `Examination`."""
+
+    rank: tuple[float, int]
+    """Sorts the worst first."""
+    row: dict[str, Any]
+    image: Tensor
+    """uint8, (C, H, W)."""
+    truth: Any
+    predicted: Any
+    """Of masks (H, W) uint8 each; of boxes `Boxes` and `Detections` of one image; else None."""
+
+
 class _Examiner:
-    """Counts the predictions on this rank's examples, and collects the wrong ones."""
+    """Counts the predictions on this rank's examples, and collects the worst ones."""
 
     def __init__(self, task: Task, loader: ClientLoader, indices: NDArray[np.int64]) -> None:
         self.task, self.loader, self.indices = task, loader, indices
         self.confusion = ConfusionMatrix(loader.images.classes)
-        self.wrong: list[tuple[float, int, int, int, Tensor]] = []
-        """Minus the probability, index, label, predicted class, pixels; sorted."""
+        self.worst: list[_Worst] = []
+        """The worst first."""
         self._seen = 0
 
-    def observe(self, batch: Batch, outputs: Tensor) -> None:
+    def observe(self, batch: Batch, outputs: Any) -> None:
         """Take the next batch and the outputs for it."""
         start = self._seen
         self._seen += len(batch.images)
-        probabilities = self.task.probabilities(outputs)
-        if probabilities is None:
+        predicted = self.task.predict(outputs)
+        if predicted is None:
             return
-        (highest, predicted), labels = probabilities.cpu().max(1), batch.targets.cpu()
-        self.confusion.add(labels, predicted)
-        rows = torch.nonzero((predicted != labels) & torch.isfinite(highest))[:, 0]
-        rows = rows[highest[rows].argsort(descending=True, stable=True)[:WRONG]]
+        if self.task.target == "class":
+            highest, predicted = predicted.cpu().max(1)
+        targets = batch.targets.to(torch.device("cpu"))
+        if isinstance(targets, Tensor) and self.task.target != "multilabel":
+            predicted = predicted.cpu()
+            self.confusion.add(targets, predicted)
+        if self.task.target == "class":
+            badness = torch.where(predicted != targets, highest, -torch.inf)
+        else:
+            losses = self.task.losses(outputs, batch.targets)
+            badness = (
+                torch.full((len(batch.images),), -torch.inf) if losses is None else losses.detach().cpu()
+            )
+        rows = torch.nonzero(torch.isfinite(badness))[:, 0]
+        rows = rows[badness[rows].argsort(descending=True, stable=True)[:WORST]]
         pixels = self.loader.normalize.pixels(batch.images[rows.to(batch.images.device)]).cpu()
         for row, image in zip(rows.tolist(), pixels, strict=True):
-            index = int(self.indices[start + row])
-            self.wrong.append((-float(highest[row]), index, int(labels[row]), int(predicted[row]), image))
-        self.wrong.sort(key=lambda one: one[:2])
-        del self.wrong[WRONG:]
+            index, value = int(self.indices[start + row]), float(badness[row])
+            shown = self._row(value, row, targets, predicted)
+            truth, found = self._shown(row, targets, predicted)
+            self.worst.append(_Worst((-value, index), {"index": index, **shown}, image, truth, found))
+        self.worst.sort(key=lambda one: one.rank)
+        del self.worst[WORST:]
+
+    def _row(self, value: float, row: int, targets: Any, predicted: Any) -> dict[str, Any]:
+        """Return what is recorded of an example."""
+        if self.task.target == "class":
+            return {"label": int(targets[row]), "predicted": int(predicted[row]), "probability": value}
+        if self.task.target == "multilabel":
+            threshold = getattr(self.task, "threshold", 0.5)
+            labels = (
+                torch.nonzero(r)[:, 0].tolist() for r in (targets[row] > 0, predicted[row] >= threshold)
+            )
+            return {"loss": value, **dict(zip(("labels", "predicted"), labels, strict=True))}
+        return {"loss": value}
+
+    def _shown(self, row: int, targets: Any, predicted: Any) -> tuple[Any, Any]:
+        """Return truth and prediction of an example as they are drawn."""
+        if self.task.target == "mask":
+            return targets[row].to(torch.uint8), predicted[row].to(torch.uint8)
+        if self.task.target == "boxes":
+            return targets.of(row), predicted.of(row)
+        return None, None
+
+
+def _tensors(target: Target, worst: list[_Worst]) -> dict[str, Tensor]:
+    """Return the tensors of the worst examples, as `Examination.tensors` describes them."""
+    if not worst:
+        return {"images": torch.empty(0, 0, 0, 0).byte()}
+    tensors = {"images": torch.stack([one.image for one in worst])}
+    for side in ("truth", "predicted"):
+        values = [getattr(one, side) for one in worst]
+        if target == "mask":
+            tensors[side] = torch.stack(values)
+        if target == "boxes":
+            joined = Boxes.join((value[0], value[1]) for value in values)
+            tensors |= {f"{side}.{name}": getattr(joined, name) for name in ("boxes", "labels", "offsets")}
+    if target == "boxes":
+        tensors["predicted.scores"] = torch.cat([one.predicted[2] for one in worst])
+    return tensors

@@ -23,6 +23,7 @@ from fedddp.callbacks import Callback, callbacks_of
 from fedddp.config.schema import Config, ConfigFields
 from fedddp.data.datasets import Images
 from fedddp.data.description import describe
+from fedddp.data.loader import ClientLoader
 from fedddp.distributed.launch import joined
 from fedddp.evaluation import Metrics, examine
 from fedddp.section import ConfigError
@@ -34,6 +35,7 @@ from fedddp.training.assembly import EXAMINED, assemble, load_images, set_model_
 from fedddp.training.asynchronous.coordinator import run_asynchronous
 from fedddp.training.objects import Objects, made
 from fedddp.training.profiling import profiled
+from fedddp.training.protect import check_library
 from fedddp.training.run_directory import check_replay, run_directory, write_record
 from fedddp.training.session import Session, Stopped
 from fedddp.training.synchronous import run_rounds
@@ -128,6 +130,7 @@ class Federation:
         """
         with joined(self.config.topology) as world:
             with _rejecting():
+                check_library(self.config)
                 train, test = load_images(self.objects, self.config, world)
                 record = self.objects.record(self.config, train, test)
                 check_replay(self.config, record)
@@ -191,7 +194,9 @@ def _begin(s: Session, train: Images) -> None:
     )
     run_record.begin(s.directory, launch)
     set_model_aside(s)
-    split = dataclasses.asdict(describe(s.split, train.labels, train.classes, limit=SHARES))
+    if s.protection.strict:  # no numbers of single clients
+        return
+    split = dataclasses.asdict(describe(s.clients.split, train.labels, train.classes, limit=SHARES))
     names = train.class_names or list(map(str, range(train.classes)))
     write_text(s.directory / run_record.SPLIT, json.dumps({**split, "class_names": names}))
 
@@ -204,8 +209,8 @@ def _result(s: Session, *, finished: bool) -> Result:
     model_file = s.directory / run_record.MODEL if finished else None
     if s.world.is_coordinator and model_file:
         save_model(s.flat.module, model_file, s.model_metadata())
-    if finished and s.test is not None:
-        _examine(s)
+    if finished and s.central is not None:
+        _examine(s, s.central)
     s.world.barrier()
     last = {n: v for n, v in (history[-1] if history else {}).items() if n != "cohort"}
     result = Result(s.flat.module.eval(), history, s.directory, finished)
@@ -228,21 +233,21 @@ def _report(s: Session) -> None:
             logger.warning("report: %s; the run has no report page", error)
 
 
-def _examine(s: Session) -> None:
+def _examine(s: Session, test: ClientLoader) -> None:
     """Collective. Write what the final model does on the test set: evaluation.json, wrong.safetensors."""
-    assert s.test is not None
-    found = examine(s.world, s.flat.module, s.config.task, s.test, s.config.evaluation.batch_size)
+    found = examine(s.world, s.flat.module, s.config.task, test, s.config.evaluation.batch_size)
     if s.world.is_coordinator:
         confusion = None if found.confusion is None else found.confusion.tolist()
         content = {
             "round": s.rounds_done,
+            "target": found.target,
             "metrics": plain(found.metrics),
             "confusion": confusion,
-            "wrong": plain(found.wrong),
+            "wrong": plain(found.worst),
         }
         evaluation, wrong = (s.directory / name for name in EXAMINED)
         try:
-            save_tensors({"images": found.images}, wrong)
+            save_tensors(found.tensors, wrong)
             write_text(evaluation, json.dumps(content))
         except OSError as error:  # the run is complete without them
             logger.warning("%s: %s; the run has no %s", evaluation, error.strerror, evaluation.name)

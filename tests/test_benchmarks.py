@@ -138,6 +138,15 @@ def test_breakdown_of_a_round_adds_up(tables: Tables) -> None:
     assert sum(milliseconds[:-1]) == pytest.approx(milliseconds[-1], abs=0.01 * len(rows))
 
 
+@runs("protection", "--rounds", "4")
+def test_the_cost_of_protection_is_compared_with_the_plain_round(tables: Tables) -> None:
+    (rows,) = tables.values()
+    assert [row[0] for row in rows[1:4]] == ["plain", "CentralDP", "LocalDP"]
+    up = {row[0]: float(row[4]) for row in rows[1:]}
+    assert up["plain"] == up["CentralDP"] == 63.6
+    assert up["TopK, 1 %"] < up["QSGD, 7 levels"] < 8 < 2 * up["plain"] < up["SecAggPlus"]
+
+
 @runs("breakdown", "--parts", "fixed,start", "--ranks", "1", "--repeat", "1", "--fixed-rounds", "10")
 def test_breakdown_of_fixed_cost_and_start(tables: Tables) -> None:
     assert names(rows_of(tables, "Fixed cost")) == ["1"]

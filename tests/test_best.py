@@ -28,8 +28,10 @@ from fedddp import (
     LocalConfig,
     Result,
     TrackingConfig,
+    load_config,
 )
 from fedddp.algorithms import FedBuff
+from fedddp.config.loader import to_yaml
 from fedddp.storage.history import read_rows
 from fedddp.testing import run_world
 from fedddp.training.best import Best
@@ -102,6 +104,38 @@ def test_the_file_holds_the_first_model_with_the_best_value(tmp_path: Path, metr
     assert all(torch.equal(kept[name], tensor) for name, tensor in collect.states[expected].items())
 
 
+SEVERAL = ["clients/accuracy_worst10", "eval/loss", "eval/accuracy"]
+FILES = dict(
+    zip(SEVERAL, [f"best{end}.safetensors" for end in ("", "-eval-loss", "-eval-accuracy")], strict=True)
+)
+
+
+def test_each_of_several_metrics_has_a_file_with_its_first_best_model(tmp_path: Path) -> None:
+    collect = Collect()
+    result = train(tmp_path, collect=collect, checkpoint=CheckpointConfig(every=5, best=SEVERAL))
+    rounds = {metric: best_round(result.history, metric) for metric in SEVERAL}
+    assert len(set(rounds.values())) > 1, "the metrics must differ, or the test sees nothing"
+    assert {path.name for path in result.folder.glob("best*")} == set(FILES.values())
+    for metric, file in FILES.items():
+        with safe_open(result.folder / file, framework="pt") as opened:
+            metadata = opened.metadata()
+        assert (metadata["metric"], int(metadata["round"])) == (metric, rounds[metric])
+        assert float(metadata["value"]) == result.history[rounds[metric] - 1][metric]
+        kept = load_file(result.folder / file)
+        assert all(torch.equal(kept[name], t) for name, t in collect.states[rounds[metric]].items())
+
+
+def test_the_first_of_several_metrics_is_kept_as_if_it_were_the_only_one(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"evaluation": EvaluationConfig(stop_after=3, clients=2)}
+    one = train(tmp_path / "one", checkpoint=CheckpointConfig(best=SEVERAL[0]), **settings)
+    three = train(tmp_path / "three", checkpoint=CheckpointConfig(best=SEVERAL), **settings)
+    listed = train(tmp_path / "listed", checkpoint=CheckpointConfig(best=SEVERAL[:1]), **settings)
+    assert len(one.history) == len(three.history) == len(listed.history) < 12
+    files = [(result.folder / "best.safetensors").read_bytes() for result in (one, three, listed)]
+    assert files[0] == files[1] == files[2]
+    assert [path.name for path in listed.folder.glob("best*")] == ["best.safetensors"]
+
+
 def test_without_a_metric_no_best_model_is_kept(tmp_path: Path) -> None:
     result = train(tmp_path, checkpoint=CheckpointConfig(), rounds=2)
     assert not (result.folder / "best.safetensors").exists()
@@ -169,6 +203,51 @@ def test_a_killed_run_keeps_the_same_best_model_and_ends_in_the_same_round(
         assert (resumed.folder / file).read_bytes() == (whole.folder / file).read_bytes()
 
 
+@pytest.mark.parametrize("killed_after", [4, 5, 8])
+def test_a_killed_run_keeps_the_same_best_models_by_every_metric(tmp_path: Path, killed_after: int) -> None:
+    settings: dict[str, Any] = {"checkpoint": CheckpointConfig(every=3, best=SEVERAL), "rounds": 9}
+    uncut = train(tmp_path / "uncut", **settings)
+    config = dataclasses.replace(BASE, output=str(tmp_path / "cut"), name="run", resume="auto", **settings)
+    parts: dict[str, Any] = {"module": net(), "train": TRAIN, "test": TEST}
+    with pytest.raises(KeyboardInterrupt):
+        Federation(config, callbacks=[Stop(killed_after)], **parts).run()
+    resumed = Federation(config, **parts).run()
+    for file in FILES.values():
+        assert (resumed.folder / file).read_bytes() == (uncut.folder / file).read_bytes()
+
+
+def test_a_metric_that_becomes_another_one_s_file_is_compared_from_the_resume_on(tmp_path: Path) -> None:
+    """What best.safetensors holds is not the best by a metric that another file was for."""
+    still: dict[str, Any] = {"local": LocalConfig(batch_size=10, lr=1e-9)}
+    two = ["eval/accuracy", "eval/loss"]
+    train(tmp_path, checkpoint=CheckpointConfig(best=two), rounds=2, **still)
+    folder = train(tmp_path, checkpoint=CheckpointConfig(best=two[::-1]), rounds=4, **still).folder
+    for file, metric in (("best.safetensors", two[1]), ("best-eval-accuracy.safetensors", two[0])):
+        with safe_open(folder / file, framework="pt") as opened:
+            assert (opened.metadata()["metric"], opened.metadata()["round"]) == (metric, "3")
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("[eval/iou, eval/dice]", ["eval/iou", "eval/dice"]),
+        ("eval/accuracy", ["eval/accuracy"]),
+        ("none", []),
+        ("[]", []),
+    ],
+)
+def test_one_metric_or_several_are_given_by_a_flag(flag: str, expected: list[str]) -> None:
+    config = load_config(None, ["--checkpoint.best", flag])
+    assert config.checkpoint.metrics == expected
+    Path("again.yaml").write_text(to_yaml(config))
+    assert load_config("again.yaml") == config
+
+
+def test_a_metric_that_stands_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="checkpoint.best names eval/loss twice"):
+        load_config(None, ["--checkpoint.best", "[eval/loss, eval/accuracy, eval/loss]"])
+
+
 def train_in_world(output: str, asynchronous: bool) -> None:
     changes: dict[str, Any] = {"algorithm": FedBuff(buffer_size=2)} if asynchronous else {}
     train(Path(output), evaluation=EvaluationConfig(stop_after=2, clients=2), **changes)
@@ -203,6 +282,8 @@ def test_a_value_that_is_no_number_is_never_the_best() -> None:
     [
         ({"checkpoint": {"best": "train/loss"}}, "checkpoint.best=train/loss is no metric of an evaluation"),
         ({"checkpoint": {"best": "eval/acuracy"}}, "do not have eval/acuracy; .* eval/accuracy"),
+        ({"checkpoint": {"best": ["eval/loss", "train/loss"]}}, "best=train/loss is no metric of an"),
+        ({"checkpoint": {"best": ["eval/loss", "eval/dice"]}}, "best=eval/dice: .* do not have eval/dice"),
         ({"checkpoint": {"best": "eval/recall"}}, "do not have eval/recall"),
         ({"evaluation": {}, "checkpoint": {"best": "clients/accuracy_mean"}}, "do not have clients/accuracy"),
     ],

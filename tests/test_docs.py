@@ -41,7 +41,18 @@ DOCS = {str(path.relative_to(FOLDER).with_suffix("")): path for path in sorted(F
 EXAMPLES = {title: text for title, text in sections(DOCS["examples"].read_text()).items() if blocks(text)}
 PARTS = {
     f"{page}: {title}": text
-    for page in ("examples", "extending", "algorithms", "asynchronous", "compare", "monitoring")
+    for page in (
+        "examples",
+        "extending",
+        "tasks",
+        "algorithms",
+        "asynchronous",
+        "compare",
+        "compression",
+        "monitoring",
+        "privacy",
+        "secure-aggregation",
+    )
     for title, text in sections(DOCS[page].read_text()).items()
     if commands(text) or snippets(text)
 }
@@ -72,9 +83,11 @@ def user(no_dashboards: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     with pytest.MonkeyPatch.context() as terminal:
         terminal.setenv("COLUMNS", "100")
         yield
-    for name in [name for name in sys.modules if name.partition(".")[0] == "my_lab"]:
+    own = [name for name in sys.modules if name.partition(".")[0] == "my_lab"]
+    for name in own:
         del sys.modules[name]
-    gc.collect()  # a class that is gone is no choice any more
+    if own:
+        gc.collect()  # a class that is gone is no choice any more
 
 
 @pytest.mark.usefixtures("user")

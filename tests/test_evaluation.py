@@ -165,6 +165,33 @@ def test_what_torch_raises_for_want_of_memory(error: Exception, expected: bool) 
         measure(Failing(), Classification(), loader, np.arange(3), 7)
 
 
+def test_the_worst_of_a_loss_are_the_highest_and_what_is_not_known_is_left_out() -> None:
+    found = spread([{"client": k, "examples": 1, "loss": float(k)} for k in range(20)])
+    assert found["clients/loss_worst10"] == 18.5
+    assert found["clients/loss_best10"] == 0.5
+    rows = [{"client": k, "examples": 1, "f1": f1, "hits": 0.5} for k, f1 in enumerate((0.25, 0.75, None))]
+    for given in (rows, rows[::-1]):
+        assert spread(given)["clients/f1_mean"] == 0.5
+    assert spread([{"client": 0, "examples": 1, "f1": None}]) == {}
+
+
+def test_a_task_whose_sums_would_not_add_up_exactly_is_refused() -> None:
+    class Single(Classification):
+        def measure(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"hits": torch.tensor([1.0, 2.0])}
+
+    with pytest.raises(TypeError, match="^Single.measure returns hits as float32; return float64 or int64"):
+        evaluation.Totals().add(Single(), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+
+
+def test_large_masks_are_evaluated_few_at_a_time() -> None:
+    sizes = {(8, 8): 500, (512, 512): 3, (4096, 4096): 1}
+    for (height, width), most in sizes.items():
+        shape = (1, height, width)
+        images = Images(LABELS, 21, shape, None, None, None, (0.5,), (0.5,), target="mask")
+        assert min(500, evaluation._affordable(images)) == most
+
+
 def test_an_examination_has_no_matrix_of_very_many_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     world = connect(TopologyConfig())
     try:
@@ -175,7 +202,7 @@ def test_an_examination_has_no_matrix_of_very_many_classes(monkeypatch: pytest.M
         monkeypatch.setattr(evaluation, "CONFUSED_CLASSES", 3)
         without = evaluation.examine(world, module, Classification(), loader, 3)
         assert without.confusion is None
-        assert without.wrong == found.wrong
+        assert without.worst == found.worst
     finally:
         world.close()
 
@@ -191,6 +218,6 @@ def test_probabilities_that_are_no_numbers_are_not_the_most_certain() -> None:
     try:
         loader = loader_of(LABELS, world.device)
         found = evaluation.examine(world, Overflowing(), Classification(), loader, 5)
-        assert [one["index"] for one in found.wrong] == [1, 2, 3, 6, 7, 9]
+        assert [one["index"] for one in found.worst] == [1, 2, 3, 6, 7, 9]
     finally:
         world.close()

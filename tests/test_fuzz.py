@@ -19,6 +19,7 @@ from fedddp.data.partition import Partition
 from fedddp.section import choices
 from fedddp.simulation.attacks import Attack
 from fedddp.storage.history import read_rows
+from fedddp.transport.codecs import Codec
 
 
 def some(**options: list[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -69,6 +70,7 @@ CONFIGS = st.fixed_dictionaries(
         "evaluation": some(every=[1, 2], clients=[0, 2], batch_size=[1, 500]),
         "checkpoint": some(every=[1, 5], keep=[1]),
         "algorithm": st.sampled_from(own(Algorithm)),
+        "transport": some(up=[*own(Codec), None], down=[None, None, *own(Codec)]),
         "clock": st.sampled_from([{}, {}, {"speed": "LogNormalSpeed"}, {"deadline_s": 1e-3}]),
         "attacks": st.sampled_from(["NoAttack"] * 6 + own(Attack)),
         "aggregation": st.fixed_dictionaries(

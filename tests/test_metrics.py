@@ -35,7 +35,13 @@ RUNS = {
         "digits-median",
         f"{SMALL} --rounds 2 --aggregation.clip_norm 0.5 --clock Wall --seed 1",
     ),
+    "private": (
+        "digits",
+        f"{SMALL} --rounds 2 --privacy CentralDP --privacy.delta 1e-3 --privacy.noise_multiplier 1 "
+        "--privacy.adaptive true --privacy.count_noise 2",
+    ),
     "asynchronous": ("digits-fedbuff", f"{SMALL} --rounds 3"),
+    "secure": ("digits-secagg", f"{SMALL} --rounds 2"),
 }
 WITHOUT_A_CLASS = re.compile(r"^(eval/recall)/\d+$")
 
@@ -117,10 +123,16 @@ def test_the_page_notes_when_a_key_of_the_history_appears(logged: dict[str, Logg
             assert all(all(found) for found in in_rows.values()), key
         if when in ("synchronous", "asynchronous"):
             assert {name for name, found in in_rows.items() if any(found)} == (
-                {"asynchronous"} if when == "asynchronous" else {"synchronous", "robust"}
+                {"asynchronous"} if when == "asynchronous" else {"synchronous", "robust", "private", "secure"}
             ), key
         if when.startswith("after an evaluation"):
             assert in_rows["synchronous"] == [False, True, False, True], key
+        if "privacy" in when:
+            assert {name for name, found in in_rows.items() if any(found)} == {"private"}, key
+        if "secure_aggregation" in when:
+            assert {name for name, found in in_rows.items() if any(found)} == (
+                {"secure"} if when.startswith("with ") else set(logged) - {"secure"}
+            ), key
         if "evaluation.clients" in when:
             assert not any(in_rows["robust"] + in_rows["asynchronous"]), key
     saved = [["time/checkpoint" in row for row in run.rows] for run in logged.values()]

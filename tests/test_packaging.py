@@ -205,7 +205,8 @@ def test_pypi_shows_authors_links_classifiers_and_keywords(metadata: email.messa
     classifiers = metadata.get_all("Classifier", [])
     assert {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13, 14)} <= set(classifiers)
     assert len(metadata["Keywords"].split(",")) >= 6
-    assert set(metadata.get_all("Provides-Extra", [])) == {"dev", "docs", "export"}
+    extras = {"dev", "docs", "export", "detection", "tiff", "privacy", "secure"}
+    assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 
 def test_links_of_the_page_lead_to_files_of_the_repository(

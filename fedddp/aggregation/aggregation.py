@@ -138,6 +138,10 @@ class Accumulator(ABC):
         """Updates that were aggregated, invalid, clipped; on the CPU."""
         self.integer_buffers = torch.full_like(integer_buffers, torch.iinfo(torch.int64).min)
 
+    def min_clients(self) -> int:
+        """Return the fewest updates that can be aggregated."""
+        return self.rule.min_clients()
+
     @abstractmethod
     def reset(self, clients: int) -> None:
         """Start over for a cohort of at most `clients`; the memory is kept."""
@@ -152,8 +156,14 @@ class Accumulator(ABC):
         example_weight: float,
         integer_buffers: Tensor,
         loss: float = 0.0,
+        trained: tuple[float, int] = (0.0, 0),
+        *,
+        clipped: bool = False,
     ) -> bool:
         """Add one client's update, and its buffers by example weight; see `Aggregation.admit`.
+
+        `trained` is on how many examples, and steps, it trained: sums that are masked add these up too.
+        `clipped` is whether the update was longer than `privacy.clip` before.
 
         Returns:
             Whether it was valid; else its state must not be kept.
@@ -166,7 +176,7 @@ class Accumulator(ABC):
         )
         counts = self.counts.numpy()  # faster element by element than the tensor
         counts[1] += not admitted.valid
-        counts[2] += admitted.clipped
+        counts[2] += admitted.clipped or (clipped and admitted.valid)
         if admitted.vectors is not None:
             taken = self._take(client, admitted.vectors, update.weight, example_weight, admitted.largest)
             counts[0] += taken

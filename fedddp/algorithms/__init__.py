@@ -25,7 +25,7 @@ from fedddp.algorithms.fedavg import FedAvg, FedAvgM
 from fedddp.algorithms.fednova import FedNova
 from fedddp.algorithms.localsgd import DiLoCo, LocalSGD, SyncSGD
 from fedddp.algorithms.moon import MOON
-from fedddp.algorithms.personal import Ditto, FedBN, FedPer, LocalLayers
+from fedddp.algorithms.personal import Ditto, FedBN, FedPer, LocalLayers, LocalOnly
 from fedddp.algorithms.proximal import FedProx
 from fedddp.algorithms.qfedavg import QFedAvg
 
@@ -56,6 +56,7 @@ __all__ = [
     "Hinge",
     "Inverse",
     "LocalLayers",
+    "LocalOnly",
     "LocalSGD",
     "Polynomial",
     "QFedAvg",

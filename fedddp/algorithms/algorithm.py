@@ -160,6 +160,8 @@ class Algorithm(Section, ABC):
     """How often a client trains in one round; `begin` is called before each pass."""
     needs_initial_loss: ClassVar[bool] = False
     """Whether F_k(x) is computed for the cohort before it trains (`ClientContext.initial_loss`)."""
+    has_global_model: ClassVar[bool] = True
+    """Whether the server's model is trained, so that it is worth an evaluation."""
     mean_only: ClassVar[bool] = False
     """Whether updates mean something only as a plain mean: no robust rule, no clipped updates."""
     reads_grad: ClassVar[bool] = False
@@ -170,6 +172,11 @@ class Algorithm(Section, ABC):
     """
     because: ClassVar[str] = ""
     """Why the algorithm requires what it does of `local`: words that follow its name."""
+    not_private: ClassVar[str] = ""
+    """Why the algorithm is refused with `privacy`: words that follow its name; empty where it is not.
+
+    It must be refused where a client's vectors depend on another client's data.
+    """
 
     def requires(self, local: LocalConfig) -> dict[str, object]:
         """Return the fields of `local` that must have a certain value (None: be left out), with that value.
@@ -184,6 +191,10 @@ class Algorithm(Section, ABC):
     def lengths(self, size: int) -> dict[str, int]:
         """Return the length of each vector of a client update, for a model of P = `size`."""
         return {"update": size}
+
+    def silent(self, flat: FlatModel) -> Tensor | None:
+        """Return which elements of "update" every client leaves at 0; (P,) bool; None for none."""
+        return None
 
     def dispatch(self, server: ServerState) -> list[Tensor]:
         """Return what is sent to a client, in the order in which it travels."""

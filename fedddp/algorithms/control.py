@@ -85,6 +85,7 @@ class FedDyn(SynchronousAlgorithm):
     uniform = True
     stateful = True
     mean_only = True
+    not_private = "adds the sum of all earlier noise to the model in every round"
 
     def start(self, server: ServerState) -> None:
         """h = 0."""

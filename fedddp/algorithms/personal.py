@@ -14,7 +14,7 @@ from fedddp.algorithms.fedavg import FedAvg
 from fedddp.algorithms.local import LocalConfig
 from fedddp.models.flat import FlatModel
 from fedddp.models.norms import norm_parameters
-from fedddp.models.weights import head_of
+from fedddp.models.weights import heads_of
 from fedddp.section import NonNegativeFloat
 
 
@@ -47,6 +47,10 @@ class LocalLayers(FedAvg):
     def mask(self, flat: FlatModel) -> Tensor:
         """Return which elements of `params` are local; (P,) bool."""
         return flat.mask(self.local_names(flat.module) & flat.slices.keys())
+
+    def silent(self, flat: FlatModel) -> Tensor | None:
+        """Return the elements that stay local."""
+        return self.mask(flat)
 
     def begin(self, context: ClientContext) -> None:
         """Put the client's own layers into the dispatched model."""
@@ -83,12 +87,18 @@ class FedBN(LocalLayers):
 
 @dataclass(frozen=True, kw_only=True)
 class FedPer(LocalLayers):
-    """The head, the last linear layer, stays local (Arivazhagan et al., 2019, arXiv:1912.00818)."""
+    """The head, the last linear layer, stays local (Arivazhagan et al., 2019, arXiv:1912.00818).
+
+    In a network for masks, such as `unet`, that is the last convolution; in a RetinaNet the last convolutions
+    of both branches, for boxes and for classes (`models.weights.heads_of`).
+    """
 
     def local_names(self, module: nn.Module) -> Set[str]:
-        """Return the parameters of the head."""
-        name, head = head_of(module)
-        return {f"{name}.{own}" if name else own for own, _ in head.named_parameters()}
+        """Return the parameters of the head, or of all heads."""
+        heads = heads_of(module).items()
+        return {
+            f"{name}.{own}" if name else own for name, head in heads for own, _ in head.named_parameters()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +125,7 @@ class Ditto(FedAvg):
         if context.pass_index == 0:
             self.personalize(context.flat, context.state)
             return
-        context.store("params", context.params)
-        context.store("buffers", context.flat.buffers)
-        context.store("integer_buffers", context.flat.integer_buffers)
+        keep_model(context)
         context.restart()
 
     def correct(self, context: ClientContext) -> None:
@@ -127,6 +135,47 @@ class Ditto(FedAvg):
 
     def personalize(self, flat: FlatModel, state: Mapping[str, Tensor]) -> None:
         """Replace the global model by v_k, if the client was ever trained."""
-        if "params" in state:
-            flat.params.copy_(state["params"])
-            flat.load_buffers(state["buffers"], state["integer_buffers"])
+        load_model(flat, state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalOnly(FedAvg):
+    """Each client trains a model v_k of its own; nothing is sent, and the global model stays as it is.
+
+    v_k ← SGD(v_k) on the client's data, from the initial model on. `Config.baseline` "local" trains it; it is
+    no setting of `algorithm`.
+    """
+
+    chosen_by_name = False
+    stateful = True
+    reads_grad = False
+    has_global_model = False
+
+    def begin(self, context: ClientContext) -> None:
+        """Continue with v_k."""
+        self.personalize(context.flat, context.state)
+
+    def finish(self, context: ClientContext) -> ClientUpdate:
+        """Keep v_k with its buffers; the update is 0, or NaN where v_k is not finite, to be noticed."""
+        keep_model(context)
+        update = context.update * 0.0
+        context.flat.load_buffers(context.start_buffers, context.start_integer_buffers)
+        return ClientUpdate({"update": update}, self.weight(context))
+
+    def personalize(self, flat: FlatModel, state: Mapping[str, Tensor]) -> None:
+        """Replace the model by v_k, if the client was ever trained."""
+        load_model(flat, state)
+
+
+def keep_model(context: ClientContext) -> None:
+    """Store the model that trains, with its buffers, as the client's own."""
+    context.store("params", context.params)
+    context.store("buffers", context.flat.buffers)
+    context.store("integer_buffers", context.flat.integer_buffers)
+
+
+def load_model(flat: FlatModel, state: Mapping[str, Tensor]) -> None:
+    """Put the model that `keep_model` stored into `flat`, if there is one."""
+    if "params" in state:
+        flat.params.copy_(state["params"])
+        flat.load_buffers(state["buffers"], state["integer_buffers"])

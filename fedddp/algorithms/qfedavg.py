@@ -37,6 +37,7 @@ class QFedAvg(SynchronousAlgorithm):
     mean_only = True
     needs_initial_loss = True
     reads_grad = False
+    not_private = "scales every client's update by the largest loss of the cohort, which is of another client"
     because = "takes L = 1/η, the step of sgd, for the curvature of the losses"
 
     def requires(self, local: LocalConfig) -> dict[str, object]:

@@ -204,7 +204,9 @@ def _with(sections: Mapping[str, Any], cls: Any, path: list[str], value: Text) -
         parsed = _from_flag(value)
         if isinstance(parsed, Mapping):
             return {**sections, name: parsed}
-        if kind.chosen_by_name:  # another choice begins with its own defaults
+        optional = any(option is type(None) for option, _ in options(hints[name]))
+        if kind.chosen_by_name and not (optional and is_null(value)):
+            # Another choice begins with its own defaults.
             find_choice(kind, str(value), key_of(cls, name))
             return {**sections, name: {"name": value}}
         if is_null(value):
@@ -252,7 +254,10 @@ def _section(cls: Any, given: Mapping[str, Any]) -> Any:
         section = _mapping(kind, value, key)
         chosen = _chosen(kind, section, cls, name)
         own = {key: item for key, item in section.items() if key != "name" or not kind.chosen_by_name}
-        values[name] = _section(chosen, own)
+        try:
+            values[name] = _section(chosen, own)
+        except ConfigError as error:  # a family that stands in two places knows the first only
+            raise ConfigError(str(error).replace(f"{kind.key}.", f"{key}.")) from None
     return cls(**values)
 
 
@@ -274,7 +279,7 @@ def _chosen(kind: Any, section: Mapping[str, Any], owner: Any, name: str) -> Any
     if "name" in section:
         return find_choice(kind, section["name"], key_of(owner, name))
     default = next(default_of(item) for item in dataclasses.fields(owner) if item.name == name)
-    return type(default) if default is not None else kind
+    return find_choice(kind, "none", key_of(owner, name)) if default is None else type(default)
 
 
 def _not_a_section(kind: Any, key: str, value: object) -> str:

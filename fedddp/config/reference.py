@@ -90,10 +90,17 @@ def _help(cls: Any, indent: int) -> Iterator[str]:
             yield _wrapped(f"{key}: {summary(kind)}", indent)
             yield from _help(kind, indent)
             continue
-        yield _wrapped(f"--{key} NAME (default: {type(default).__name__}): {summary(kind)}", indent)
+        yield _wrapped(f"--{key} NAME (default: {_chosen(default)}): {summary(kind)}", indent)
+        if kind.key != key:
+            yield _wrapped(f"The choices of --{kind.key}, with their settings below --{key}.", indent + 2)
+            continue
         for name, option in sorted(choices(kind).items()):
             yield _wrapped(f"{name}: {summary(option)}", indent + 2)
             yield from _help(option, indent + 6)
+
+
+def _chosen(default: Any) -> str:
+    return "none" if default is None else type(default).__name__
 
 
 def _wrapped(text: str, indent: int, hanging: int = 4) -> str:
@@ -119,7 +126,10 @@ def _page(cls: Any) -> Iterator[str]:
         if not kind.chosen_by_name:
             yield from _page(kind)
             continue
-        yield from [f"Default: `{type(default).__name__}`.", ""]
+        yield from [f"Default: `{_chosen(default)}`.", ""]
+        if kind.key != key:
+            yield from [f"The choices of `{kind.key}`, with their settings below `{key}`.", ""]
+            continue
         for title, option in sorted(choices(kind).items()):
             if "." not in title:  # no user's own
                 yield from [f"**`{title}`**: {summary(option)}", ""]

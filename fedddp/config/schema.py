@@ -10,20 +10,27 @@ from typing import Annotated, Literal, TypedDict, get_args
 from annotated_types import Ge, Le
 
 from fedddp.aggregation import Aggregation, Mean
-from fedddp.algorithms import Algorithm, AsynchronousAlgorithm, FedAvg
+from fedddp.algorithms import MOON, Algorithm, AsynchronousAlgorithm, FedAvg
 from fedddp.algorithms.local import LocalConfig
 from fedddp.callbacks import OnError
+from fedddp.config.baselines import Baseline, check_baseline
+from fedddp.config.privacy_rules import refusal
+from fedddp.config.secure_rules import check_secure
 from fedddp.data.datasets import DataConfig
+from fedddp.data.partition import Natural
 from fedddp.distributed.topology import TopologyConfig
 from fedddp.evaluation import EvaluationConfig
 from fedddp.models.registry import ModelConfig
+from fedddp.privacy.config import Privacy
 from fedddp.section import ConfigError, PositiveInt, Section, complete, field_hints, key_of, section_in
+from fedddp.secure import SecureAggregation
 from fedddp.simulation.attacks import Attack, NoAttack
 from fedddp.simulation.clock import Clock, Virtual
 from fedddp.simulation.cohort import CohortConfig
 from fedddp.storage.checkpoint import CheckpointConfig
 from fedddp.tasks import Classification, Task
 from fedddp.tracking.tracker import TrackingConfig
+from fedddp.transport.config import TransportConfig
 
 Role = Literal["experiment", "common", "seed", "replay", "budget", "bookkeeping"]
 """What a field of `Config` is for.
@@ -34,6 +41,9 @@ arrivals; `budget`: how long; `bookkeeping`: what is evaluated, saved, shown. Se
 decide no number are marked there (`section.EXECUTION`).
 """
 
+
+PLURALS = {"class": "classes", "multilabel": "several labels", "mask": "masks", "boxes": "boxes"}
+"""What a task learns, by its target."""
 
 EXPERIMENT, COMMON, SEED, REPLAY, BUDGET, BOOKKEEPING = ({"role": role} for role in get_args(Role))
 
@@ -60,11 +70,24 @@ class Config(Section):
     algorithm: Algorithm = field(default_factory=FedAvg, metadata=EXPERIMENT)
     """The federated algorithm."""
 
+    baseline: Baseline = field(default="none", metadata=EXPERIMENT)
+    """Instead of the algorithm, train without a federation: `local`, a model for each client by itself, or
+    `pooled`, one model on the data of all. Either takes `rounds` times `local.epochs` passes over the data of
+    every client; `cohort` and `clock` have no effect."""
+
     aggregation: Aggregation = field(default_factory=Mean, metadata=EXPERIMENT)
     """How client updates become one."""
 
+    privacy: Privacy | None = field(default=None, metadata=EXPERIMENT)
+    """How the clients' data are protected, by CentralDP or LocalDP; none: not at all."""
+    secure_aggregation: SecureAggregation | None = field(default=None, metadata=EXPERIMENT)
+    """How the coordinator receives the sum of the updates and no single one; none: it receives them all."""
+
     attacks: Attack = field(default_factory=NoAttack, metadata=EXPERIMENT)
     """What malicious clients do."""
+
+    transport: TransportConfig = field(default_factory=TransportConfig, metadata=EXPERIMENT)
+    """Compression of what is sent."""
 
     clock: Clock = field(default_factory=Virtual, metadata=COMMON)
     """How long clients take: stragglers in rounds, the order of arrivals in asynchronous training."""
@@ -113,8 +136,13 @@ class Config(Section):
             )
         if self.resume == "never":
             self.model.check_weights()
-        for check in (_check_population, _check_aggregation, _check_local, _check_clock):
+        checks = (
+            *(check_baseline, _check_population, _check_privacy, _check_evaluation, _check_task),
+            *(_check_aggregation, _check_local, _check_clock, check_secure),
+        )
+        for check in checks:
             check(self)
+        self.transport.check(self.algorithm, self.topology.ranks_per_client)
         if isinstance(self.algorithm, AsynchronousAlgorithm):
             _check_asynchronous(self)
 
@@ -128,8 +156,12 @@ class ConfigFields(TypedDict, total=False):
     local: LocalConfig
     cohort: CohortConfig
     algorithm: Algorithm
+    baseline: Baseline
     aggregation: Aggregation
+    privacy: Privacy | None
+    secure_aggregation: SecureAggregation | None
     attacks: Attack
+    transport: TransportConfig
     clock: Clock
     topology: TopologyConfig
     evaluation: EvaluationConfig
@@ -172,17 +204,51 @@ def _check_population(c: Config) -> None:
             f"cohort.extra={c.cohort.extra} and cohort.size={c.cohort.size} are more clients than "
             f"the population data.clients={clients}; lower one of them or raise data.clients"
         )
-    best = c.checkpoint.best
-    if best is not None and not best.startswith(("eval/", "clients/")):
+
+
+def _check_evaluation(c: Config) -> None:
+    best = c.checkpoint.metrics
+    wrong = next((metric for metric in best if not metric.startswith(("eval/", "clients/"))), None)
+    if wrong is not None:
         raise ConfigError(
-            f"checkpoint.best={best} is no metric of an evaluation; give one of the history that starts with "
-            "eval/ or clients/, such as eval/accuracy"
+            f"checkpoint.best={wrong} is no metric of an evaluation; give one of the history that starts "
+            "with eval/ or clients/, such as eval/accuracy"
         )
-    if c.evaluation.clients and not c.data.holdout:
+    twice = next((metric for metric in best if best.count(metric) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"checkpoint.best names {twice} twice; name each metric once")
+    # With natural clients the test set may have the examples of each: `training.clients` finds out.
+    if c.evaluation.clients and not c.data.holdout and not isinstance(c.data.partition, Natural):
         raise ConfigError(
             f"evaluation.clients={c.evaluation.clients} needs held-out local data, but "
             "data.holdout=0; set data.holdout, e.g. 0.1"
         )
+
+
+def _check_task(c: Config) -> None:
+    """Reject settings that need other targets than those of the task."""
+    target, task, shift = c.task.target, _name(c.task), c.data.feature_shift
+    if type(c.attacks).relabel is not Attack.relabel and target != "class":
+        raise ConfigError(
+            f"attacks={_name(c.attacks)} changes the class of an example, but task={task} learns "
+            f"{PLURALS[target]}; use attacks=SignFlip or GaussianNoise"
+        )
+    if shift is not None and shift.rotation and target == "boxes":
+        raise ConfigError(
+            f"data.feature_shift.rotation={shift.rotation:g} turns images, but a turned box is no box any "
+            f"more (task={task}); use color and noise"
+        )
+    if isinstance(c.algorithm, MOON) and target == "boxes":
+        raise ConfigError(
+            f"algorithm=MOON compares one vector of features per image, but a detector (task={task}) has "
+            "some for each place and size; use FedProx or SCAFFOLD"
+        )
+
+
+def _check_privacy(c: Config) -> None:
+    refused = refusal(c)
+    if refused is not None:
+        raise ConfigError(refused)
 
 
 def _check_local(c: Config) -> None:

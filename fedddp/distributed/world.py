@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -79,6 +80,7 @@ class World:
         """Whether this rank was asked to stop by Ctrl-C."""
         self.on_stop: Callable[[], None] = self._log_stop
         """Called once, in a thread of its own, when a rank was asked to stop."""
+        self._power_sgd: Any = None  # state of its hook, where gradients are compressed so
         self._stopping = self._announced = False
         self._asked_at = 0.0
 
@@ -121,6 +123,28 @@ class World:
                 gradient_as_bucket_view=False,
                 find_unused_parameters=some_unused,
             )
+
+    def compress_gradients(self, replica: nn.Module, how: str) -> None:
+        """Let DDP reduce the gradients of `replica` by torch's hook `how`: bf16, fp16 or powersgd.
+
+        PowerSGD (Vogels et al., 2019, arXiv:1905.13727) approximates them with rank 1 after two exact steps.
+        """
+        if not isinstance(replica, DistributedDataParallel):
+            return
+        if how == "powersgd":
+            # The small number keeps a gradient of zeros from becoming 0/0.
+            self._power_sgd = powerSGD_hook.PowerSGDState(
+                self._peers, start_powerSGD_iter=2, orthogonalization_epsilon=1e-8
+            )
+            replica.register_comm_hook(self._power_sgd, powerSGD_hook.powerSGD_hook)
+        else:
+            hooks = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
+            replica.register_comm_hook(self._peers, hooks[how])
+
+    def restart_compression(self) -> None:
+        """Forget what PowerSGD kept: a client's update must not depend on the clients trained before."""
+        if self._power_sgd is not None:
+            self._power_sgd.__init__(self._peers, start_powerSGD_iter=2, orthogonalization_epsilon=1e-8)
 
     def broadcast(self, *tensors: Tensor) -> None:
         """Collective. Copy the coordinator's `tensors` to all ranks, in place."""

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,31 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedddp.algorithms import ServerState
+from fedddp.algorithms.personal import LocalLayers
+from fedddp.config.baselines import in_effect
 from fedddp.config.loader import to_dict
 from fedddp.config.schema import Config
 from fedddp.data.datasets import Images
-from fedddp.data.loader import ClientLoader
-from fedddp.data.partition import Split, holdout
+from fedddp.data.loader import ClientLoader, blank_batch
+from fedddp.data.partition import Split, holdout_sizes
 from fedddp.distributed.world import World
 from fedddp.models.flat import FlatModel
 from fedddp.section import ConfigError
 from fedddp.simulation.clock import examples_trained
 from fedddp.storage.checkpoint import Checkpoints, Saved, write_text
 from fedddp.storage.client_states import ClientStates
-from fedddp.storage.history import read_text
+from fedddp.storage.history import main_metric, read_text
 from fedddp.storage.run_record import EVALUATION, MODEL, WRONG
+from fedddp.tasks import Task
+from fedddp.tasks.segmentation import background_warning
 from fedddp.tracking.tracker import Tracker
-from fedddp.training.best import Best
+from fedddp.training.best import BestModels
+from fedddp.training.clients import Clients, PooledLoader, clients_of, pooled
 from fedddp.training.engine import channels_last, make_trainer
 from fedddp.training.objects import Objects
+from fedddp.training.protect import protect
 from fedddp.training.session import Session
+from fedddp.transport.links import Links
 
 logger = logging.getLogger(__name__)
 
@@ -96,41 +103,57 @@ def assemble(
     Raises:
         ValueError: the configuration cannot run.
     """
+    record, config = record or to_dict(config), in_effect(config)
     logger.info("building the model (%s)", config.model.name, extra=STAGE)
     # The checkpoint to resume from, and the model; the coordinator reads pretrained weights.
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, world)
     saved = _newest_checkpoint(checkpoints, world) if config.resume == "auto" else None
     built = _build(config, world, module, train, pretrained=saved is None and world.is_coordinator)
+    clients = clients_of(config, train, test)
+    config, split, sizes = _split(config, clients)
+    malicious = config.attacks.malicious(len(split), config.seed)
+    loader = _training_loader(config, _poisoned(config, train, clients, malicious), clients, world)
     laid_out = _with_layout(config, built, train, world, saved)
     flat = FlatModel(built)
-    config.algorithm.check_model(flat)
-    split, sizes, malicious, train = _clients(config, train)
-    # The server, the trainer of this rank's group, and the session that holds them.
-    server = ServerState.of(flat, len(split))
-    config.algorithm.start(server)
-    loader = ClientLoader(train, config.data, world.device, seed=config.seed)
+    server = _server(config, flat, len(split))
     session = Session(
         config=config,
         world=world,
         flat=flat,
         server=server,
+        links=Links.started(config.transport, config.algorithm, config.seed, server),
         trainer=make_trainer(laid_out, world, flat, loader),
         states=ClientStates(world),
         train=loader,
         test=None if test is None else ClientLoader(test, config.data, world.device, seed=config.seed),
+        clients=clients,
         split=split,
         sizes=sizes,
         checkpoints=checkpoints,
         directory=directory,
-        data_digest=train.digest(pixels=False),
+        data_digest=loader.images.digest(pixels=False),
         channels_last=bool(laid_out.local.channels_last),
         malicious=frozenset(malicious.tolist()),
     )
-    session.best = _best(session)
-    if saved is not None:
-        _restore(session, saved)
-    _track(session, record or to_dict(config))
+    _begin(session, saved, record)
     return session
+
+
+def _begin(s: Session, saved: Saved | None, record: Mapping[str, Any]) -> None:
+    """Collective. Put in what depends on the session itself and on its checkpoint, then start the tracker."""
+    s.best = _best(s)
+    s.protection = protect(s, saved.metadata if saved else {})
+    if saved is not None:
+        _restore(s, saved)
+    _track(s, record)
+
+
+def _server(config: Config, flat: FlatModel, population: int) -> ServerState:
+    """Return the server before the first round."""
+    config.algorithm.check_model(flat)
+    server = ServerState.of(flat, population)
+    config.algorithm.start(server)
+    return server
 
 
 def _with_layout(
@@ -147,31 +170,57 @@ def _with_layout(
     return dataclasses.replace(config, local=dataclasses.replace(config.local, channels_last=last))
 
 
-def _best(s: Session) -> Best | None:
+def _best(s: Session) -> BestModels | None:
     """Return what compares evaluations, if the configuration asks for it.
 
     Raises:
         ConfigError: the evaluations of this run do not have the metric.
     """
-    config, metric = s.config, s.config.checkpoint.best
-    if metric is None and not config.evaluation.stop_after:
+    config, metrics = s.config, s.config.checkpoint.metrics
+    if not metrics and not config.evaluation.stop_after:
         return None
     names = s.evaluated_metrics()
-    if metric is None:
-        metric = "eval/accuracy" if "eval/accuracy" in names else "eval/loss"
-    if metric not in names:
-        key = "evaluation.stop_after" if config.checkpoint.best is None else f"checkpoint.best={metric}"
+    wanted = metrics or [main_metric(dict.fromkeys(names, 0.0)) or "eval/loss"]
+    missing = next((metric for metric in wanted if metric not in names), None)
+    if missing is not None:
+        key = f"checkpoint.best={missing}" if metrics else "evaluation.stop_after"
         raise ConfigError(
-            f"{key}: the evaluations of this run do not have {metric}; set checkpoint.best to one of "
+            f"{key}: the evaluations of this run do not have {missing}; set checkpoint.best to one of "
             f"{', '.join(names) or 'theirs, and give test data'}"
         )
-    return Best(metric)
+    # Where each client trains alone, a file would hold the initial model.
+    return BestModels(wanted, kept=bool(metrics) and config.algorithm.has_global_model)
+
+
+def _log_clients(s: Session) -> None:
+    """Log which of the clients to evaluate have no examples for it; on the coordinator."""
+    evaluation = s.config.evaluation
+    if evaluation.clients:
+        chosen = evaluation.sample(len(s.clients), s.config.seed)
+        without = chosen[s.clients.evaluated_sizes()[chosen] == 0].tolist()
+        if without:
+            named = [s.clients.names[client] if s.clients.names else str(client) for client in without[:10]]
+            more = ", ..." if len(without) > len(named) else ""
+            logger.info(
+                "%d of the %d clients to evaluate have no examples to evaluate on, and are left out: %s%s",
+                *(len(without), len(chosen), ", ".join(named), more),
+            )
 
 
 def _track(s: Session, record: Mapping[str, Any]) -> None:
     """Start the coordinator's tracker, which resumes the run's history and its wandb run."""
     if not s.world.is_coordinator:
         return
+    _log_clients(s)
+    if isinstance(s.config.algorithm, LocalLayers) and not s.config.evaluation.clients:
+        logger.warning(
+            "algorithm=%s keeps layers at the clients: eval/* is of the global model with the initial ones, "
+            "which no client uses; evaluation.clients measures the clients' own models",
+            type(s.config.algorithm).__name__,
+        )
+    doubt = background_warning(s.config.task, s.train.images.class_names)
+    if doubt:
+        logger.warning(doubt)
     run_id = _wandb_run(s) if s.config.resume == "auto" else None
     if s.config.tracking.trackers:
         logger.info("starting %s", ", ".join(s.config.tracking.trackers), extra=STAGE)
@@ -196,7 +245,12 @@ def _build(
     """Collective. Return the coordinator's model on this device; its weights are loaded if `pretrained`."""
     model = config.model if pretrained else dataclasses.replace(config.model, weights=None)
     model.check_weights()
-    properties: dict[str, Any] = {"classes": train.classes, "shape": train.shape, "sync": world.group_sum}
+    properties: dict[str, Any] = {
+        "classes": train.classes,
+        "shape": train.shape,
+        "sync": world.group_sum,
+        "check": outputs_check(config.task, train),
+    }
     if module is None:
         built = model.build(seed=config.seed, **properties)
     else:
@@ -204,6 +258,16 @@ def _build(
     built = built.to(world.device)
     world.broadcast(*(tensor.detach() for tensor in built.state_dict().values()))
     return built
+
+
+def outputs_check(task: Task, images: Images) -> Callable[[Any], None]:
+    """Return what refuses a model's outputs, for two blank images, that `task` cannot use."""
+    batch = blank_batch(images, torch.device("cpu"))
+
+    def check(outputs: Any) -> None:
+        task.check_outputs(task.forward(lambda _: outputs, batch), images.classes, images.shape)
+
+    return check
 
 
 def _copied(module: nn.Module) -> nn.Module:
@@ -226,21 +290,38 @@ def _copied(module: nn.Module) -> nn.Module:
         ) from error
 
 
-def _clients(config: Config, train: Images) -> tuple[Split, NDArray[np.int64], NDArray[np.int64], Images]:
-    """Return the clients: their data and its sizes, the malicious ones, and the images with their labels."""
-    split, sizes = config.data.split(train, config.seed)
-    malicious = config.attacks.malicious(len(split), config.seed)
+def _split(config: Config, clients: Clients) -> tuple[Config, Split, NDArray[np.int64]]:
+    """Return the split over the clients that train, n_k of each, and `config` as they train by it."""
+    if config.secure_aggregation is not None:
+        config.secure_aggregation.check_installed()
+    if config.baseline == "pooled":
+        config, split = pooled(config, clients)
+        return config, split, split.sizes
+    sizes = clients.split.sizes - holdout_sizes(clients.split.sizes, config.data.holdout)
     config.clock.check(examples_trained(config.local, sizes), config.aggregation.min_clients(), config.seed)
-    return split, sizes, malicious, _poisoned(config, train, split, malicious)
+    return config, clients.split, sizes
 
 
-def _poisoned(config: Config, images: Images, split: Split, malicious: NDArray[np.int64]) -> Images:
+def _training_loader(config: Config, train: Images, clients: Clients, world: World) -> ClientLoader:
+    """Return the training images as batches."""
+    if config.baseline == "pooled":
+        if world.groups > 1 and world.is_coordinator:
+            logger.info(
+                "baseline=pooled trains on one of %d client groups; raise topology.ranks_per_client to use "
+                "all ranks",
+                world.groups,
+            )
+        return PooledLoader(train, config.data, world.device, seed=config.seed, split=clients.split)
+    return ClientLoader(train, config.data, world.device, seed=config.seed)
+
+
+def _poisoned(config: Config, images: Images, clients: Clients, malicious: NDArray[np.int64]) -> Images:
     """Return `images` with the labels that malicious clients train on; held-out labels stay true."""
     if not len(malicious):
         return images
     labels = images.labels.copy()
     for client in malicious.tolist():
-        mine, _ = holdout(split.indices(client), config.data.holdout, client, config.seed)
+        mine = clients.training(client)
         labels[mine] = config.attacks.relabel(labels[mine], images.classes)
     return dataclasses.replace(images, labels=labels)
 

@@ -1,17 +1,19 @@
-"""The best model so far by a metric: kept beside the last one, and the reason to end a run early."""
+"""The best models so far, by one metric or several: kept beside the last one, and the reason to end early."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from fedddp.evaluation import Metrics
-from fedddp.storage.checkpoint import distinct_state
+from fedddp.storage.checkpoint import distinct_state, save_tensors
 from fedddp.storage.history import direction
+from fedddp.storage.run_record import BEST
 
 
 @dataclass
@@ -41,10 +43,6 @@ class Best:
             self.value, self.round = value, round_number
         return better
 
-    def keep(self, module: nn.Module) -> None:
-        """Copy the state of `module`, the best model."""
-        self.state = {n: t.detach().to("cpu", copy=True) for n, t in distinct_state(module).items()}
-
     def metadata(self, *, kept: bool) -> dict[str, Any]:
         """Return what a checkpoint records; `kept`: whether the best model is in a file."""
         return {
@@ -60,3 +58,55 @@ class Best:
         if metadata.get("metric") == self.metric and (metadata["kept"] or not needs_file):
             self.value, self.round = metadata["value"], metadata["round"]
             self.evaluated = metadata["evaluated"]
+
+
+class BestModels:
+    """The best models by several metrics, of which the first decides when a run ends early."""
+
+    def __init__(self, metrics: Sequence[str], *, kept: bool) -> None:
+        """Begin without a model.
+
+        Args:
+            metrics: one or more.
+            kept: whether models are kept in files, and not only compared.
+        """
+        self.decisive, *self.others = map(Best, metrics)
+        self.kept = kept
+
+    def update(self, metrics: Metrics, round_number: int) -> list[Best]:
+        """Take the metrics of an evaluation; return those by which the model is the best so far."""
+        return [best for best in (self.decisive, *self.others) if best.update(metrics, round_number)]
+
+    def keep(self, module: nn.Module, better: Sequence[Best]) -> None:
+        """Copy the state of `module`, the best model by each of `better`."""
+        state = {n: t.detach().to("cpu", copy=True) for n, t in distinct_state(module).items()}
+        for best in better:
+            best.state = state
+
+    def write(self, directory: Path, metadata: Mapping[str, str]) -> None:
+        """Write the models that are new, with `metadata` and their metrics in the headers of the files."""
+        for best in (self.decisive, *self.others):
+            if best.state is not None:
+                of_best = {"metric": best.metric, "value": best.value, "round": best.round}
+                file = BEST if best is self.decisive else best_file(best.metric)
+                save_tensors(
+                    best.state, directory / file, {**metadata, **{k: str(v) for k, v in of_best.items()}}
+                )
+                best.state = None
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what a checkpoint records."""
+        others = [best.metadata(kept=self.kept) for best in self.others]
+        return {**self.decisive.metadata(kept=self.kept), **({"others": others} if others else {})}
+
+    def restore(self, metadata: Mapping[str, Any]) -> None:
+        """Resume from what a checkpoint recorded; a metric without a file of its own has none yet."""
+        self.decisive.restore(metadata, needs_file=self.kept)
+        recorded = {other["metric"]: other for other in metadata.get("others", [])}
+        for best in self.others:
+            best.restore(recorded.get(best.metric, {}), needs_file=self.kept)
+
+
+def best_file(metric: str) -> str:
+    """Return the name of the file with the best model by a `metric` that is not the first of several."""
+    return f"best-{metric.replace('/', '-')}.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from fedddp.algorithms import Algorithm, AsynchronousAlgorithm, ClientContext, ClientUpdate, ServerState
 from fedddp.algorithms.local import LocalConfig
-from fedddp.data.loader import Batch, ClientLoader
+from fedddp.data.loader import Batch, ClientLoader, blank_batch, micro_batches
 from fedddp.distributed.world import World
 from fedddp.evaluation import NoMemoryError, is_out_of_memory
 from fedddp.models.flat import FlatModel, norm
 from fedddp.rng import DROPOUT, seed_global, stream, stream_seed
 from fedddp.tasks import Task
-from fedddp.training.replica import replicate
+from fedddp.training.replica import in_float32, replicate
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class ClientTrainer:
         self.world, self.flat, self.task, self.loader = world, flat, task, loader
         self.local, self.algorithm, self.seed = local, algorithm, seed
         self.shard = (world.data_rank, world.ranks_per_client)
-        self.replica = replicate(world, flat.module, loader.images.shape)
+        self.replica = replicate(world, flat.module, task, blank_batch(loader.images, world.device))
         self.parameter = nn.Parameter(flat.params)
         self.parameter.grad = flat.grad
         self.optimizer = local.make_optimizer(self.parameter)
@@ -226,17 +226,14 @@ class ClientTrainer:
     def _gradient(self, context: ClientContext, batch: Batch, scaler: Any) -> None:
         """Add to `grad` the gradient of the mean loss over the whole batch, reduced over the group."""
         rank, ranks = self.shard
-        micro_batches = list(_micro_batches(batch, self.local.accumulate, rank, ranks))
-        for number, micro in enumerate(micro_batches, 1):
+        parts = list(micro_batches(batch, self.local.accumulate, rank, ranks))
+        for number, micro in enumerate(parts, 1):
             # DDP reduces gradients in the last backward pass; a rank without an example takes part too.
-            reduces = number == len(micro_batches)
+            reduces = number == len(parts)
             with contextlib.nullcontext() if reduces else self._no_sync(), self._padding(micro):
                 with self.autocast():
-                    images = micro.images
-                    if self.local.channels_last is True:
-                        images = images.contiguous(memory_format=torch.channels_last)
-                    outputs = self.replica(images)
-                    loss = self.task.loss(outputs.float(), micro.targets)
+                    outputs = self.task.forward(self.replica, self._laid_out(micro))
+                    loss = self.task.loss(in_float32(outputs), micro.targets)
                     penalty = self.algorithm.penalty(context, micro, outputs)
                 # DDP divides by R and the loss is a sum, so this makes the result the mean over the batch.
                 scale = ranks / batch.total if micro.count else 0.0
@@ -245,6 +242,12 @@ class ClientTrainer:
             if micro.count:
                 self.loss_sum += loss.detach()
                 self.loss_count += micro.count
+
+    def _laid_out(self, batch: Batch) -> Batch:
+        """Return `batch` with its images in the layout of the model."""
+        if self.local.channels_last is not True:
+            return batch
+        return replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
 
     def _padding(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
         """Keep a padding example out of the model's buffers."""
@@ -331,7 +334,7 @@ class ClientTrainer:
             job.indices, self.local.batch_size, client=job.client, shard=self.shard
         ):
             if batch.count:
-                loss = self.task.loss(self.flat.module(batch.images), batch.targets)
+                loss = self.task.loss(self.task.forward(self.flat.module, batch), batch.targets)
                 pair += torch.stack([loss.double(), loss.new_tensor(batch.count)])
         loss_sum, count = self.world.group_sum(pair).tolist()
         return float(loss_sum / max(count, 1))
@@ -362,28 +365,6 @@ class ClientTrainer:
             f"topology.ranks_per_client={self.world.ranks_per_client} and "
             f"local.accumulate={local.accumulate}; {', '.join(fixes)}"
         )
-
-
-def _micro_batches(batch: Batch, count: int, rank: int, ranks: int) -> Iterator[Batch]:
-    """Yield this rank's part of every micro-batch; the micro-batches do not depend on the number of ranks.
-
-    A rank without an example in one gets the first of its batch as a padding example, with a count of 0.
-    """
-    count = min(count, batch.total)
-    if count == 1:
-        yield batch
-        return
-
-    def local_index(position: int) -> int:
-        """Return how many of the batch's first `position` examples this rank holds: r, r + R, r + 2R, ..."""
-        return -((rank - position) // ranks)
-
-    for number in range(count):
-        first = local_index(batch.total * number // count)
-        end = local_index(batch.total * (number + 1) // count)
-        held = end - first if batch.count else 0
-        own = slice(first, end) if held else slice(1)
-        yield Batch(batch.images[own], batch.targets[own], held, batch.total)
 
 
 def _mixed_precision(local: LocalConfig, device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:

@@ -47,7 +47,10 @@ def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLo
         raise ConfigError(f"local.engine=stacked cannot train this: {reason}; leave it out")
     if config.local.engine == "auto":
         logger.debug("local.engine=auto: one client at a time, because %s", reason)
-    return ClientTrainer(*parts, seed=config.seed)
+    trainer = ClientTrainer(*parts, seed=config.seed)
+    if config.transport.group is not None:
+        world.compress_gradients(trainer.replica, config.transport.group)
+    return trainer
 
 
 class Place(NamedTuple):
@@ -90,7 +93,7 @@ def obstacle(config: Config, place: Place) -> str:
     """Return why clients are not trained side by side, whatever the model; empty if they can be."""
     local, algorithm = config.local, config.algorithm
     owners = [definer(type(algorithm), hook) for hook in ("begin", "correct", "finish")]
-    owners += [definer(type(config.task), "loss"), definer(type(config.task), "losses")]
+    owners += [definer(type(config.task), name) for name in ("forward", "loss", "losses")]
     unknown = [owner.__name__ for owner in owners if not owner.__module__.startswith("fedddp.")]
     reasons = {
         "local.engine is eager": local.engine == "eager",
@@ -98,6 +101,7 @@ def obstacle(config: Config, place: Place) -> str:
         "the clients train on a GPU": place.device.type != "cpu",
         f"local.precision is {local.precision}": local.precision != "fp32",
         f"local.accumulate is {local.accumulate}": local.accumulate > 1,
+        "images differ in their number of boxes": config.task.target == "boxes",
         "asynchronous training hands out one client at a time": isinstance(algorithm, AsynchronousAlgorithm),
         f"{type(algorithm).__name__} adds a penalty to the loss": (
             type(algorithm).penalty is not Algorithm.penalty

@@ -35,15 +35,10 @@ class Objects:
             ValueError: files are missing or corrupt, or labels or images do not fit.
         """
         if self.train is None:
-            return load(config.data)
-        data = config.data
-        options: dict[str, Any] = {
-            "image_size": data.image_size,
-            "memory": data.memory,
-            "examples": data.examples,
-        }
-        images = from_dataset(self.train, **options)
-        return images, None if self.test is None else from_dataset(self.test, like=images, **options)
+            return load(config.data, config.task.target)
+        options = (config.data, config.task.target)
+        images = from_dataset(self.train, *options)
+        return images, None if self.test is None else from_dataset(self.test, *options, like=images)
 
     def record(self, config: Config, train: Images, test: Images | None) -> dict[str, Any]:
         """Return what the run's config.yaml holds: `config`, with these objects instead of names."""

@@ -19,23 +19,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedddp.aggregation import Accumulator
-from fedddp.algorithms import ClientUpdate, ServerState
+from fedddp.algorithms import ServerState
 from fedddp.callbacks import Callbacks
 from fedddp.config.loader import digest
 from fedddp.config.schema import Config
 from fedddp.data.loader import ClientLoader
-from fedddp.data.partition import Split, holdout
+from fedddp.data.partition import Split
 from fedddp.distributed.world import World
 from fedddp.evaluation import Metrics, evaluate, evaluate_clients, measure, spread
 from fedddp.models.flat import FlatModel
-from fedddp.rng import stream
-from fedddp.storage.checkpoint import Checkpoints, Saved, load_into, save_tensors
+from fedddp.privacy.protection import Protection
+from fedddp.storage.checkpoint import Checkpoints, Saved, load_into
 from fedddp.storage.client_states import ClientStates
-from fedddp.storage.run_record import BEST
 from fedddp.tracking.tracker import NullTracker
-from fedddp.training.best import Best
+from fedddp.training.best import BestModels
 from fedddp.training.client_trainer import ClientJob, ClientTrainer
+from fedddp.training.clients import Clients
 from fedddp.training.profiling import NoProfiler
+from fedddp.transport.links import Links
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +55,17 @@ class Session:
     world: World
     flat: FlatModel
     server: ServerState
+    links: Links
     trainer: ClientTrainer
     states: ClientStates
     train: ClientLoader
     test: ClientLoader | None
+    clients: Clients
+    """The population: what each client trains on, and what it is evaluated on."""
     split: Split
+    """The training set over the clients that train: the population, or one that holds the data of all."""
     sizes: Indices
-    """n_k: training examples of every client, without those held out; (population,)."""
+    """n_k: training examples of every client that trains, without those held out; (its length,)."""
     checkpoints: Checkpoints
     directory: Path
     """The run directory."""
@@ -70,7 +75,9 @@ class Session:
     """Whether images and weights are laid out so, flat vectors too."""
     malicious: frozenset[int] = frozenset()
     """The malicious clients."""
-    best: Best | None = None
+    protection: Protection = field(default_factory=Protection)
+    """What is done for `config.privacy`."""
+    best: BestModels | None = None
     """Where `checkpoint.best` or `evaluation.stop_after` asks for it."""
     callbacks: Callbacks = field(default_factory=Callbacks)
     """The user's; the coordinator calls them."""
@@ -92,31 +99,20 @@ class Session:
     @property
     def keeps_state(self) -> bool:
         """Whether clients keep state between rounds."""
-        return self.config.algorithm.stateful or self.config.local.optimizer_state == "keep"
+        config = self.config
+        return (
+            config.algorithm.stateful or config.local.optimizer_state == "keep" or config.transport.stateful
+        )
 
     def indices(self, client: int) -> Indices:
         """Return the training examples of `client`, without those held out; (n_k,)."""
-        return self._training_and_held_out(client)[0]
-
-    def _training_and_held_out(self, client: int) -> tuple[Indices, Indices]:
-        fraction = self.config.data.holdout
-        if not fraction:
-            return self.split.indices(client), np.empty(0, dtype=np.int64)
-        return holdout(self.split.indices(client), fraction, client, self.config.seed)
+        pooled = self.config.baseline == "pooled"
+        return self.split.indices(client) if pooled else self.clients.training(client)
 
     def job(self, client: int, *, number: int, lr: float, weight: float, share: float) -> ClientJob:
         """Return the local training of `client` in the round (or dispatch) with that number."""
         indices = self.indices(client)
         return ClientJob(client=client, round=number, indices=indices, weight=weight, share=share, lr=lr)
-
-    def received(self, client: int, number: int, update: ClientUpdate) -> ClientUpdate:
-        """Return `update` as the coordinator receives it from `client`, which may be malicious.
-
-        `number` is the round's index or the dispatch id, which names the random stream of the attack.
-        """
-        if client not in self.malicious:
-            return update
-        return self.config.attacks.corrupt(update, stream("attack", self.config.seed, number, client))
 
     # ---- seconds ----
 
@@ -145,7 +141,8 @@ class Session:
         """Collective. Broadcast the server's model, with the algorithm's `sends`, to all ranks."""
         if self._sent_version != self.server.version:
             with self.timed("send"):
-                self.world.broadcast(*self.config.algorithm.dispatch(self.server))
+                along = self.protection.vectors(self.server)
+                self.world.broadcast(*self.config.algorithm.dispatch(self.server), *along)
             self._sent_version = self.server.version
 
     def load_global_model(self) -> None:
@@ -154,18 +151,24 @@ class Session:
 
     # ---- evaluate ----
 
+    @property
+    def central(self) -> ClientLoader | None:
+        """The examples that the global model is evaluated on; None where there are none, or no such model."""
+        return self.test if self.config.algorithm.has_global_model else None
+
     def evaluate(self, round_number: int) -> Metrics:
         """Collective. Return the metrics due after round `round_number`; empty when none are."""
         evaluation = self.config.evaluation
-        if not evaluation.due(round_number, self.config.rounds):
+        if not evaluation.due(round_number, self.last_round):
             return {}
         self.send()
         row: Metrics = {}
         with self.timed("evaluate"):
-            if self.test is not None:
+            central = self.central
+            if central is not None:
                 self.load_global_model()
                 metrics = evaluate(
-                    self.world, self.flat.module, self.config.task, self.test, evaluation.batch_size
+                    self.world, self.flat.module, self.config.task, central, evaluation.batch_size
                 )
                 row |= {f"eval/{name}": value for name, value in metrics.items()}
             if evaluation.clients:
@@ -175,44 +178,47 @@ class Session:
 
     def evaluated_metrics(self) -> list[str]:
         """Return the names of the numbers that `evaluate` measures; the model sees one test example."""
-        names = []
-        if self.test is not None:
-            task = self.config.task
-            totals = measure(self.flat.module, task, self.test, np.arange(1), 1)
-            names += [
-                f"eval/{n}" for n, value in task.summarize(totals).items() if not isinstance(value, list)
-            ]
+        task, loader = self.config.task, self.test or self.train
+        metrics = measure(self.flat.module, task, loader, np.arange(1), 1).summarize(task)
+        numbers = [name for name, value in metrics.items() if not isinstance(value, list)]
+        names = [] if self.central is None else [f"eval/{name}" for name in numbers]
         if self.config.evaluation.clients:
-            names += spread([{"accuracy": 0.0}])
+            names += spread([dict.fromkeys(numbers, 0.0)])
         return names
 
     def _compare_with_best(self, row: Metrics, round_number: int) -> None:
         """Keep the model if it is the best so far."""
-        if self.best is None:
-            return
-        if self.best.update(row, round_number) and self.config.checkpoint.best and self.world.is_coordinator:
+        better = [] if self.best is None else self.best.update(row, round_number)
+        if self.best is not None and better and self.best.kept and self.world.is_coordinator:
             self.load_global_model()
-            self.best.keep(self.flat.module)
+            self.best.keep(self.flat.module, better)
 
     @property
     def complete(self) -> bool:
         """Whether no round is left to train."""
-        return self.rounds_done >= self.config.rounds or self.stalled
+        return self.rounds_done >= self.last_round or self.stalled
+
+    @property
+    def last_round(self) -> int:
+        """The last round to train: of `rounds`, or that in which the budget of `privacy` ends."""
+        return min(self.config.rounds, self.protection.last_round)
 
     @property
     def stalled(self) -> bool:
         """Whether `evaluation.stop_after` ends the run here; the same on every rank after an evaluation."""
-        after, best = self.config.evaluation.stop_after, self.best
+        after, best = self.config.evaluation.stop_after, None if self.best is None else self.best.decisive
         return best is not None and 0 < after <= best.evaluated - best.round
 
     def _evaluate_clients(self, round_number: int) -> Metrics:
-        chosen = self.config.evaluation.sample(len(self.split), self.config.seed)
-        held_out = {}
+        chosen = self.config.evaluation.sample(len(self.clients), self.config.seed)
+        examples = {}
         for position, client in enumerate(chosen.tolist()):
             home = self.states.homes.get(client)
             rank = position % self.world.size if home is None else self.world.leader(home)
             if rank == self.world.rank:
-                held_out[client] = self._training_and_held_out(client)[1]
+                examples[client] = self.clients.evaluated(client)
+        loader = self.train if self.clients.tests is None else self.test
+        assert loader is not None
 
         def personalize(client: int) -> None:
             self.load_global_model()
@@ -222,12 +228,14 @@ class Session:
             self.world,
             self.flat.module,
             self.config.task,
-            self.train,
-            held_out,
+            loader,
+            examples,
             self.config.evaluation.batch_size,
             personalize,
         )
-        self.tracker.log_clients([{"round": round_number, **row} for row in rows])
+        named = [{"client": row["client"], **self.clients.label(row["client"]), **row} for row in rows]
+        known = [{name: value for name, value in row.items() if value is not None} for row in named]
+        self.tracker.log_clients([{"round": round_number, **row} for row in known])
         return spread(rows) if rows else {}
 
     # ---- record ----
@@ -238,8 +246,8 @@ class Session:
         loss: Sequence[float],
         steps: int,
         counts: Sequence[int],
-        received: int,
-        dispatched: int,
+        bytes_up: int,
+        bytes_down: int,
         busy: Sequence[float],
     ) -> Metrics:
         """Return the training metrics of a round, of either loop.
@@ -248,11 +256,10 @@ class Session:
             loss: sum and count of the training loss.
             steps: optimizer steps.
             counts: updates that were aggregated, invalid, clipped.
-            received: updates that were sent.
-            dispatched: clients that were sent the model.
+            bytes_up: what clients sent.
+            bytes_down: what they were sent.
             busy: seconds that each group trained; (G,).
         """
-        up, down = self.config.algorithm.traffic(self.server)
         total, examples = loss
         return {
             "train/loss": total / examples if examples else None,
@@ -261,8 +268,8 @@ class Session:
             "clients/aggregated": counts[0],
             "clients/invalid": counts[1],
             "clients/clipped": counts[2],
-            "bytes/up": received * up,
-            "bytes/down": dispatched * down,
+            "bytes/up": bytes_up,
+            "bytes/down": bytes_down,
             "time/idle": [max(0.0, self.training_seconds() - seconds) for seconds in busy],
         }
 
@@ -274,7 +281,7 @@ class Session:
         """Write one round's line, and return it."""
         times = {f"time/{phase}": spent for phase, spent in sorted(self.seconds.items())}
         now = time.perf_counter()
-        line = {**row, "time/round": now - self._row_began, **times}
+        line = self.protection.released({**row, "time/round": now - self._row_began, **times})
         self._row_began = now
         if logger.isEnabledFor(logging.DEBUG):
             spent = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in self.seconds.items())
@@ -284,10 +291,11 @@ class Session:
         self.profiler.step()
         ended_early = self.stalled and line["round"] < self.config.rounds
         if self.best is not None and ended_early and self.world.is_coordinator:
+            best = self.best.decisive
             logger.info(
                 "no better %s for %d rounds; the run ends after round %d (best: %s after round %d)",
-                *(self.best.metric, line["round"] - self.best.round, line["round"]),
-                *("none" if self.best.value is None else f"{self.best.value:.4g}", self.best.round),
+                *(best.metric, line["round"] - best.round, line["round"]),
+                *("none" if best.value is None else f"{best.value:.4g}", best.round),
             )
         return line
 
@@ -319,7 +327,8 @@ class Session:
         self.tracker.sync()
         with self.timed("checkpoint"):
             if self.world.is_coordinator:
-                self._write_best()
+                if self.best is not None:  # before the checkpoint that knows of them
+                    self.best.write(self.directory, self.model_metadata())
                 self.load_global_model()
             server = {f"server.{n}": tensor for n, tensor in self.server.vectors.items()}
             common = {
@@ -330,7 +339,8 @@ class Session:
                 "version": self.server.version,
                 "wandb_run_id": self.tracker.run_id,
                 "client_rows": self.tracker.client_rows,
-                "best": self.best.metadata(kept=self.config.checkpoint.best is not None) if self.best else {},
+                "best": self.best.metadata() if self.best else {},
+                "privacy": self.protection.metadata(),
             }
             self.checkpoints.save(
                 name,
@@ -341,14 +351,6 @@ class Session:
             )
         if line is not None:  # after the checkpoint: what a callback raises loses no round
             self.call_back(line)
-
-    def _write_best(self) -> None:
-        """Write the best model, if it is a new one; before the checkpoint that knows of it."""
-        if self.best is not None and self.best.state is not None:
-            of_best = {"metric": self.best.metric, "value": self.best.value, "round": self.best.round}
-            metadata = self.model_metadata() | {key: str(value) for key, value in of_best.items()}
-            save_tensors(self.best.state, self.directory / BEST, metadata)
-            self.best.state = None
 
     def model_metadata(self) -> dict[str, str]:
         """Return what a user of a model must know, for the header of its file."""
@@ -363,6 +365,8 @@ class Session:
             "preprocessing": json.dumps(preprocessing),
             "classes": json.dumps(images.class_names or list(map(str, range(images.classes)))),
             "task": type(self.config.task).__name__,
+            "target": self.config.task.target,
+            **({} if self.config.baseline == "none" else {"baseline": self.config.baseline}),
             "config_digest": digest(self.config),
             "fedddp": version("fedddp"),
             "torch": torch.__version__,
@@ -383,7 +387,6 @@ class Session:
         self.states.load(saved.files("clients-*.safetensors"))
         self.metadata = saved.metadata
         if self.best is not None:
-            keeps = self.config.checkpoint.best is not None
-            self.best.restore(saved.metadata.get("best", {}), needs_file=keeps)
+            self.best.restore(saved.metadata.get("best", {}))
         self.server.version = int(saved.metadata["version"])
         self.rounds_done = int(saved.metadata["round"])

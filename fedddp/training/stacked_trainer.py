@@ -13,7 +13,7 @@ from torch import Tensor
 from fedddp.algorithms import Algorithm, ClientContext
 from fedddp.algorithms.algorithm import ServerState
 from fedddp.algorithms.local import LocalConfig
-from fedddp.data.loader import Batch, ClientLoader
+from fedddp.data.loader import Batch, ClientLoader, blank_batch
 from fedddp.distributed.world import World
 from fedddp.evaluation import NoMemoryError, is_out_of_memory
 from fedddp.models.flat import FlatModel
@@ -79,7 +79,9 @@ class StackedTrainer(ClientTrainer):
         rows = clients_at_once * self.rows
         layout = torch.channels_last if local.channels_last is True else torch.contiguous_format
         self.images = torch.zeros(rows, *loader.images.shape).contiguous(memory_format=layout)
-        self.targets = torch.zeros(rows, dtype=torch.int64)
+        blank = blank_batch(loader.images, world.device).targets
+        assert isinstance(blank, Tensor)  # `engine.obstacle`
+        self.targets = torch.zeros(rows, *blank.shape[1:], dtype=blank.dtype)
         self.real = torch.zeros(rows, dtype=torch.float64)
         """1 for a row that holds an example; (rows,)."""
         self.loss_sums = torch.zeros(clients_at_once, dtype=torch.float64)
@@ -130,6 +132,7 @@ class StackedTrainer(ClientTrainer):
         parts = []
         for number, (t, batch) in enumerate(pairs):
             own = slice(number * self.rows, number * self.rows + batch.count)
+            assert isinstance(batch.targets, Tensor)
             images[own], targets[own], real[own] = batch.images, batch.targets, 1
             parts.append(Part(t.slot, own.start, batch.count, self.rows, t.generator))
             t.trainer.loss_count += batch.count

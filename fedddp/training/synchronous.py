@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,12 @@ from fedddp.evaluation import Metrics
 from fedddp.simulation.clock import examples_trained
 from fedddp.simulation.cohort import assign
 from fedddp.training.client_trainer import ClientJob, ClientResult
+from fedddp.training.exchange import accumulator, received, round_bytes, sent_down
+from fedddp.training.secure_round import SecureRound, log_dropped
 from fedddp.training.session import Indices, Session, Stopped
+
+if TYPE_CHECKING:
+    from fedddp.secure.masked_sums import MaskedSums
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +41,22 @@ class CohortResults(NamedTuple):
     """Examples trained on, of valid updates; (m,) float64."""
     steps: Tensor
     """Optimizer steps; (m,) int64."""
+    bytes_up: Tensor
+    """Bytes that the client sent; (m,) int64."""
 
     @classmethod
     def empty(cls, clients: int) -> CohortResults:
         """Return the results of a cohort of `clients` before it trains."""
         integers, floats = (torch.zeros(clients, dtype=d) for d in (torch.int64, torch.float64))
-        return cls(integers, integers.clone(), floats, floats.clone(), integers.clone())
+        return cls(integers, integers.clone(), floats, floats.clone(), integers.clone(), integers.clone())
 
-    def put(self, position: int, result: ClientResult, *, valid: bool) -> None:
-        """Record the result of the client at `position` in the cohort."""
-        trained, counted, loss_sum, loss_count, steps = (tensor.numpy() for tensor in self)
-        trained[position], steps[position] = 1, result.steps
-        if valid:
-            counted[position] = 1
+    def put(self, position: int, result: ClientResult, sent: int, *, valid: bool, secret: bool) -> None:
+        """Record the result of the client at `position` in the cohort; of a `secret` one only that it is."""
+        trained, counted, loss_sum, loss_count, steps, bytes_up = (tensor.numpy() for tensor in self)
+        trained[position], counted[position] = 1, valid
+        if not secret:
+            steps[position], bytes_up[position] = result.steps, sent
+        if valid and not secret:
             loss_sum[position], loss_count[position] = result.loss.tolist()
 
 
@@ -60,7 +68,8 @@ class Round:
     """The clients whose updates count, of all that were sampled; (m,)."""
     waiting: Indices
     """Those of them that have not trained yet."""
-    sampled: int
+    sampled: Indices
+    """The clients that are sent the model."""
     missing: int
     """Sampled clients that did not report, of `cohort.size`."""
     virtual_s: float | None
@@ -71,6 +80,15 @@ class Round:
     """Seconds that each group trained, of those since the run was last resumed; float64, shape (G,)."""
     stopping: Tensor
     """Above 0 if a rank was asked to stop; (1,) int64."""
+    bytes_down: int = 0
+    """Bytes that the sampled clients were sent; on the coordinator."""
+    secure: SecureRound | None = None
+    """Its secure aggregation, if it has one; `updates` are masked then."""
+
+    @property
+    def masked(self) -> MaskedSums:
+        """`updates`, of a secure round."""
+        return cast("MaskedSums", self.updates)
 
 
 def run_rounds(s: Session) -> None:
@@ -84,6 +102,9 @@ def run_rounds(s: Session) -> None:
         current = run_round(s, stop)
         s.rounds_done += 1
         row = {"round": s.rounds_done, **round_metrics(s, current), **s.evaluate(s.rounds_done)}
+        if s.config.privacy is not None and s.world.is_coordinator:
+            with s.timed("account"):  # a query takes up to a second
+                row |= s.protection.metrics(s.rounds_done)
         last = s.complete
         stop = bool(current.stopping) and not last
         if stop or last or s.rounds_done % s.config.checkpoint.every == 0:
@@ -100,7 +121,9 @@ def run_round(s: Session, stop: bool = False) -> Round:
     current.stopping += int(stop)
     assignment = assign(current.waiting, s.sizes[current.waiting], s.world.groups)
     s.send()  # 2. send
-    s.tracker.begin_round(len(current.waiting), s.world.groups * s.trainer.clients_at_once)
+    if not s.protection.strict:
+        s.tracker.begin_round(len(current.waiting), s.world.groups * s.trainer.clients_at_once)
+    open_secure(s, current, assignment)
     with s.timed("train"):  # 3. train
         s.states.move(assignment)
         losses = initial_losses(s, current) if s.config.algorithm.needs_initial_loss else None
@@ -110,18 +133,29 @@ def run_round(s: Session, stop: bool = False) -> Round:
         current.stopping += int(s.world.stop_requested())
         s.world.sum_numbers(*current.updates.numbers(), *current.results, current.busy, current.stopping)
     trained = current.results.trained.numpy().astype(bool)
+    if trained.all():
+        finish_secure(s, current)
     if s.keeps_state:
         s.states.settle(assignment, current.cohort[trained])
     if not trained.all():
-        tensors = {f"results.{name}": t for name, t in current.results._asdict().items()}
-        s.save(
-            f"round-{s.rounds_done:05d}-{trained.sum():05d}", tensors={**tensors, **current.updates.state()}
-        )
+        save_partial(s, current, int(trained.sum()))
         raise Stopped
     with s.timed("step"):  # 5. step
         step(s, current)
     log_invalid(s, current)
     return current
+
+
+def save_partial(s: Session, current: Round, trained: int) -> None:
+    """Collective. Save a round that was stopped after `trained` clients; under `privacy.strict` its start."""
+    name = f"round-{s.rounds_done:05d}"
+    if s.protection.strict:  # sums without noise are kept nowhere
+        s.save(name)
+        return
+    results = {f"results.{name}": t for name, t in current.results._asdict().items()}
+    # The secrets of a secure round are lost with the process: all of it is repeated.
+    partial = {**results, **current.updates.state()} if current.secure is None else {}
+    s.save(f"{name}-{trained:05d}", tensors=partial)
 
 
 def sample(s: Session) -> Round:
@@ -131,6 +165,10 @@ def sample(s: Session) -> Round:
     wanted = len(sampled) - config.cohort.extra
     work = examples_trained(config.local, s.sizes[sampled])
     cohort, seconds = config.clock.arrivals(sampled, work, wanted, config.seed, s.rounds_done)
+    secure = None
+    if config.secure_aggregation is not None:
+        secure = SecureRound(s, config.secure_aggregation, cohort)
+        cohort = secure.senders
     updates = accumulator(s, len(cohort))
     results = CohortResults.empty(len(cohort))
     waiting = cohort
@@ -143,32 +181,49 @@ def sample(s: Session) -> Round:
         s.partial = {}
     busy, stopping = torch.zeros(s.world.groups, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
     missing = wanted - len(cohort)
-    return Round(cohort, waiting, len(sampled), missing, seconds, updates, results, busy, stopping)
+    return Round(cohort, waiting, sampled, missing, seconds, updates, results, busy, stopping, secure=secure)
 
 
-def accumulator(s: Session, clients: int) -> Accumulator:
-    """Return an empty accumulator for `clients` clients, in the memory of the round before."""
-    server = s.server
-    if s.updates is None:
-        lengths = {**s.config.algorithm.lengths(server.params.numel()), "buffers": server.buffers.numel()}
-        rule = s.config.aggregation
-        s.updates = rule.accumulator(lengths, clients, server.params, server.integer_buffers)
-    else:
-        s.updates.reset(clients)
-    return s.updates
+def open_secure(s: Session, current: Round, assignment: list[list[int]]) -> None:
+    """Collective. Exchange keys and shares, if the round is secure; no client trains where they do not do."""
+    if current.secure is not None:
+        with s.timed("secure"):
+            current.secure.open(current.masked, assignment)
+        if current.masked.problem:
+            current.results.trained.fill_(s.world.is_coordinator)  # on one rank: the results are summed
+            assignment[:] = [[] for _ in assignment]
+
+
+def finish_secure(s: Session, current: Round) -> None:
+    """Collective. Unmask the sum of a secure round; take the seconds of masking out of those of training."""
+    if current.secure is not None:
+        with s.timed("secure"):
+            current.secure.finish(current.masked)
+        s.seconds["secure"] += current.masked.seconds
+        s.seconds["train"] -= current.masked.seconds
 
 
 def initial_losses(s: Session, current: Round) -> Tensor:
-    """Collective. Return F_k(x) of every client of the cohort, by position; float64, (m,)."""
+    """Collective. Return F_k(x) of every client of the cohort, by position; float64, (m,).
+
+    In a secure round, each rank learns those of its own clients, and for another's the largest.
+    """
     losses = torch.zeros(len(current.cohort), dtype=torch.float64)
+    own = torch.zeros(len(current.cohort), dtype=torch.bool)
     assignment = assign(current.cohort, s.sizes[current.cohort], s.world.groups)
     for client in [] if s.world.group is None else assignment[s.world.group]:
         job = s.job(client, number=s.rounds_done, lr=0.0, weight=0.0, share=0.0)
         loss = s.trainer.mean_loss(s.server, job)
         if s.world.leads_group:
-            losses[int(np.searchsorted(current.cohort, client))] = loss
-    s.world.sum(losses)
-    return losses
+            position = int(np.searchsorted(current.cohort, client))
+            losses[position], own[position] = loss, True
+    if current.secure is None:
+        s.world.sum(losses)
+        return losses
+    known = losses[own & torch.isfinite(losses)]
+    largest = known.max().reshape(1) if len(known) else torch.zeros(1, dtype=torch.float64)
+    s.world.max(largest)
+    return torch.where(own, losses, largest)
 
 
 def train_clients(
@@ -179,7 +234,7 @@ def train_clients(
         return
     started, cohort = time.perf_counter(), current.cohort
     lr = s.config.local.lr_at(s.rounds_done, s.config.rounds)
-    examples = max(int(s.sizes[cohort].sum()), 1)
+    examples = current.secure.examples if current.secure else max(int(s.sizes[cohort].sum()), 1)
     known = torch.empty(0) if losses is None else losses[torch.isfinite(losses)]
     largest = float(known.max()) if len(known) else math.nan  # another loss is its own client's fault
     clients, together = assignment[s.world.group], s.trainer.clients_at_once
@@ -190,12 +245,14 @@ def train_clients(
             break
         jobs, states = [], []
         for client in clients[start : start + together]:
-            weight, position = int(s.sizes[client]) / examples, int(np.searchsorted(cohort, client))
-            job = s.job(client, number=s.rounds_done, lr=lr, weight=weight, share=1 / len(cohort))
+            position = int(np.searchsorted(cohort, client))
+            weight, share = s.protection.weights(int(s.sizes[client]) / examples, len(cohort))
+            job = s.job(client, number=s.rounds_done, lr=lr, weight=weight, share=share)
             if losses is not None:
                 job = replace(job, initial_loss=float(losses[position]), largest_initial_loss=largest)
             jobs.append(job)
             states.append(s.states.share(client) if s.keeps_state else {})
+        s.world.restart_compression()
         for job, state, result in zip(jobs, states, s.trainer.train(s.server, jobs, states), strict=True):
             take(s, current, job, state, result)
             current.stopping += int(result.stop)
@@ -206,19 +263,23 @@ def train_clients(
 def take(s: Session, current: Round, job: ClientJob, state: dict[str, Tensor], result: ClientResult) -> None:
     """Add a client's update to the round's, and keep its state if it was valid; on the group's leader."""
     if s.world.leads_group:
-        update = s.received(job.client, s.rounds_done, result.update)
+        update, sent = received(s, job.client, s.rounds_done, result.update, state)
         change = buffer_change(result.buffers, s.server.buffers)
+        change, integers = s.protection.buffers(change, result.integer_buffers, s.server)
+        (loss, count), secret = result.loss.tolist(), current.secure is not None
         valid = current.updates.add(
-            job.client, update, change, job.weight, result.integer_buffers, float(result.loss[0])
+            job.client, update, change, job.weight, integers, loss, (count, result.steps)
         )
         position = int(np.searchsorted(current.cohort, job.client))
-        current.results.put(position, result, valid=valid)
-        if valid:
+        current.results.put(position, result, sent, valid=valid, secret=secret)
+        if valid and current.secure is not None:
+            current.secure.states[job.client] = state
+        elif valid:
             s.states.keep(job.client, state)
-        if logger.isEnabledFor(logging.DEBUG):
-            total, count = result.loss.tolist()
-            logger.debug("client %d: %d steps, loss %.4f", job.client, result.steps, total / max(count, 1))
-    s.tracker.client_done(s.world.groups)
+        if logger.isEnabledFor(logging.DEBUG) and not (secret or s.protection.strict):
+            logger.debug("client %d: %d steps, loss %.4f", job.client, result.steps, loss / max(count, 1))
+    if not s.protection.strict:
+        s.tracker.client_done(s.world.groups)
 
 
 def buffer_change(buffers: Tensor, start: Tensor) -> Tensor:
@@ -230,12 +291,16 @@ def step(s: Session, current: Round) -> None:
     """Step the server by the aggregated updates, if enough of them arrived; on the coordinator."""
     algorithm, server = s.config.algorithm, s.server
     assert isinstance(algorithm, SynchronousAlgorithm)
-    if s.world.is_coordinator and current.updates.counts[0] < s.config.aggregation.min_clients():
+    if s.world.is_coordinator:
+        current.bytes_down = sent_down(s, current.sampled.tolist())
+    if s.world.is_coordinator and current.updates.counts[0] < current.updates.min_clients():
         log_abandoned(s, current)
     elif s.world.is_coordinator:
         aggregated = current.updates.result()
         if "update" in aggregated.vectors:  # else no client had an example
+            before = s.links.snapshot(server)
             algorithm.step(server, aggregated)
+            s.links.send_change(server, before, s.rounds_done)
         if "buffers" in aggregated.vectors:
             server.buffers.add_(aggregated.vectors["buffers"])
         server.integer_buffers.copy_(current.updates.integer_buffers)
@@ -244,24 +309,33 @@ def step(s: Session, current: Round) -> None:
 
 def log_abandoned(s: Session, current: Round) -> None:
     """Log that too few clients sent an update for the rule to aggregate."""
-    rule, received = s.config.aggregation, int(current.updates.counts[0])
-    if current.sampled:
+    rule, arrived = s.config.aggregation, int(current.updates.counts[0])
+    if s.protection.strict:
+        logger.warning("round %d: abandoned; the model is unchanged", s.rounds_done + 1)
+    elif current.secure is not None:
+        problem = current.masked.problem or "no client sent a valid update"
+        logger.warning("round %d: %s; the model is unchanged", s.rounds_done + 1, problem)
+    elif len(current.sampled):
         logger.warning(
             "round %d: %s needs %d updates, but got %d (%d clients late or lost, %d invalid); the model is "
             "unchanged",
             s.rounds_done + 1,
             type(rule).__name__,
             rule.min_clients(),
-            received,
+            arrived,
             current.missing,
-            len(current.cohort) - received,
+            len(current.cohort) - arrived,
         )
 
 
 def log_invalid(s: Session, current: Round) -> None:
     """Log, once per round, the clients whose updates were invalid."""
     invalid = current.cohort[(current.results.valid == 0).numpy()]
-    if s.world.is_coordinator and len(invalid):
+    if not s.world.is_coordinator or not len(invalid) or s.protection.strict:
+        return
+    if current.secure is not None:
+        log_dropped(s, current.masked, len(invalid))
+    else:
         action = {"skip": "left out", "clip": "clipped"}[s.config.aggregation.on_invalid_update]
         clients = ", ".join(map(str, invalid))
         logger.warning(
@@ -276,16 +350,23 @@ def round_metrics(s: Session, current: Round) -> Metrics:
     """Return the training metrics of a round: loss, clients, steps, bytes, virtual time, cohort."""
     results = current.results
     virtual = {} if current.virtual_s is None else {"time/virtual": current.virtual_s}
+    # Under secure aggregation no row names clients, and what concerns them are sums.
+    cohort: Metrics = {"cohort": current.cohort.tolist()}
+    if current.secure is not None:
+        cohort = current.secure.metrics(current.masked, current.bytes_down)
+    if s.protection.strict:  # what is known before the round
+        up, down = round_bytes(s.config, s.links, s.server, s.config.cohort.size)
+        cohort |= {"bytes/up": up, "bytes/down": down}
     return {
         **s.training_metrics(
             loss=(float(results.loss_sum.sum()), float(results.loss_count.sum())),
             steps=int(results.steps.sum()),
             counts=current.updates.counts.tolist(),
-            received=len(current.cohort),
-            dispatched=current.sampled,
+            bytes_up=int(results.bytes_up.sum()),
+            bytes_down=current.bytes_down,
             busy=current.busy.tolist(),
         ),
         "clients/missing": current.missing,
         **virtual,
-        "cohort": current.cohort.tolist(),
+        **cohort,
     }

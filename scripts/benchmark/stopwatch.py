@@ -70,7 +70,7 @@ class Stopwatch:
         self.ended.append(time.perf_counter())
         self.cpu.append(time.process_time())
         self.rows.append(
-            {key: row[key] for key in row if key.startswith("time/") or key in ("train/loss", "train/steps")}
+            {key: row[key] for key in row if key.startswith(("time/", "bytes/", "train/loss", "train/steps"))}
         )
         if self.memory:
             self.peaks.append(peak_bytes())

@@ -29,6 +29,7 @@ from fedddp.training.asynchronous.worker import (
     pack,
     synchronize,
 )
+from fedddp.training.exchange import received
 from fedddp.training.session import Session
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class RoundStatistics:
     steps: int = 0
     counts: list[int] = field(default_factory=lambda: [0, 0, 0])
     """Updates absorbed, invalid, clipped."""
+    bytes_up: int = 0
+    """Bytes that the clients sent."""
     dispatched: int = 0
     """Dispatches before it."""
     now: float = 0.0
@@ -208,7 +211,8 @@ class Coordinator:
         buffers[self.infinite & (buffers == server.buffers)] = 0.0
         names = self.algorithm.lengths(server.params.numel())
         update = ClientUpdate(dict(zip(names, vectors, strict=True)), 1.0)
-        update = s.received(client.client, client.dispatch_id, update)
+        update, sent = received(s, client.client, client.dispatch_id, update, {})
+        statistics.bytes_up += sent
         admitted = s.config.aggregation.admit(client.client, update, buffers, loss=report.loss_sum)
         if admitted.vectors is not None:
             torch.maximum(self.integer_buffers, integer_buffers, out=self.integer_buffers)
@@ -260,6 +264,7 @@ class Coordinator:
 
     def _metrics(self) -> Metrics:
         statistics, s = self.statistics, self.s
+        dispatched = self.scheduler.dispatched - statistics.dispatched
         seen, now = Counter(statistics.staleness), time.perf_counter()
         running = [now - self.began[g] if g in self.running else 0.0 for g in range(self.world.groups)]
         row: Metrics = {
@@ -267,8 +272,8 @@ class Coordinator:
                 loss=statistics.loss,
                 steps=statistics.steps,
                 counts=statistics.counts,
-                received=len(statistics.cohort),
-                dispatched=self.scheduler.dispatched - statistics.dispatched,
+                bytes_up=statistics.bytes_up,
+                bytes_down=dispatched * s.links.model_bytes(s.server),
                 busy=[done + current for done, current in zip(self.busy, running, strict=True)],
             ),
             "staleness/mean": sum(statistics.staleness) / len(statistics.staleness),

@@ -122,6 +122,7 @@ class Worker:
         round_index = min(order.dispatch_id // config.cohort.size, config.rounds - 1)
         lr = config.local.lr_at(round_index, config.rounds)
         job = s.job(order.client, number=order.dispatch_id, lr=lr, weight=1.0, share=1.0)
+        s.world.restart_compression()
         (result,) = s.trainer.train(self.model, [job], [{}])
         s.world.stop_requested()  # announces it to the coordinator when this rank was asked
         names = config.algorithm.lengths(s.server.params.numel())
