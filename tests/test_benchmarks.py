@@ -144,7 +144,7 @@ def test_the_cost_of_protection_is_compared_with_the_plain_round(tables: Tables)
     assert [row[0] for row in rows[1:4]] == ["plain", "CentralDP", "LocalDP"]
     up = {row[0]: float(row[4]) for row in rows[1:]}
     assert up["plain"] == up["CentralDP"] == 63.6
-    assert up["TopK, 1 %"] < up["QSGD, 7 levels"] < 8 < 2 * up["plain"] < up["SecAggPlus"]
+    assert up["TopK, 1 %"] < up["QSGD, 7 levels"] < 8.1 < 2 * up["plain"] < up["SecAggPlus"]
 
 
 @runs("breakdown", "--parts", "fixed,start", "--ranks", "1", "--repeat", "1", "--fixed-rounds", "10")

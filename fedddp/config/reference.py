@@ -12,7 +12,7 @@ import docstring_parser
 
 from fedddp.config.loader import to_dict
 from fedddp.config.schema import Config
-from fedddp.section import choices, default_of, field_hints, key_of, section_in, words
+from fedddp.section import choices, complete, default_of, field_hints, key_of, section_in, words
 
 WIDTH = 80
 
@@ -58,6 +58,7 @@ def summary(cls: type) -> str:
 
 def plain_settings(cls: Any) -> Iterator[tuple[str, Any, str, str]]:
     """Yield key, type, default and meaning of each setting of `cls` that is no section itself."""
+    complete(cls)  # a user's class without the decorator, of which no object was made yet
     defaults = {item.name: default_of(item) for item in dataclasses.fields(cls)}
     meanings = documented(cls)  # once: it parses the source
     for name, hint in field_hints(cls).items():
@@ -69,6 +70,7 @@ def plain_settings(cls: Any) -> Iterator[tuple[str, Any, str, str]]:
 
 def nested(cls: Any) -> Iterator[tuple[str, Any, Any]]:
     """Yield key, class and default of each setting of `cls` that is a section."""
+    complete(cls)
     for item in dataclasses.fields(cls):
         kind = section_in(field_hints(cls)[item.name])
         if kind is not None:
