@@ -35,7 +35,7 @@ from fedddp import (
     load_config,
 )
 from fedddp.algorithms import FedAvg, FedBN, FedProx, LocalOnly
-from fedddp.config.baselines import LABELS, Baseline, baselines_of, examples_per_round
+from fedddp.config.baselines import Baseline, baselines_of, examples_per_round
 from fedddp.config.loader import to_yaml
 from fedddp.data.datasets import Images, from_dataset, load
 from fedddp.data.loader import ClientLoader
@@ -43,6 +43,7 @@ from fedddp.data.partition import Dirichlet, Split, holdout
 from fedddp.data.targets import Boxes, Target
 from fedddp.rng import stream
 from fedddp.storage.history import read_rows
+from fedddp.storage.judged import BASELINES
 from fedddp.training.clients import PooledLoader
 
 Indices = NDArray[np.int64]
@@ -365,7 +366,7 @@ def test_any_synchronous_configuration_has_both(algorithm: str) -> None:
     for baseline in found.values():
         assert dataclasses.replace(baseline, baseline="none") == config, "they differ in one setting"
         assert build_again(baseline) == baseline
-    assert LABELS == {"local": "local only", "pooled": "pooled"}
+    assert BASELINES == {"local": "local only", "pooled": "pooled"}
 
 
 def build_again(config: Config) -> Config:

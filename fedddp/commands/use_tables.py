@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedddp.evaluation import IDENTITY
-from fedddp.inference.card_tasks import class_metric, class_text
-from fedddp.storage.history import SPREAD, Metric, judged_by
+from fedddp.inference.card_tasks import class_text
+from fedddp.storage.history import SPREAD, Metric, class_metric, judged_by
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -14,6 +14,7 @@ from fedddp.data.partition import Natural
 from fedddp.section import ConfigError
 from fedddp.simulation.clock import Virtual, examples_trained
 from fedddp.simulation.cohort import CohortConfig
+from fedddp.storage.judged import BASELINES
 from fedddp.transport.config import TransportConfig
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from fedddp.config.schema import Config
 
 Baseline = Literal["none", "local", "pooled"]
-
-LABELS = {"local": "local only", "pooled": "pooled"}
-"""What reports call a run of a baseline."""
 
 
 def check_baseline(c: Config) -> None:
@@ -118,7 +116,7 @@ def baselines_of(c: Config) -> dict[str, Config]:
     has no global model, so that only metrics over clients are left.
     """
     kinds: tuple[Baseline, ...] = ("local", "pooled")
-    return {LABELS[kind].replace(" ", "-"): _baseline(c, kind) for kind in kinds}
+    return {BASELINES[kind].replace(" ", "-"): _baseline(c, kind) for kind in kinds}
 
 
 def _baseline(c: Config, kind: Baseline) -> Config:

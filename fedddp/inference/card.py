@@ -15,7 +15,6 @@ from fedddp.inference.card_tasks import (
     PREDICTS,
     PURPOSES,
     SEES,
-    class_metric,
     class_text,
     lowest,
 )
@@ -28,6 +27,7 @@ from fedddp.storage.history import (
     Metric,
     Row,
     capital,
+    class_metric,
     flat,
     is_client_score,
     judged_by,

@@ -57,11 +57,6 @@ PREDICTS = {
 """Programs of a card, by what a task predicts."""
 
 
-def class_metric(key: str) -> Metric:
-    """Return the metric whose values for each class a history has at `key`, such as eval/iou_per_class."""
-    return Metric(key.removesuffix("_per_class"))
-
-
 def class_text(metric: Metric, value: float | None) -> str:
     """Return the value of one class as text: accuracies and recall in percent."""
     if value is None:

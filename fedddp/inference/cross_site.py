@@ -26,12 +26,11 @@ from fedddp.rng import stream
 from fedddp.section import ConfigError, local_path
 from fedddp.storage.checkpoint import write_text
 from fedddp.storage.history import main_metric, plain
+from fedddp.storage.run_record import CROSS_SITE
 from fedddp.training.clients import Clients, clients_of
 
 logger = logging.getLogger(__name__)
 
-FILE = "cross-site.json"
-"""The matrix in the run directory."""
 
 MOST = 50
 """Clients of a matrix, at most: it takes the square of their number of evaluations."""
@@ -161,8 +160,8 @@ def write_cross_site(directory: Path, found: CrossSite) -> Path:
         "matrix": found.matrix,
         "global": found.global_row,
     }
-    write_text(directory / FILE, json.dumps(plain(content)))
-    return directory / FILE
+    write_text(directory / CROSS_SITE, json.dumps(plain(content)))
+    return directory / CROSS_SITE
 
 
 def _chosen(clients: Clients, states: _States, seed: int) -> list[int]:

@@ -185,6 +185,11 @@ def _converted(old: nn.Module, norm: Norm) -> nn.Module:
     return new.train(old.training)
 
 
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return a group norm of `channels`, in `group_count` groups."""
+    return nn.GroupNorm(group_count(channels), channels)
+
+
 def group_count(channels: int) -> int:
     """Return how many groups group norm makes of `channels`: at most 32, each of 8 or more.
 

@@ -112,7 +112,7 @@ class ModelConfig(Section):
             self._prepare(module)
             # A named model is tried without computing; a user's may not work on the meta device.
             device = None if "." in self.name else torch.device("meta")
-            _try(module, self.name, shape, device, check or partial(_check_logits, classes))
+            _try(module, self.name, shape, device, check or partial(check_logits, classes))
             return synchronized(module, sync)
 
     def adapt(
@@ -133,7 +133,7 @@ class ModelConfig(Section):
         with drawing_from("model", seed):
             _materialize(module, type(module).__name__, shape)
             self._prepare(module)
-            _try(module, type(module).__name__, shape, None, check or partial(_check_logits, classes))
+            _try(module, type(module).__name__, shape, None, check or partial(check_logits, classes))
             return synchronized(module, sync)
 
     def _prepare(self, module: nn.Module) -> None:
@@ -288,8 +288,8 @@ def _purpose(name: str) -> str:
     return ""
 
 
-def _check_logits(classes: int, outputs: Any) -> None:
-    """Raise ValueError unless `outputs` are logits (2, classes)."""
+def check_logits(classes: int, outputs: Any) -> None:
+    """Raise ValueError unless `outputs`, for a batch of 2 images, are logits (2, classes)."""
     got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     if got != (2, classes):
         raise ValueError(

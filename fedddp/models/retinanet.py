@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedddp.models.norms import group_count
+from fedddp.models.norms import group_norm
 
 Shape = tuple[int, int, int]
 
@@ -79,7 +79,7 @@ def retinanet_tiny(classes: int, shape: Shape) -> nn.Module:
     }
     anchors = detection["anchor_utils"].AnchorGenerator(TINY_SIZES, (TINY_RATIOS,) * len(TINY_SIZES))
     head = detection["retinanet"].RetinaNetHead(
-        TINY_WIDTH, anchors.num_anchors_per_location()[0], classes, norm_layer=_norm
+        TINY_WIDTH, anchors.num_anchors_per_location()[0], classes, norm_layer=group_norm
     )
     return RetinaNet(_TinyBackbone(shape[0]), head, anchors)
 
@@ -105,11 +105,7 @@ class _TinyBackbone(nn.Module):
 def _convolution(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
     convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
     nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-    return [convolution, _norm(outputs), nn.ReLU()]
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(group_count(channels), channels)
+    return [convolution, group_norm(outputs), nn.ReLU()]
 
 
 def torchvision_retinanet(name: str, classes: int) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedddp.models.norms import group_count
+from fedddp.models.norms import group_norm
 
 WIDTHS = (32, 32, 48)
 """Channels at half, quarter and eighth resolution."""
@@ -57,9 +57,5 @@ class UNet(nn.Module):
 def _double(inputs: int, outputs: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for channels in (inputs, outputs):
-        layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), _norm(outputs), nn.ReLU()]
+        layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), group_norm(outputs), nn.ReLU()]
     return nn.Sequential(*layers)
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(group_count(channels), channels)

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedddp.models.norms import group_count
+from fedddp.models.norms import group_norm
 from fedddp.models.retinanet import retinanet_tiny
 from fedddp.models.unet import UNet
 
@@ -78,7 +78,7 @@ class ResNetGN(nn.Sequential):
     def __init__(self, classes: int, shape: Shape, *, blocks: int) -> None:
         """Make three stages of `blocks` residual blocks with 16, 32 and 64 filters."""
         layers: OrderedDict[str, nn.Module] = OrderedDict(
-            conv1=_conv3x3(shape[0], 16, 1), norm1=_group_norm(16), relu=nn.ReLU()
+            conv1=_conv3x3(shape[0], 16, 1), norm1=group_norm(16), relu=nn.ReLU()
         )
         channels = 16
         for stage, filters in enumerate((16, 32, 64), start=1):
@@ -102,13 +102,13 @@ class _Block(nn.Module):
     def __init__(self, channels: int, filters: int, stride: int) -> None:
         super().__init__()
         self.conv1 = _conv3x3(channels, filters, stride)
-        self.norm1 = _group_norm(filters)
+        self.norm1 = group_norm(filters)
         self.conv2 = _conv3x3(filters, filters, 1)
-        self.norm2 = _group_norm(filters)
+        self.norm2 = group_norm(filters)
         self.shortcut: nn.Module = nn.Identity()
         if channels != filters:
             projection = nn.Conv2d(channels, filters, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(projection, _group_norm(filters))
+            self.shortcut = nn.Sequential(projection, group_norm(filters))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.norm1(self.conv1(x)))
@@ -118,10 +118,6 @@ class _Block(nn.Module):
 
 def _conv3x3(channels: int, filters: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(channels, filters, 3, stride, padding=1, bias=False)
-
-
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(group_count(channels), channels)
 
 
 SMALL_MODELS: dict[str, Maker] = {

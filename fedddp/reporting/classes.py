@@ -13,7 +13,7 @@ from fedddp.reporting.figures import Chart, chart, heat, name_ticks
 from fedddp.reporting.page import html_table
 from fedddp.reporting.runs import RunFiles
 from fedddp.reporting.tables import UNKNOWN
-from fedddp.storage.history import Metric, Row
+from fedddp.storage.history import Metric, Row, class_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,11 +50,6 @@ def is_list(value: object) -> bool:
     return isinstance(value, list) and bool(value) and any(map(is_number, value))
 
 
-def list_metric(key: str) -> Metric:
-    """Return the metric whose values for each class are below `key`, such as eval/iou_per_class."""
-    return Metric(key.removesuffix("_per_class"))
-
-
 def in_percent(metric: Metric) -> bool:
     """Return whether the values of each class are shown in percent: accuracies, and recall."""
     return metric.in_percent or metric.bare == "recall"
@@ -66,7 +61,7 @@ def over_rounds(index: int, run: RunFiles) -> list[Chart]:
     for key, measured in per_class(run.rows).items():
         if len(measured) < 2:
             continue
-        metric, kept = list_metric(key), [measured[i] for i in thin(len(measured))]
+        metric, kept = class_metric(key), [measured[i] for i in thin(len(measured))]
         factor = 100 if in_percent(metric) else 1
         values = np.array([[float(v) if is_number(v) else np.nan for v in row[key]] for row in kept]).T
         labels = [class_name(run, label) for label in range(len(values))]
@@ -96,7 +91,7 @@ def class_table(index: int, run: RunFiles, names: Sequence[str]) -> list[str]:
     measured = [row for row in run.rows if any(is_list(row.get(key)) for key in lists)]
     if not measured or [*lists] == ["eval/recall"]:
         return []
-    columns = {list_metric(key): measured[-1][key] for key in lists if is_list(measured[-1].get(key))}
+    columns = {class_metric(key): measured[-1][key] for key in lists if is_list(measured[-1].get(key))}
     longest = max(map(len, columns.values()))
     columns = {metric: values for metric, values in columns.items() if len(values) == longest}
     first = next(iter(columns.values()))

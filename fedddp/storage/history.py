@@ -326,6 +326,11 @@ def capital(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}"
 
 
+def class_metric(key: str) -> Metric:
+    """Return the metric whose values for each class a history has at `key`, such as eval/iou_per_class."""
+    return Metric(key.removesuffix("_per_class"))
+
+
 def main_metric(row: Mapping[str, Any]) -> str | None:
     """Return the key of the metric that a row is judged by; None where it has none.
 

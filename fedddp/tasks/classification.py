@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedddp.models.registry import check_logits
 from fedddp.section import Fraction
 from fedddp.tasks.task import Task
 
@@ -22,11 +23,7 @@ class Classification(Task):
 
     def check_outputs(self, outputs: Any, classes: int, shape: tuple[int, int, int]) -> None:
         """Refuse outputs that are no logits (2, classes)."""
-        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        if got != (2, classes):
-            raise ValueError(
-                f"logits of shape (batch, classes); for a batch of 2 and {classes} classes it returned {got}"
-            )
+        check_logits(classes, outputs)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross entropy summed over the batch, with label smoothing.
