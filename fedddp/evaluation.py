@@ -372,7 +372,7 @@ class _Examiner:
         if self.task.target == "mask":
             return targets[row].to(torch.uint8), predicted[row].to(torch.uint8)
         if self.task.target == "boxes":
-            return targets.of(row), predicted.of(row)
+            return targets.counted().of(row), predicted.of(row)
         return None, None
 
 

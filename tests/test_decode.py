@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from fedddp.data.datasets import from_dataset
-from fedddp.data.decode import Arrays, _array, _files, class_names, label_of, labels
+from fedddp.data.decode import Arrays, _array, _files
+from fedddp.data.listed import class_names, label_of, labels
 
 GREY = torch.arange(5 * 4 * 3, dtype=torch.uint8).reshape(5, 4, 3)
 COLOUR = torch.arange(5 * 3 * 2 * 2, dtype=torch.uint8).reshape(5, 3, 2, 2)

@@ -214,9 +214,9 @@ def test_boxes_are_decoded_clipped_and_thinned_out_class_by_class() -> None:
 def gathered(
     true: list[list[list[float]]], found: list[list[list[float]]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return totals and rows of images with boxes (x1, y1, x2, y2, class) and (..., class, score)."""
+    """Return totals and rows of images with boxes (x1, y1, x2, y2, class[, kind]) and (..., class, score)."""
     rows = {
-        "true": torch.tensor([row for image in true for row in image]).reshape(-1, 5),
+        "true": torch.tensor([[*row, 0.0][:6] for image in true for row in image]).reshape(-1, 6),
         "found": torch.tensor([row for image in found for row in image]).reshape(-1, 6),
         "images": torch.tensor([[len(f), len(t)] for f, t in zip(found, true, strict=True)]),
     }

@@ -16,11 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fedddp.cli import main
+from fedddp.data.resizing import Placement, Resizing
 from fedddp.data.targets import Boxes, Detections, Target
-from fedddp.data.transforms import resize_boxes, resize_mask
 from fedddp.inference import TrainedModel, evaluate
 from fedddp.inference.drawn import file_names
-from fedddp.inference.placement import Placement
 from fedddp.tasks import MultiLabel, Segmentation, Task
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8)
@@ -99,7 +98,7 @@ def test_a_box_is_given_back_in_pixels_of_the_image() -> None:
 @pytest.mark.parametrize("size", [(60, 90), (120, 60), (31, 47), (30, 30)])
 def test_boxes_come_back_where_training_took_them_from(size: tuple[int, int]) -> None:
     box = torch.tensor([[size[1] / 2 - 6.0, size[0] / 2 - 5.0, size[1] / 2 + 7.0, size[0] / 2 + 4.0]])
-    seen, _ = resize_boxes(box, torch.tensor([0]), size, 30)
+    seen = Resizing(30).boxes(Boxes.join([(box, torch.tensor([0]))]), size).boxes
     torch.testing.assert_close(Placement.of(size, (30, 30)).boxes(seen), box)
 
 
@@ -120,7 +119,7 @@ def test_masks_come_back_where_training_took_them_from(size: tuple[int, int]) ->
     factor = min(size) // 30
     small = torch.randint(0, 9, (size[0] // factor, size[1] // factor), generator=torch.Generator())
     mask = small.to(torch.uint8).repeat_interleave(factor, 0).repeat_interleave(factor, 1)
-    found = Placement.of(size, (30, 30)).mask(resize_mask(mask[None], 30)[0])
+    found = Placement.of(size, (30, 30)).mask(Resizing(30).mask(mask[None])[0])
     seen = found != 255
     assert int(seen.sum()) == (30 * factor) ** 2
     assert torch.equal(found[seen], mask[seen])
@@ -215,12 +214,13 @@ def test_predict_writes_masks_that_can_be_read_back(
         ("green", 6000),
         ("blue", 2000),
     ]
-    assert [c["share"] for c in wide["classes"]] == pytest.approx([0.2, 0.6, 0.2])
+    assert [c["share"] for c in wide["classes"]] == pytest.approx([2 / 18, 6 / 18, 2 / 18])
+    assert wide["share_outside"] == pytest.approx(8 / 18)
     assert json.loads((out / "predictions.json").read_text()) == json.loads(
         (tmp_path / "all.json").read_text()
     )
-    (line,) = (line for line in printed.splitlines() if "wide.png" in line and "60.0 %" in line)
-    assert line.split()[1:4] == ["green", "60.0", "%"]
+    (line,) = (line for line in printed.splitlines() if "wide.png" in line and "44.4 %" in line)
+    assert line.split()[1:7] == ["(not", "seen)", "44.4", "%", "green", "33.3"]
 
 
 def test_predict_writes_boxes_in_pixels_of_the_image(

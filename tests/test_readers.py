@@ -17,8 +17,9 @@ from fedddp.data import catalog, coco
 from fedddp.data.catalog import NAMES, TARGETS, TORCHVISION, open_dataset
 from fedddp.data.datasets import DataConfig, load
 from fedddp.data.image_files import read_image
-from fedddp.data.targets import Target
-from fedddp.data.transforms import resize_boxes
+from fedddp.data.labelling import boxes_of
+from fedddp.data.resizing import Resizing
+from fedddp.data.targets import Boxes, Target
 
 ROOT = Path("data")
 
@@ -171,13 +172,14 @@ def write_voc() -> None:
         palette.save(file)
 
 
-def test_voc_boxes_count_pixels_from_0_and_leave_difficult_objects_out() -> None:
+def test_voc_boxes_count_pixels_from_0_and_mark_difficult_objects() -> None:
     write_voc()
     train, test = opened("voc", "boxes")
     # The first pixel of a row is number 1: 2..4 are the pixels 1, 2 and 3, from edge 1 to edge 4.
     assert train[0][1]["boxes"].tolist() == [[1, 2, 4, 6], [0, 0, 7.5, 5]]
     assert train[0][1]["labels"].tolist() == [14, 0]
-    assert train[1][1]["boxes"].shape == (0, 4)
+    assert train[0][1]["difficult"].tolist() == [False, False]
+    assert train[1][1]["difficult"].tolist() == [True]
     assert train[1][1]["labels"].dtype == torch.int64
     assert test[0][1]["boxes"].tolist() == [[0, 0, 8, 6]]
     assert test[0][1]["labels"].tolist() == [19]
@@ -372,7 +374,8 @@ def test_coco_boxes_have_corners_and_classes_by_rising_id() -> None:
     assert train.images == [f"data/train2017/{number}.png" for number in (8, 9, 10)]
     assert train[2][1]["boxes"].tolist() == [[1, 2, 4, 5], [0.5, 0, 2.75, 6]]
     assert train[2][1]["labels"].tolist() == [2, 0]
-    assert train[0][1]["labels"].tolist() == [1]
+    assert train[0][1]["labels"].tolist() == [1, 1]
+    assert train[0][1]["iscrowd"].tolist() == [False, True]
     assert train[1][1]["boxes"].shape == (0, 4)
     assert test.images == ["data/val2017/10.png"]
     labelled, _ = opened("coco", "multilabel")
@@ -448,9 +451,9 @@ def test_boxes_are_read_without_decoding_the_images(
     assert torch.equal(found[0].boxes, found[1].boxes)
     assert found[0].offsets.tolist() == found[1].offsets.tolist() == [0, 1, 1, 2]
     items = opened("coco", "boxes")[0]
-    pairs = [(items[i][1]["boxes"], items[i][1]["labels"]) for i in (0, 2)]
-    expected = [boxes if size is None else resize_boxes(boxes, of, (6, 8), size)[0] for boxes, of in pairs]
-    assert torch.equal(found[0].boxes, torch.cat(expected))
+    resizing = Resizing(size, "pad")
+    expected = [resizing.boxes(boxes_of(items[i][1], ""), (6, 8)) for i in (0, 2)]
+    assert torch.equal(found[0].boxes, Boxes.cat(expected).boxes)
 
 
 def test_coco_masks_have_small_objects_on_large_ones_and_ignore_crowds() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedddp.data.resizing import Resizing
 from fedddp.data.targets import Boxes
 from fedddp.data.transforms import (
     FeatureShift,
@@ -18,9 +19,6 @@ from fedddp.data.transforms import (
     augment,
     augment_boxes,
     jitter,
-    resize,
-    resize_boxes,
-    resize_mask,
 )
 
 v2: Any = importlib.import_module("torchvision.transforms.v2")
@@ -108,11 +106,11 @@ def test_a_feature_shift_of_zero_changes_nothing() -> None:
 @pytest.mark.parametrize("leading", [(), (5,)])
 def test_resizing_scales_the_shorter_side_and_keeps_the_centre(leading: tuple[int, ...]) -> None:
     wide = torch.arange(8, dtype=torch.uint8).expand(*leading, 3, 4, 8)
-    assert torch.equal(resize(wide, 4), wide[..., 2:6])
-    assert torch.equal(resize(wide.mT, 4), wide.mT[..., 2:6, :])
-    assert resize(wide, 2).shape == (*leading, 3, 2, 2)
-    assert torch.equal(resize(wide, None), wide)
-    assert torch.equal(resize(wide[..., :4], 4), wide[..., :4])
+    assert torch.equal(Resizing(4).image(wide), wide[..., 2:6])
+    assert torch.equal(Resizing(4).image(wide.mT), wide.mT[..., 2:6, :])
+    assert Resizing(2).image(wide).shape == (*leading, 3, 2, 2)
+    assert torch.equal(Resizing(None).image(wide), wide)
+    assert torch.equal(Resizing(4).image(wide[..., :4]), wide[..., :4])
 
 
 # ---- masks and boxes ----
@@ -126,7 +124,7 @@ def test_boxes_lie_where_torchvision_puts_them_after_the_same_resize_and_crop(si
     boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size)
     resized = v2.functional.center_crop(v2.functional.resize(boxes, [24], antialias=True), [24, 24])
     kept = (resized[:, 2:] - resized[:, :2] >= 1).all(1)
-    found, labels = resize_boxes(corners, torch.arange(30), size, 24)
+    found, labels = Resizing(24).boxes(Boxes.join([(corners, torch.arange(30))]), size).of(0)
     if size == (24, 24):  # nothing is resized, so nothing is left out
         kept = torch.ones(30, dtype=torch.bool)
     assert labels.tolist() == torch.arange(30)[kept].tolist()
@@ -137,7 +135,7 @@ def test_a_mask_is_resized_without_new_classes_and_stays_on_its_image() -> None:
     image = torch.zeros(1, 40, 60, dtype=torch.uint8)
     image[:, 10:30, 20:50] = 255
     mask = (image > 0).to(torch.uint8) * 7
-    small, classes = resize(image, 20), resize_mask(mask, 20)
+    small, classes = Resizing(20).image(image), Resizing(20).mask(mask)
     assert sorted(set(classes.flatten().tolist())) == [0, 7]
     assert classes.shape == small.shape == (1, 20, 20)
     assert ((classes == 7) == (small > 127)).float().mean() == 1

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 THRESHOLD = 0.5
 """Least score of a box, or probability of a label, that counts as found."""
 
+CUT = "The model sees the centre of an image, as in training (data.resize=crop)"
+
 PREDICTIONS = "predictions"
 """Folder of the run directory with masks and boxes."""
 
@@ -62,7 +64,7 @@ def _parse(rest: list[str]) -> argparse.Namespace | None:
     options = command_options(
         "predict RUN IMAGE|FOLDER ...",
         "Predict what is in images; folders recursively. Of a segmentation model it writes, for every image, "
-        "NAME.mask.png (pixels are numbers of classes, 255 outside of the centre that the model sees) and "
+        "NAME.mask.png (pixels are numbers of classes, 255 where the model does not see the image) and "
         "NAME.overlay.png; of a detector NAME.boxes.png and boxes.csv, in pixels of the image.",
     )
     options.add_argument("images", nargs="*", metavar="IMAGE|FOLDER", help="image files, or folders of them")
@@ -159,9 +161,7 @@ def _masks(own: argparse.Namespace, model: TrainedModel, files: Sequence[Path]) 
     _write_all(folder, found)
     lines = [f"{folder}: {len(found)} masks (NAME.mask.png), overlays (NAME.overlay.png), predictions.json"]
     if outside:
-        lines.append(
-            "The model sees the centre of an image, as in training: mask pixels outside of it are 255."
-        )
+        lines.append(f"{CUT}: mask pixels outside of it are 255, and hatched.")
     top = [type(one)(one.file, one.classes[: own.top], one.probabilities[: own.top]) for one in shares]
     return found, _prediction_table(top), [*lines, *sheet.lines]
 
@@ -171,11 +171,12 @@ def _boxes(own: argparse.Namespace, model: TrainedModel, files: Sequence[Path]) 
 
     threshold = THRESHOLD if own.threshold is None else own.threshold
     sheet, names = _Sheet(own), dict(zip(files, drawn.file_names(files), strict=True))
-    found, rows = [], []
+    found, rows, cut = [], [], False
     with _folder(own) as folder:
         for one in drawn.find_boxes(model, files, threshold):
             classes, scores = tuple(one.names) or ("no box",), tuple(one.scores) or (0.0,)
             sheet.add(pictures.Prediction(one.file, classes, scores), _tile(one))
+            cut = cut or one.cut
             found.append(drawn.write_boxes(one, folder, names[one.file]))
             rows.append((str(one.file), str(len(one.names)), one.summary))
         sheet.save(len(files))
@@ -183,6 +184,8 @@ def _boxes(own: argparse.Namespace, model: TrainedModel, files: Sequence[Path]) 
     _write_all(folder, found)
     title = f"boxes with a score of {threshold:g} and more"
     lines = [f"{folder}: {len(found)} pictures (NAME.boxes.png), boxes.csv, predictions.json"]
+    if cut:
+        lines.append(f"{CUT}: nothing is found outside of it, where pictures are hatched.")
     return found, _table(("image", "boxes", title), rows), [*lines, *sheet.lines]
 
 

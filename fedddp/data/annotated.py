@@ -135,11 +135,20 @@ def label_table(present: Sequence[Iterable[int]], classes: int) -> NDArray[np.ui
     return table
 
 
-def box_target(boxes: Sequence[Sequence[float]], labels: Sequence[int]) -> dict[str, Tensor]:
-    """Return the boxes of an image, (n, 4) float32 left, top, right, bottom, and their labels, (n,) int64."""
+def box_target(
+    boxes: Sequence[Sequence[float]], labels: Sequence[int], **marks: Sequence[bool]
+) -> dict[str, Tensor]:
+    """Return the boxes of an image as `boxes_of` takes them.
+
+    Args:
+        boxes: left, top, right and bottom edge of each of n.
+        labels: their classes.
+        marks: "iscrowd" or "difficult" of each.
+    """
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         "labels": torch.tensor(labels, dtype=torch.int64),
+        **{name: torch.tensor(values, dtype=torch.bool) for name, values in marks.items()},
     }
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, Subset
 
-from fedddp.data import decode
+from fedddp.data import decode, listed
 from fedddp.data.digits import NAMES as DIGITS
 from fedddp.data.digits import read_digits
 from fedddp.data.held_out import held_out
@@ -247,7 +247,7 @@ def _split(
     owners: NDArray[Any] | None = None,
 ) -> tuple[Dataset[Any], Dataset[Any]]:
     """Split off a fraction of every class, and of every owner, always the same, as the test set."""
-    labels = decode.labels(dataset, type(dataset).__name__) if classes is None else classes
+    labels = listed.labels(dataset, type(dataset).__name__) if classes is None else classes
     numbers = None
     if owners is not None:
         numbers = np.unique(owners, return_inverse=True)[1].reshape(-1)

@@ -34,8 +34,9 @@ Annotation = dict[str, Any]
 def coco(root: Path, target: Target, value_range: Range | None = None) -> tuple[Dataset[Any], Dataset[Any]]:
     """Return the training and the test set of COCO-style data.
 
-    Classes are the categories of the training set by rising id. Boxes and labels leave crowds out. In masks
-    class 0 is the background, smaller objects lie on larger ones, and pixels of crowds do not count.
+    Classes are the categories of the training set by rising id. Labels leave crowds out, and their boxes
+    are marked. In masks class 0 is the background, smaller objects lie on larger ones, and pixels of crowds
+    do not count.
 
     Args:
         root: folder of the JSON files and the images.
@@ -94,16 +95,15 @@ class _Part:
         names = [name for _, name in self.categories]
         if target == "mask":
             return _Masks(self, names, value_range)
-        singles = [[one for one in of if not one.get("iscrowd")] for of in self.annotations]
         if target == "multilabel":
+            singles = [[one for one in of if not one.get("iscrowd")] for of in self.annotations]
             table = label_table([[self.label(one) for one in of] for of in singles], len(names))
             return LabelledFiles(self.images, table, names, None, value_range)
-        found = [self._boxes(of, size) for of, size in zip(singles, self.sizes, strict=True)]
-        dropped = sum(len(of) - len(labels) for of, (_, labels) in zip(singles, found, strict=True))
+        found = [self._boxes(of, size) for of, size in zip(self.annotations, self.sizes, strict=True)]
+        dropped = sum(len(of) - len(one["labels"]) for of, one in zip(self.annotations, found, strict=True))
         if dropped:
             logger.warning("%s: left out %d boxes without area or outside of their image", self.file, dropped)
-        targets = [box_target(*one) for one in found]
-        return LabelledFiles(self.images, targets, names, None, value_range, (self.sizes, self.file))
+        return LabelledFiles(self.images, found, names, None, value_range, (self.sizes, self.file))
 
     def label(self, annotation: Annotation) -> int:
         """Return the class of an annotation."""
@@ -115,11 +115,9 @@ class _Part:
             )
         return self.numbers[number]
 
-    def _boxes(
-        self, annotations: list[Annotation], size: tuple[int, int] | None
-    ) -> tuple[list[list[float]], list[int]]:
-        """Return the boxes and labels of an image that have an area within it."""
-        boxes, labels = [], []
+    def _boxes(self, annotations: list[Annotation], size: tuple[int, int] | None) -> dict[str, Tensor]:
+        """Return the boxes of an image that have an area within it."""
+        boxes, labels, crowds = [], [], []
         for one in annotations:
             x, y, width, height = self._box(one)
             label = self.label(one)
@@ -127,7 +125,8 @@ class _Part:
             if width > 0 and height > 0 and inside:
                 boxes.append([x, y, x + width, y + height])
                 labels.append(label)
-        return boxes, labels
+                crowds.append(bool(one.get("iscrowd")))
+        return box_target(boxes, labels, iscrowd=crowds)
 
     def _box(self, annotation: Annotation) -> list[float]:
         try:

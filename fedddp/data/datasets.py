@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from fedddp.data import decode, labelling
+from fedddp.data import decode, labelling, listed
 from fedddp.data.catalog import find, open_dataset
 from fedddp.data.items import check_map_style
 from fedddp.data.partition import IID, Indices, Partition, Split, holdout_sizes
+from fedddp.data.resizing import Resize, Resizing, Way, cropping, usual
 from fedddp.data.targets import Boxes, Target
 from fedddp.data.transforms import Augment, FeatureShift
 from fedddp.rng import stream
@@ -30,6 +32,8 @@ from fedddp.section import (
     find_function,
     local_path,
 )
+
+logger = logging.getLogger(__name__)
 
 Memory = Literal["auto", "device", "stream"]
 
@@ -104,6 +108,8 @@ class Images:
         if self.target != "class":
             digest.update(self.target.encode())
         tables = () if self.boxes is None else (self.boxes.boxes, self.boxes.labels, self.boxes.offsets)
+        if self.boxes is not None and self.boxes.ignored is not None:
+            tables = (*tables, self.boxes.ignored)
         for table in (self.multilabels, *tables):
             digest.update(b"" if table is None else table.numpy().tobytes())
         digest.update(self.labels.tobytes())
@@ -146,7 +152,12 @@ class DataConfig(Section):
     another brightness, contrast and saturation (`color`). Masks and boxes change alike."""
 
     image_size: Annotated[int, Interval(ge=1, le=16384)] | None = None
-    """Height and width that images are resized and cropped to; needed where they differ in size."""
+    """Height and width that images are resized to; needed where they differ in size."""
+
+    resize: Resize = "auto"
+    """How images of other proportions are resized: `crop` takes the centre, `pad` adds black margins, which
+    count in no loss of masks and no metric, `stretch` changes the proportions. `auto` crops for classes and
+    labels, and pads for masks and boxes."""
 
     transform: str | None = None
     """Dotted path of your own f(image, label) for training images, such as a pipeline of
@@ -191,7 +202,12 @@ class DataConfig(Section):
         if training and self.transform is not None:
             transform = find_function(self.transform, "data.transform", ("none",), TRANSFORM)
         limits = None if self.value_range is None else (self.value_range[0], self.value_range[1])
-        return decode.Reading(target, self.image_size, limits, transform)
+        resizing = Resizing(self.image_size, self.resizing(target))
+        return decode.Reading(target, resizing, limits, transform)
+
+    def resizing(self, target: Target) -> Way:
+        """Return how images that are labelled with `target` are resized."""
+        return usual(target) if self.resize == "auto" else self.resize
 
     def split(self, images: Images, seed: int) -> tuple[Split, Indices]:
         """Return the split of `images` over the clients, and n_k, the examples that each trains on.
@@ -245,9 +261,9 @@ def from_dataset(
 
     Args:
         dataset: has `__len__` and `__getitem__`.
-        data: how images are read: `image_size`, `memory`, `examples`, `value_range`, `transform`.
+        data: how images are read: `image_size`, `resize`, `memory`, `examples`, `value_range`, `transform`.
         target: what the labels are: a class; labels (K,) of 0 and 1; a mask (H, W) of classes, 255 for pixels
-            that do not count; or a dict of "boxes" (k, 4) and "labels" (k,).
+            that do not count; or a dict of "boxes" (k, 4) and "labels" (k,), as for `labelling.boxes_of`.
         like: for a test set, the training set whose shape, classes and normalisation it takes.
         name: names the dataset in errors; by default its class.
         cache: folder of decoded pixels; None: they are not kept.
@@ -260,8 +276,8 @@ def from_dataset(
     some = _some(dataset, data.examples)
     if not len(some):  # type: ignore[arg-type]
         raise ValueError(f"{name} has no examples; check data.dataset and data.root")
-    listed = decode.labels(some, name) if target == "class" else None
-    source = decode.Decoded(some, listed, name, data.reading(target, training=like is None))
+    known = listed.labels(some, name) if target == "class" else None
+    source = decode.Decoded(some, known, name, data.reading(target, training=like is None))
     shape = (source.shape[0] - (target == "mask"), *source.shape[1:])
     if like is not None and shape != like.shape:
         raise ValueError(
@@ -273,7 +289,11 @@ def from_dataset(
     in_memory = data.memory == "device" or (data.memory == "auto" and fits and not draws)
     pixels = source.read_all(cache) if in_memory else None
     mean, std = (like.mean, like.std) if like is not None else source.statistics(pixels)
-    owners, ids = _owners(decode.ids(some, name), like)
+    labelled = _labelled(source, pixels, like)  # reads masks and boxes, and so the sizes of images
+    lost = cropping(source.sizes(), source.reading.resizing) if source.cuts else None
+    if lost is not None:
+        logger.warning("%s: data.resize=crop: %s", name, lost)
+    owners, ids = _owners(listed.ids(some, name), like)
     return Images(
         shape=shape,
         pixels=pixels,
@@ -283,7 +303,7 @@ def from_dataset(
         std=std,
         target=target,
         owners=owners,
-        **_labelled(source, pixels, like),
+        **labelled,
     )
 
 
@@ -333,7 +353,7 @@ def _labelled(source: decode.Decoded, pixels: Tensor | None, like: Images | None
     else:
         assert source.labels is not None
         labels = highest = source.labels
-    own = decode.class_names(source.dataset)
+    own = listed.class_names(source.dataset)
     if like is not None and own and like.class_names and own != like.class_names:
         raise ValueError(
             f"{name} has the classes {', '.join(own[:10])}, but the training set has "

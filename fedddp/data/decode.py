@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from fedddp.data.items import as_pair, naming, read_item
+from fedddp.data.image_files import size_of
+from fedddp.data.items import as_pair, naming
 from fedddp.data.labelling import as_tv_tensors, boxes_of, mask_of
-from fedddp.data.pixel_cache import mapped
+from fedddp.data.listed import label_of
+from fedddp.data.pixel_cache import PIXELS, SIZES, mapped
 from fedddp.data.pixels import channels_first, to_bytes, to_uint8
+from fedddp.data.resizing import Resizing, Sizes, not_padding
 from fedddp.data.targets import Boxes, Target
-from fedddp.data.transforms import resize, resize_boxes, resize_mask
 from fedddp.rng import generators_kept, seed_global, stream_seed
 
 _CHUNK = 1024
@@ -52,18 +54,14 @@ class Arrays(Dataset[tuple[Tensor, Any]]):
         return self.data[index], target if isinstance(target, dict) or target.dim() else int(target)
 
 
-OfImage = tuple[Tensor, Tensor]
-"""The boxes of one image, (k, 4), and their labels, (k,)."""
-
-
 @dataclass(frozen=True)
 class Reading:
     """How the items of a dataset become examples."""
 
     target: Target = "class"
     """What the items are labelled with."""
-    size: int | None = None
-    """Height and width that images are resized and cropped to; None: as they are."""
+    resizing: Resizing = field(default_factory=Resizing)
+    """How images become those of the model."""
     value_range: tuple[float, float] | None = None
     """Values of 16-bit and floating images that become black and white; None: their full range."""
     transform: Callable[[Any, Any], Any] | None = None
@@ -86,6 +84,7 @@ class Decoded:
         """
         self.dataset, self.labels, self.name, self.reading = dataset, labels, name, reading
         self.files = _files(dataset)
+        self._sizes = np.zeros((len(self), 2), dtype=np.int64)  # of images before they are resized; 0: unread
         channels, height, width = self._read(0)[0].shape
         self.shape = (channels, height, width)
         """Planes, height and width: with masks one plane more than the images have channels."""
@@ -103,7 +102,7 @@ class Decoded:
         with generators_kept():
             return self.read_seeding(index, pass_seed)[0]
 
-    def read_seeding(self, index: int, pass_seed: int = 0) -> tuple[Tensor, OfImage | None]:
+    def read_seeding(self, index: int, pass_seed: int = 0) -> tuple[Tensor, Boxes | None]:
         """Return the planes of one example and, of data with boxes, those; leave the generators seeded.
 
         Putting them back takes ten times as long as seeding them: who reads many examples does it once.
@@ -125,11 +124,12 @@ class Decoded:
             )
         return planes, boxes
 
-    def _read(self, index: int, *, training: bool = False) -> tuple[Tensor, OfImage | None]:
+    def _read(self, index: int, *, training: bool = False) -> tuple[Tensor, Boxes | None]:
         where, how = self._where(index), self.reading
         with naming(where):  # an image that is opened, but not read, is read here
             image, label = as_pair(self.dataset[index], where)
             image = to_uint8(image, where, how.value_range)
+            self._sizes[index] = image.shape[1:]
             if training and how.transform is not None:
                 changed = how.transform(*as_tv_tensors(image, label, how.target, where))
                 where = f"{where} after data.transform"
@@ -143,11 +143,11 @@ class Decoded:
         height, width = image.shape[1:]
         if how.target == "mask":
             mask = mask_of(label, (height, width), where)
-            return torch.cat([resize(image, how.size), resize_mask(mask, how.size)]), None
+            return torch.cat([how.resizing.image(image), how.resizing.mask(mask)]), None
         boxes = boxes_of(label, where) if how.target == "boxes" else None
         if boxes is not None:
-            boxes = resize_boxes(*boxes, (height, width), how.size)
-        return resize(image, how.size), boxes
+            boxes = how.resizing.boxes(boxes, (height, width))
+        return how.resizing.image(image), boxes
 
     def _where(self, index: int) -> str:
         return self.files[index] if self.files else f"{self.name}: example {index}"
@@ -159,19 +159,66 @@ class Decoded:
         ranks of a node map into memory: one copy for all of them, and decoded only once.
         """
         stored = None if self.reading.target == "mask" or self.reading.value_range else _array(self.dataset)
-        size = self.reading.size
-        if stored is not None and size is None:
-            return stored.contiguous()
+        resizing = self.reading.resizing
         if stored is not None:
-            return torch.cat([resize(part, size) for part in torch.split(stored, _CHUNK)])
+            self._sizes[:] = stored.shape[-2:]
+            if resizing.size is None:
+                return stored.contiguous()
+            return torch.cat([resizing.image(part) for part in torch.split(stored, _CHUNK)])
         if cache is not None and self.files:
             try:
-                return mapped(cache / self._fingerprint(), self._fill, (len(self), *self.shape))
+                return self._mapped(cache)
             except OSError:  # a folder that cannot be written, or a full disk: do without
                 pass
         pixels = np.empty((len(self), *self.shape), dtype=np.uint8)
         self._fill(pixels)
         return torch.from_numpy(pixels)
+
+    def _mapped(self, cache: Path) -> Tensor:
+        """Return all planes from a file in `cache`, where another has the sizes of the images if they matter.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        name = self._fingerprint()
+        pixels = mapped(cache / f"{PIXELS}{name}.npy", self._fill, (len(self), *self.shape))
+        if self.sizes_matter:
+            bytes_of_sizes = (len(self), self._sizes.itemsize * 2)
+            found = mapped(cache / f"{SIZES}{name}.npy", self._fill_sizes, bytes_of_sizes)
+            self._sizes = found.numpy().view(np.int64).copy()
+        return pixels
+
+    def _fill_sizes(self, sizes: NDArray[np.uint8]) -> None:
+        sizes[:] = self.sizes().view(np.uint8)
+
+    @property
+    def sizes_matter(self) -> bool:
+        """Whether images are cut, or have margins that no statistic counts, so that sizes must be known."""
+        resizing = self.reading.resizing
+        return self.cuts or (resizing.size is not None and resizing.how == "pad")
+
+    @property
+    def cuts(self) -> bool:
+        """Whether resizing cuts off parts of masks, or boxes."""
+        resizing, annotated = self.reading.resizing, self.reading.target in ("mask", "boxes")
+        return annotated and resizing.size is not None and resizing.how == "crop"
+
+    def sizes(self, examples: Sequence[int] | None = None) -> Sizes:
+        """Return height and width of images before they are resized; those that are not known are read.
+
+        Raises:
+            ValueError: one cannot be read.
+        """
+        wanted = np.arange(len(self)) if examples is None else np.asarray(examples)
+        with generators_kept():
+            for index in wanted[self._sizes[wanted, 0] == 0].tolist():
+                with naming(self._where(index)):
+                    size = size_of(self.files[index]) if self.files else None
+                if size is None:
+                    self.read_seeding(index)
+                else:
+                    self._sizes[index] = size
+        return self._sizes[wanted]
 
     def _fill(self, pixels: NDArray[np.uint8]) -> None:
         with generators_kept():
@@ -185,9 +232,9 @@ class Decoded:
         with, and height and width of its image, or None. Other images are read.
         """
         with generators_kept():
-            return Boxes.join(boxes for i in range(len(self)) if (boxes := self._boxes(i)) is not None)
+            return Boxes.cat(boxes for i in range(len(self)) if (boxes := self._boxes(i)) is not None)
 
-    def _boxes(self, index: int) -> OfImage | None:
+    def _boxes(self, index: int) -> Boxes | None:
         dataset, item = _parent(self.dataset, index)
         offered = getattr(dataset, "label_and_size", None)
         where = self._where(index)
@@ -196,7 +243,8 @@ class Decoded:
         if found is None:
             return self.read_seeding(index)[1]
         label, size = found
-        return resize_boxes(*boxes_of(label, where), size, self.reading.size)
+        self._sizes[index] = size
+        return self.reading.resizing.boxes(boxes_of(label, where), size)
 
     def read_masks(self) -> Iterator[Tensor]:
         """Yield the mask of every image, uint8 (1, H, W)."""
@@ -205,11 +253,12 @@ class Decoded:
                 yield self.read_seeding(index)[0][-1:]
 
     def _fingerprint(self) -> str:
-        """Return a file name that changes when an image file, or how it is read, does.
+        """Return a name that changes when an image file, or how it is read, does.
 
         How a dataset reads its files it may describe in a text, `reading`.
         """
-        how = f"{self.shape}{self.reading.size}"
+        resizing = self.reading.resizing
+        how = f"{self.shape}{resizing.size}" + ("" if resizing.how == "crop" else resizing.how)
         if self.reading.target == "mask" or self.reading.value_range:
             how += f"{self.reading.target}{self.reading.value_range}"
         how += str(getattr(_parent(self.dataset, 0)[0], "reading", ""))
@@ -217,12 +266,13 @@ class Decoded:
         for file in self.files + _files(self.dataset, "masks"):
             stat = os.stat(file)
             digest.update(f"{file}/{stat.st_size}/{stat.st_mtime_ns}".encode())
-        return f"pixels-{digest.hexdigest()}.npy"
+        return digest.hexdigest()
 
     def statistics(self, pixels: Tensor | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation of each channel of pixel / 255, of `pixels` if given.
 
-        They are taken from evenly spaced examples; streamed ones have to be read for it.
+        They are taken from evenly spaced examples; streamed ones have to be read for it. Margins of padded
+        ones do not count.
         """
         count = min(len(self), _SAMPLED)
         spaced = torch.arange(count) * len(self) // count
@@ -233,7 +283,11 @@ class Decoded:
                 else pixels[spaced]
             )
         some = some[:, :-1] if self.reading.target == "mask" else some
-        values = some.transpose(0, 1).flatten(1).double() / 255
+        values = some.transpose(0, 1).flatten(1)
+        if self.reading.resizing.how == "pad" and self.sizes_matter:
+            inside = not_padding(self.sizes(spaced.tolist()), self.reading.resizing)
+            values = values[:, inside.flatten()]
+        values = values.double() / 255
         # A channel without contrast is centred, not blown up.
         std = values.std(dim=1, correction=0)
         std = torch.where(std > 1e-3, std, 1.0)
@@ -286,89 +340,3 @@ def _files(dataset: Any, *names: str) -> list[str]:
             files = [entry[0] if isinstance(entry, tuple | list) else entry for entry in entries]
             return [str(file) for file in files] if isinstance(files[0], str | Path) else []
     return []
-
-
-def labels(dataset: Any, name: str) -> NDArray[np.int64]:
-    """Return the class of every example, (examples,), from the dataset's own list if it has one.
-
-    Raises:
-        ValueError: a label is not an integer.
-    """
-    listed = None if getattr(dataset, "target_transform", None) else _listed_labels(dataset)
-    if listed is not None:
-        return listed
-    found = np.empty(len(dataset), dtype=np.int64)
-    for index in range(len(dataset)):
-        where = f"{name}: example {index}"
-        found[index] = label_of(as_pair(read_item(dataset, index, where), where)[1], where)
-    return found
-
-
-def label_of(value: Any, where: str) -> int:
-    """Return a label as an integer: an integer, a truth value, a whole float, or an array of one of these.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    array = np.asarray(value)
-    if array.size == 1 and array.dtype.kind in "iubf" and np.isfinite(array).all():
-        number = int(array.reshape(()))
-        if number == array.reshape(()) and -(2**63) <= number < 2**63:
-            return number
-    raise ValueError(f"{where} has the label {value!r}; give integers 0, 1, ... per class")
-
-
-def _listed_labels(dataset: Any) -> NDArray[np.int64] | None:
-    if isinstance(dataset, Subset):
-        parent = _listed_labels(dataset.dataset)
-        return None if parent is None else parent[np.asarray(dataset.indices)]
-    if isinstance(dataset, TensorDataset):
-        return _integers(dataset.tensors[1], len(dataset))
-    for name in ("targets", "labels", "_labels"):
-        found = _integers(getattr(dataset, name, None), len(dataset))
-        if found is not None:
-            return found
-    for name in ("samples", "_samples"):
-        pairs = getattr(dataset, name, None)
-        if isinstance(pairs, list) and all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
-            return _integers([label for _, label in pairs], len(dataset))
-    return None
-
-
-def _integers(values: Any, count: int) -> NDArray[np.int64] | None:
-    """Return `values` as integers (count,) if that is what they are, else None."""
-    if values is None or callable(values):
-        return None
-    try:
-        array = np.asarray(values)
-    except ValueError:  # a list of lists of different lengths
-        return None
-    if array.shape == (count, 1):
-        array = array[:, 0]
-    if array.shape != (count,) or array.dtype.kind not in "iub":
-        return None
-    return array.astype(np.int64)
-
-
-def class_names(dataset: Any) -> tuple[str, ...]:
-    """Return the names of the classes, of the dataset's list `classes`; empty where it has none."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    named = getattr(dataset, "classes", None)
-    return tuple(map(str, named)) if isinstance(named, list | tuple) else ()
-
-
-def ids(dataset: Any, name: str) -> NDArray[Any] | None:
-    """Return the natural owner of every example, a number or a name, if the dataset has `ids`."""
-    if isinstance(dataset, Subset):
-        parent = ids(dataset.dataset, name)
-        return None if parent is None else parent[np.asarray(dataset.indices)]
-    found = getattr(dataset, "ids", None)
-    if found is None:
-        return None
-    owners = np.asarray(found)
-    if owners.shape != (len(dataset),):
-        raise ValueError(
-            f"{name}: ids have shape {owners.shape}; give one for each of {len(dataset)} examples"
-        )
-    return owners

@@ -31,7 +31,13 @@ def is_hidden(file: Path) -> bool:
 
 
 def read_image(path: str, value_range: Range | None = None) -> Tensor:
-    """Return the image in a file as uint8 (C, H, W): RGB of a picture, all bands of other files.
+    """Return what `read_bands` returns; one band as three, so that grey pictures fit among others."""
+    pixels = read_bands(path, value_range)
+    return pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels
+
+
+def read_bands(path: str, value_range: Range | None = None) -> Tensor:
+    """Return the image in a file as uint8 (C, H, W): grey or RGB of a picture, all bands of other files.
 
     A picture is what Pillow reads intact. A `.npy` file has an array (H, W), (C, H, W) or (H, W, C); of a
     TIFF file with several bands or pages, all are channels, and none is taken for transparency.
@@ -51,11 +57,9 @@ def read_image(path: str, value_range: Range | None = None) -> Tensor:
             raise ValueError(f"{path} has shape {tuple(values.shape)}; give (H, W), (C, H, W) or (H, W, C)")
         return to_bytes(channels_first(values[None], path), path, value_range)[0]
     if ending in TIFF and _has_bands(path):
-        pixels = to_bytes(numbers(_tiff(path), path), path, value_range)
-    else:
-        with Image.open(path) as picture:
-            pixels = to_uint8(picture, path, value_range)
-    return pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels
+        return to_bytes(numbers(_tiff(path), path), path, value_range)
+    with Image.open(path) as picture:
+        return to_uint8(picture, path, value_range)
 
 
 def read_mask(path: str) -> NDArray[np.int64]:

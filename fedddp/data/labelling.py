@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from fedddp.data.items import as_pair, read_item
-from fedddp.data.targets import IGNORED, Boxes, Target
+from fedddp.data.targets import CROWD, DIFFICULT, IGNORED, Boxes, Target
 
 MOST_MASK_CLASSES = IGNORED
 """Classes of masks, at most: their values are bytes, and one of them marks pixels that do not count."""
@@ -60,11 +60,16 @@ def mask_of(label: Any, size: tuple[int, int], where: str) -> Tensor:
     return values.to(torch.uint8)[None]
 
 
-def boxes_of(label: Any, where: str) -> tuple[Tensor, Tensor]:
-    """Return boxes (k, 4) float32 and labels (k,) int64 of an image, as torchvision's detectors take them.
+def boxes_of(label: Any, where: str) -> Boxes:
+    """Return the boxes of one image.
+
+    Args:
+        label: a dict as torchvision's detectors take it: "boxes" (k, 4) and "labels" (k,); and with (k,) of 0
+            and 1 "iscrowd", as COCO has it, or "difficult", as VOC, for boxes that do not count.
+        where: names the image in errors.
 
     Raises:
-        ValueError: `label` is no dict with both, or a box has no area.
+        ValueError: `label` is no dict with both, a box has no area, or marks are no 0 and 1 for each box.
     """
     if not isinstance(label, dict) or not {"boxes", "labels"} <= label.keys():
         kind = (
@@ -85,7 +90,19 @@ def boxes_of(label: Any, where: str) -> tuple[Tensor, Tensor]:
             f"{where} has the box {worst}; give left, top, right, bottom in pixels, left < right and "
             "top < bottom"
         )
-    return boxes, labels.to(torch.int64)
+    offsets = torch.tensor([0, len(labels)], dtype=torch.int64)
+    return Boxes(boxes, labels.to(torch.int64), offsets, _ignored(label, len(labels), where))
+
+
+def _ignored(label: dict[str, Any], count: int, where: str) -> Tensor | None:
+    """Return which kind of box, `DIFFICULT` or `CROWD`, each is that does not count; None: all count."""
+    ignored = torch.zeros(count, dtype=torch.uint8)
+    for name, kind in (("difficult", DIFFICULT), ("iscrowd", CROWD)):
+        marks = torch.as_tensor(np.asarray(label.get(name, ignored))).reshape(-1)
+        if len(marks) != count or not ((marks == 0) | (marks == 1)).all():
+            raise ValueError(f'{where} has "{name}" of {marks.tolist()[:9]}; give 0 or 1 for each box')
+        ignored[marks != 0] = kind
+    return ignored if ignored.any() else None
 
 
 def as_tv_tensors(image: Tensor, label: Any, target: Target, where: str) -> tuple[Any, Any]:
@@ -99,9 +116,9 @@ def as_tv_tensors(image: Tensor, label: Any, target: Target, where: str) -> tupl
     if target == "mask":
         label = tv_tensors.Mask(mask_of(label, size, where)[0])
     elif target == "boxes":
-        boxes, labels = boxes_of(label, where)
-        corners = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
-        label = {"boxes": corners, "labels": labels}
+        boxes = boxes_of(label, where).counted()
+        corners = tv_tensors.BoundingBoxes(boxes.boxes, format="XYXY", canvas_size=size)
+        label = {"boxes": corners, "labels": boxes.labels}
     return tv_tensors.Image(image), label
 
 
@@ -185,8 +202,9 @@ def classes_of_labels(labels: NDArray[np.uint8]) -> Classes:
 def classes_of_boxes(boxes: Boxes) -> Classes:
     """Return the class of the largest box of each image, (n,), or 0, and its highest class, (n,).
 
-    A negative class is returned as the first of both.
+    Boxes that do not count take no part. A negative class is returned as the first of both.
     """
+    boxes = boxes.counted()
     most, highest = np.zeros((2, len(boxes)), dtype=np.int64)
     for index in range(len(boxes)):
         corners, labels = boxes.of(index)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fedddp.data.datasets import DataConfig, Images
-from fedddp.data.decode import Decoded, OfImage
+from fedddp.data.decode import Decoded
 from fedddp.data.targets import IGNORED, Boxes, Targets, select
 from fedddp.data.transforms import ImageShift, augment, augment_boxes, draw_augmentation, jitter
 from fedddp.rng import generators_kept, stream_seed
@@ -161,6 +161,8 @@ class ClientLoader:
             rows = some[0].rows if len(some) == 1 else np.concatenate([part.rows for part in some])
             of_rows = None if draws is None else draws[torch.from_numpy(rows)].to(self.device)
             images, targets = self._prepare(planes, boxes, examples[rows], of_rows, shift, client or 0)
+            if train and isinstance(targets, Boxes):
+                targets = targets.counted()
             end = 0
             for part in some:
                 start, end = end, end + len(part.rows)
@@ -330,7 +332,7 @@ class _PartSampler:
                 yield [(index, self.pass_seed) for index in self.examples[part.rows].tolist()]
 
 
-_Example = tuple[Tensor, OfImage | None]
+_Example = tuple[Tensor, Boxes | None]
 
 
 class _Readable(Dataset[Any]):
@@ -366,4 +368,4 @@ def _collate(items: list[_Example | str]) -> _Planes | str:
         return problem
     examples = [item for item in items if not isinstance(item, str)]
     boxes = [of_image for _, of_image in examples if of_image is not None]
-    return torch.stack([planes for planes, _ in examples]), Boxes.join(boxes) if boxes else None
+    return torch.stack([planes for planes, _ in examples]), Boxes.cat(boxes) if boxes else None

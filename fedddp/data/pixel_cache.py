@@ -16,6 +16,9 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+PIXELS, SIZES = "pixels-", "sizes-"
+"""Files of decoded pixels, and of the sizes of the same images before they were resized."""
+
 KEPT = 4
 """Files of decoded pixels that a data folder keeps: the training and test sets of two ways to read them."""
 ZEROS = bytes(1 << 20)
@@ -23,9 +26,10 @@ ZEROS = bytes(1 << 20)
 
 def _remove_old(folder: Path) -> None:
     """Remove all but the newest files of decoded pixels, and what killed processes of this host left."""
-    files = sorted(folder.glob("pixels-*.npy"), key=lambda file: file.stat().st_mtime_ns)
-    parts = [part for part in folder.glob(f"pixels-*.{socket.gethostname()}-*.part") if not _alive(part)]
-    for file in [*files[:-KEPT], *parts]:
+    files = sorted(folder.glob(f"{PIXELS}*.npy"), key=lambda file: file.stat().st_mtime_ns)
+    parts = [part for part in folder.glob(f"*.{socket.gethostname()}-*.part") if not _alive(part)]
+    sizes = [file.with_name(SIZES + file.name.removeprefix(PIXELS)) for file in files[:-KEPT]]
+    for file in [*files[:-KEPT], *sizes, *parts]:
         file.unlink(missing_ok=True)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fedddp.data.transforms import torchvision_v2
+from fedddp.data.resizing import torchvision_v2
 
 FULL = 65535
 """Largest 16-bit value."""

@@ -7,6 +7,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from fedddp.data.annotated import (
@@ -37,8 +38,8 @@ CITYSCAPES = {
 def voc(root: Path, part: str, target: Target) -> Dataset[Any]:
     """Return Pascal VOC 2012, in `root`/VOCdevkit/VOC2012: its sets `train` and, as the test set, `val`.
 
-    Boxes, and labels, are of the objects that are not marked as difficult. Pixels count from 0, and the right
-    and bottom edges lie behind the last pixel.
+    Labels are of the objects that are not marked as difficult; boxes keep the mark. Pixels count from 0, and
+    the right and bottom edges lie behind the last pixel.
 
     Args:
         root: holds VOCdevkit.
@@ -62,17 +63,17 @@ def voc(root: Path, part: str, target: Target) -> Dataset[Any]:
     check_files(files, listed)
     found = [_voc_objects(file) for file in files]
     if target == "boxes":
-        return LabelledFiles(images, [box_target(*one) for one in found], VOC)
-    return LabelledFiles(images, label_table([labels for _, labels in found], len(VOC)), VOC)
+        return LabelledFiles(images, found, VOC)
+    present = [one["labels"][~one["difficult"]] for one in found]
+    return LabelledFiles(images, label_table([labels.tolist() for labels in present], len(VOC)), VOC)
 
 
-def _voc_objects(file: Path) -> tuple[list[list[float]], list[int]]:
-    """Return the boxes and labels of an image that are not difficult."""
-    boxes, labels = [], []
+def _voc_objects(file: Path) -> dict[str, Tensor]:
+    """Return the boxes of an image, and which of them are difficult."""
+    boxes, labels, difficult = [], [], []
     try:
         for found in ElementTree.parse(file).getroot().iterfind("object"):
-            if found.findtext("difficult", "0").strip() == "1":
-                continue
+            difficult.append(found.findtext("difficult", "0").strip() == "1")
             edges = [float(found.findtext(f"bndbox/{edge}", "")) for edge in ("xmin", "ymin", "xmax", "ymax")]
             labels.append(VOC.index(found.findtext("name", "").strip()))
             boxes.append([edges[0] - 1, edges[1] - 1, edges[2], edges[3]])
@@ -80,7 +81,7 @@ def _voc_objects(file: Path) -> tuple[list[list[float]], list[int]]:
         raise ValueError(
             f"{file} is no annotation of VOC ({error}); replace it by the published file"
         ) from None
-    return boxes, labels
+    return box_target(boxes, labels, difficult=difficult)
 
 
 def oxford_pet(root: Path, part: str) -> Dataset[Any]:

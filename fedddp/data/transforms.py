@@ -1,9 +1,9 @@
-"""What is done to images: resizing, a client's feature shift, augmentation."""
+"""What is done to images: a client's feature shift, augmentation."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -13,83 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fedddp.data.resizing import clip_boxes, torchvision_v2
 from fedddp.data.targets import IGNORED, Boxes
 from fedddp.rng import FEATURE_SHIFT, stream
 from fedddp.section import Section
 
 Indices = NDArray[np.int64]
 Augment = Literal["none", "flip", "crop", "crop-flip", "color", "color-flip", "color-crop", "color-crop-flip"]
-
-
-def torchvision_v2() -> Any:
-    """Import `torchvision.transforms.v2.functional` on first use: torchvision takes more than a second."""
-    from torchvision.transforms.v2 import functional
-
-    return functional
-
-
-RESIZE = "shorter side to size, bilinear with antialiasing, then the centre"
-"""What `resize` does, for the users of an exported model."""
-
-
-def resize(images: Tensor, size: int | None) -> Tensor:
-    """Resize the shorter side of (..., C, H, W) to `size` and crop the centre; None: no change."""
-    if size is None or tuple(images.shape[-2:]) == (size, size):
-        return images
-    v2 = torchvision_v2()
-    resized: Tensor = v2.resize(images, [size], antialias=True)
-    return v2.center_crop(resized, [size, size])  # type: ignore[no-any-return]
-
-
-def resized(height: int, width: int, size: int) -> tuple[int, int, int, int]:
-    """Return height and width of an image that `resize` has resized, and top and left of what it cuts out."""
-    short = min(height, width)
-    tall, broad = size * height // short, size * width // short
-    return tall, broad, round((tall - size) / 2), round((broad - size) / 2)
-
-
-def resize_mask(mask: Tensor, size: int | None) -> Tensor:
-    """Resize and crop a mask (1, H, W) as `resize` does its image; a pixel has the class of the nearest."""
-    if size is None or tuple(mask.shape[-2:]) == (size, size):
-        return mask
-    v2 = torchvision_v2()
-    resized: Tensor = v2.resize(mask, [size], interpolation=v2.InterpolationMode.NEAREST_EXACT)
-    return v2.center_crop(resized, [size, size])  # type: ignore[no-any-return]
-
-
-def resize_boxes(
-    boxes: Tensor, labels: Tensor, image: tuple[int, int], size: int | None
-) -> tuple[Tensor, Tensor]:
-    """Return the boxes as they lie once `resize` has resized and cropped their image.
-
-    Parts outside are cut off; of resized images, boxes less than a pixel across or down are left out.
-
-    Args:
-        boxes: (k, 4) in pixels.
-        labels: (k,).
-        image: height and width of the image before.
-        size: as for `resize`.
-    """
-    height, width = image
-    smallest = 0.0
-    if size is not None and image != (size, size):
-        tall, broad, top, left = resized(height, width, size)
-        scale, offset = (broad / width, tall / height), (left, top)
-        boxes = boxes * boxes.new_tensor([*scale, *scale]) - boxes.new_tensor([*offset, *offset])
-        height = width = size
-        smallest = 1.0
-    return clip_boxes(boxes, labels, height, width, smallest)
-
-
-def clip_boxes(
-    boxes: Tensor, labels: Tensor, height: int, width: int, smallest: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Return the boxes (k, 4) within an image, without those less than `smallest` pixels across or down."""
-    edges = boxes.new_tensor([width, height, width, height])
-    clipped = boxes.clamp(min=0).minimum(edges)
-    sides = clipped[:, 2:] - clipped[:, :2]
-    kept = ((sides >= smallest) & (sides > 0)).all(1)
-    return clipped[kept], labels[kept]
 
 
 @dataclass(frozen=True)
@@ -208,8 +138,7 @@ def augment_boxes(boxes: Boxes, draws: Tensor, kind: Augment, height: int, width
     if "crop" in kind:
         margin = torch.tensor(_margins(height, width), device=corners.device)
         corners += (margin - _moves(draws, height, width))[image].repeat(1, 2)
-    pieces = ((corners[image == i], boxes.labels[image == i]) for i in range(len(boxes)))
-    return Boxes.join(clip_boxes(*piece, height, width) for piece in pieces)
+    return clip_boxes(replace(boxes, boxes=corners), height, width)
 
 
 def _margins(height: int, width: int) -> list[int]:

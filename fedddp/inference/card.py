@@ -14,9 +14,9 @@ from fedddp.inference.card_tasks import (
     PIPELINES,
     PREDICTS,
     PURPOSES,
-    SEES,
     class_text,
     lowest,
+    sees,
 )
 from fedddp.inference.loading import check_model_of_all, model_file, read_weights
 from fedddp.privacy.statement import statement
@@ -292,7 +292,11 @@ class _Card:
         lines = [
             KNOWS[self.target].format(classes=len(self.classes)),
             f"It sees images at {height} × {width} pixels; "
-            + (SEES[self.target] if height == width else "it takes no others."),
+            + (
+                sees(self.target, self.preprocessing.get("resize", "crop"))
+                if height == width
+                else "it takes no others."
+            ),
             f"The metrics are of the test data of `{self.dataset}`"
             + (f", {tested:,} examples" if tested else "")
             + "; the run measured it on no other data.",

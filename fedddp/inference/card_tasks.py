@@ -28,12 +28,20 @@ KNOWS = {
     "boxes": "It knows {classes} classes and finds no other objects.",
 }
 
-SEES = {
+_CROPPED = {
     "class": "others are resized and cropped.",
     "multilabel": "others are resized and cropped.",
     "mask": "of others it sees the centre, resized; pixels outside have no class.",
     "boxes": "of others it sees the centre, resized; objects outside are not found.",
 }
+
+
+def sees(target: str, resize: str) -> str:
+    """Return what a model sees of images of other sizes, by how they are resized."""
+    if resize == "pad":
+        return "others are resized to fit, between black margins."
+    return "others are resized in both directions." if resize == "stretch" else _CROPPED[target]
+
 
 PREDICTS = {
     "class": (

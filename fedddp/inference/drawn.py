@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,14 +17,16 @@ from PIL import Image
 from torch import Tensor
 
 from fedddp.data.items import naming
-from fedddp.data.pixels import to_uint8
+from fedddp.data.resizing import Placement
 from fedddp.inference.model import BATCH_SIZES, TrainedModel
 from fedddp.inference.pictures import Prediction
-from fedddp.inference.placement import Placement
 from fedddp.storage.examined import BoxesOfImage
 from fedddp.tracking import overlays
 
 logger = logging.getLogger(__name__)
+
+NOT_SEEN = "(not seen)"
+"""What stands for the pixels that the model did not see, among the classes of a mask."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class MaskOfFile:
 
     @property
     def counts(self) -> list[int]:
-        """Pixels of each class."""
+        """Pixels of each class; those that the model did not see have none."""
         counts: list[int] = np.bincount(self.mask.flatten(), minlength=256)[: len(self.classes)].tolist()
         return counts
 
@@ -52,10 +53,15 @@ class MaskOfFile:
 
     @property
     def shares(self) -> Prediction:
-        """The classes with their shares of the pixels that the model saw, the largest first."""
-        seen = max(1, self.mask.size - self.outside)
-        shares = sorted(zip(self.counts, self.classes, strict=True), key=lambda one: -one[0])
-        return Prediction(self.file, tuple(n for _, n in shares), tuple(count / seen for count, _ in shares))
+        """The classes with their shares of the file's pixels, the largest first; what was not seen is one."""
+        counts = [*zip(self.counts, self.classes, strict=True)]
+        if self.outside:
+            counts.append((self.outside, NOT_SEEN))
+        shares = sorted(counts, key=lambda one: -one[0])
+        all_pixels = self.mask.size
+        return Prediction(
+            self.file, tuple(name for _, name in shares), tuple(count / all_pixels for count, _ in shares)
+        )
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,13 @@ class BoxesOfFile:
     classes: tuple[str, ...]
     picture: Image.Image
     """The image with the boxes on it, as large as the file, or enlarged."""
+    seen: tuple[float, float, float, float]
+    """Left, top, right and bottom of what the model saw, in pixels of the file."""
+
+    @property
+    def cut(self) -> bool:
+        """Whether the model did not see all of the file."""
+        return self.seen != (0.0, 0.0, *map(float, self.size[::-1]))
 
     @property
     def names(self) -> list[str]:
@@ -95,8 +108,10 @@ def find_masks(model: TrainedModel, files: Sequence[Path]) -> Iterator[MaskOfFil
     for some in _batches(model, files):
         masks = model.predict([pixels for _, _, pixels in some])
         for (file, image, _), classes in zip(some, masks, strict=True):
-            mask = Placement.of(_size(image), model.shape[1:]).mask(classes).numpy()
+            place = Placement.of(_size(image), model.shape[1:], model.resize)
+            mask = place.mask(classes).numpy()
             picture = overlays.overlay(overlays.picture_of(image.numpy()), mask, background=background)
+            picture = hatched(picture, place.region)
             yield MaskOfFile(file, mask, model.classes, picture)
 
 
@@ -110,12 +125,29 @@ def find_boxes(model: TrainedModel, files: Sequence[Path], threshold: float) -> 
             boxes, labels = detections.boxes.of(number)
             scores = detections.scores[offsets[number] : offsets[number + 1]]
             kept = scores >= threshold
-            placed = Placement.of(_size(image), model.shape[1:]).boxes(boxes[kept])
-            found = BoxesOfImage(placed.numpy(), labels[kept].numpy(), scores[kept].numpy())
+            place = Placement.of(_size(image), model.shape[1:], model.resize)
+            found = BoxesOfImage(place.boxes(boxes[kept]).numpy(), labels[kept].numpy(), scores[kept].numpy())
             factor = max(1.0, overlays.scale_to(SMALL, _size(image)))
             picture = overlays.resized(overlays.picture_of(image.numpy()), factor)
+            picture = hatched(picture, tuple(factor * edge for edge in place.region))
             overlays.draw_boxes(picture, found, model.classes, factor=factor)
-            yield BoxesOfFile(file, _size(image), found, model.classes, picture)
+            yield BoxesOfFile(file, _size(image), found, model.classes, picture, place.region)
+
+
+def hatched(picture: Image.Image, seen: Sequence[float]) -> Image.Image:
+    """Return an RGB picture with oblique lines where the model did not see it.
+
+    Args:
+        picture: is not changed.
+        seen: left, top, right and bottom edge, in pixels of the picture.
+    """
+    pixels = np.asarray(picture.convert("RGB")).copy()
+    left, top, right, bottom = (round(edge) for edge in seen)
+    rows, columns = np.indices(pixels.shape[:2])
+    outside = (rows < top) | (rows >= bottom) | (columns < left) | (columns >= right)
+    period = max(6, max(picture.size) // 40)
+    pixels[outside & ((rows + columns) % period < period / 5)] = overlays.UNKNOWN
+    return Image.fromarray(pixels)
 
 
 SMALL = 480
@@ -133,11 +165,9 @@ def _batches(model: TrainedModel, files: Sequence[Path]) -> Iterator[list[tuple[
         some = []
         for file in files[start : start + size]:
             try:
-                with naming(str(file)), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of PIL: large or sloppily written files
-                    with Image.open(file) as opened:
-                        pixels = model.pixels(opened)
-                        some.append((file, to_uint8(opened, str(file), model.value_range), pixels))
+                image = model.read(file)
+                with naming(str(file)):
+                    some.append((file, image, model.resized(model.channels(image))))
             except ValueError as error:
                 logger.warning("%s", error)
         if some:
@@ -166,7 +196,6 @@ def write_mask(one: MaskOfFile, folder: Path, name: str, *, background: bool) ->
     mask, overlay = folder / f"{name}.mask.png", folder / f"{name}.overlay.png"
     overlays.mask_picture(one.mask, background=background).save(mask)
     one.picture.save(overlay)
-    seen = max(1, one.mask.size - one.outside)
     return {
         "image": str(one.file),
         "mask": str(mask),
@@ -174,10 +203,11 @@ def write_mask(one: MaskOfFile, folder: Path, name: str, *, background: bool) ->
         "height": one.mask.shape[0],
         "width": one.mask.shape[1],
         "classes": [
-            {"class": name, "pixels": count, "share": count / seen}
+            {"class": name, "pixels": count, "share": count / one.mask.size}
             for name, count in zip(one.classes, one.counts, strict=True)
         ],
         "pixels_outside": one.outside,
+        "share_outside": one.outside / one.mask.size,
     }
 
 
@@ -191,6 +221,7 @@ def write_boxes(one: BoxesOfFile, folder: Path, name: str) -> dict[str, Any]:
         "picture": str(picture),
         "height": one.size[0],
         "width": one.size[1],
+        "seen": [round(edge, 2) for edge in one.seen],
         "boxes": [
             {"class": name, "score": score, "box": [round(edge, 2) for edge in box]}
             for name, score, box in boxes

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedddp.data.loader import Normalizer
-from fedddp.data.transforms import RESIZE
+from fedddp.data.resizing import RESIZE
 from fedddp.inference.model import TrainedModel
 from fedddp.rng import stream
 from fedddp.section import ConfigError
@@ -161,7 +161,7 @@ def _metadata(model: TrainedModel, format: str, preprocessing: str, outputs: Seq
     )
     sizes = {
         "size": [height, width],
-        "resize": RESIZE if height == width else "none",
+        "resize": RESIZE[model.resize] if height == width else "none",
         "channels": channels,
         "mean": model.mean,
         "std": model.std,

@@ -48,6 +48,7 @@ def load_model(
         preprocessing, classes = (parse_json(metadata[name]) for name in ("preprocessing", "classes"))
         shape = (preprocessing["channels"], *preprocessing["size"])
         mean, std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
+        resize = preprocessing.get("resize", "crop")  # older models cropped
     except (KeyError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{file} is not a model of fedddp 0.1.0 or newer ({error!r}); train the run again"
@@ -72,7 +73,9 @@ def load_model(
         raise ConfigError(f"{file} does not fit the module: {error}") from None
     limits = sections.get("data", {}).get("value_range")
     value_range = (float(limits[0]), float(limits[1])) if isinstance(limits, list) else None
-    return TrainedModel(built.eval(), tuple(classes), shape, mean, std, config.task, metadata, value_range)
+    return TrainedModel(
+        built.eval(), tuple(classes), shape, mean, std, config.task, metadata, value_range, resize
+    )
 
 
 def no_images(

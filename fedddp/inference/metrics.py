@@ -49,7 +49,7 @@ def evaluate(model: TrainedModel, dataset: Dataset[Any], batch_size: int | None 
     """
     size = model.shape[1] if model.shape[1] == model.shape[2] else None
     limits = None if model.value_range is None else list(model.value_range)
-    data = DataConfig(image_size=size, memory="device", value_range=limits)
+    data = DataConfig(image_size=size, resize=model.resize, memory="device", value_range=limits)
     images = from_dataset(dataset, data, model.task.target, like=trained_on(model))
     loader = ClientLoader(images, DataConfig(), model.device, seed=0)
     return _central(model, loader, batch_size or BATCH_SIZES[model.task.target])[0]
@@ -159,6 +159,8 @@ def _check_flags(flags: Sequence[str]) -> None:
         name = flag.partition("=")[0]
         if name.startswith("--") and not name.startswith("--data") and name != "--evaluation.batch_size":
             raise ConfigError(f"{name} cannot be changed for an evaluation; give settings of data only")
+        if name == "--data.resize":
+            raise ConfigError("--data.resize: images are resized as those of the model were; leave it out")
 
 
 # ---- the numbers ----

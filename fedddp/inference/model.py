@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fedddp.data.image_files import read_bands
 from fedddp.data.items import naming
 from fedddp.data.loader import Batch, Normalizer
 from fedddp.data.pixels import to_uint8
+from fedddp.data.resizing import Resizing, Way
 from fedddp.data.targets import Boxes, Detections, Target
-from fedddp.data.transforms import resize
 from fedddp.section import ConfigError
 from fedddp.tasks import Task
 
@@ -52,6 +53,13 @@ class TrainedModel:
     """The header of the file that it was read from."""
     value_range: tuple[float, float] | None = None
     """The run's `data.value_range`: values of 16-bit and floating images that are black and white."""
+    resize: Way = "crop"
+    """How images of other sizes were resized in training, and are here."""
+
+    @property
+    def resizing(self) -> Resizing:
+        """How images of other sizes become those of the model; they do not where that is not square."""
+        return Resizing(self.shape[1] if self.shape[1] == self.shape[2] else None, self.resize)
 
     @property
     def device(self) -> torch.device:
@@ -69,9 +77,9 @@ class TrainedModel:
 
         Args:
             images: one image or a sequence of them: paths of image files, PIL images, or arrays and tensors
-                (H, W), (H, W, C) or (C, H, W) with values 0..255 (uint8) or 0..1 (floating). They are resized
-                as in training: the shorter side to the model's, then cropped at the centre. Grey images have
-                equal channels for a model of several, colour images become grey for a model of one.
+                (H, W), (H, W, C) or (C, H, W) with values 0..255 (uint8) or 0..1 (floating). They are read
+                and resized as in training, by `value_range` and `resize`. Grey images have equal channels for
+                a model of several, colour images become grey for a model of one.
 
         Raises:
             ValueError: an image cannot be read, or has other channels than the model.
@@ -127,10 +135,16 @@ class TrainedModel:
         Raises:
             ValueError: it is no image, or has other channels than the model.
         """
-        _, height, width = self.shape
-        pixels = self.unresized(image)
-        if height == width and len(pixels) == self.shape[0]:
-            pixels = resize(pixels, height)
+        return self.resized(self.unresized(image))
+
+    def resized(self, pixels: Tensor) -> Tensor:
+        """Return what `unresized` returned as the network saw it in training; uint8, (C, H, W).
+
+        Raises:
+            ValueError: it has other channels than the model, or cannot be resized to a model's oblong images.
+        """
+        if len(pixels) == self.shape[0]:
+            pixels = self.resizing.image(pixels)
         if tuple(pixels.shape) != self.shape:
             raise ValueError(
                 f"the image has shape {tuple(pixels.shape)}, but the model was trained on {self.shape}; "
@@ -145,16 +159,28 @@ class TrainedModel:
             ValueError: it is no image.
         """
         if isinstance(image, str | os.PathLike):
-            with naming(str(image)), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of PIL: large or sloppily written files
-                with Image.open(image) as opened:  # not loaded: Pillow keeps 8 of 16 bits of colours
-                    return self.unresized(opened)
+            return self.channels(self.read(image))
+        if isinstance(image, Tensor) and image.dtype == torch.uint8 and tuple(image.shape) == self.shape:
+            return image
         if not isinstance(image, Image.Image | np.ndarray | Tensor):
             raise ValueError(
                 f"the image is {type(image).__name__}; give the path of an image file, a PIL image, or an "
                 "array or tensor (H, W), (H, W, C) or (C, H, W)"
             )
-        pixels = to_uint8(image, "the image", self.value_range)
+        return self.channels(to_uint8(image, "the image", self.value_range))
+
+    def read(self, file: str | os.PathLike[str]) -> Tensor:
+        """Return the image in a file with its own channels and size, uint8 (c, h, w), as training reads it.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        with naming(str(file)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PIL: large or sloppily written files
+            return read_bands(str(file), self.value_range)
+
+    def channels(self, pixels: Tensor) -> Tensor:
+        """Return uint8 pixels (c, h, w) with the model's channels, where it can."""
         if pixels.shape[0] == 1:
             return pixels.expand(self.shape[0], -1, -1)
         return _grey(pixels) if pixels.shape[0] == 3 and self.shape[0] == 1 else pixels

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fedddp.data import decode, items, labelling, transforms
+from fedddp.data import items, labelling, listed
 from fedddp.data.catalog import open_dataset
 from fedddp.data.datasets import DataConfig, Images, from_dataset, load
 from fedddp.data.targets import IGNORED
@@ -46,7 +46,7 @@ def own_data(model: TrainedModel, data: DataConfig, *, moved: bool) -> tuple[Ima
     They are the same if the training images have the mean and the deviation that the model's file has.
     """
     try:
-        train, test = load(data, model.task.target)
+        train, test = load(dataclasses.replace(data, resize=model.resize), model.task.target)
     except ValueError:
         if moved:
             return None
@@ -65,10 +65,13 @@ def own_data(model: TrainedModel, data: DataConfig, *, moved: bool) -> tuple[Ima
 
 
 def other_data(model: TrainedModel, data: DataConfig) -> Images:
-    """Return other images of the model's classes: the test set; all of a folder of images without one."""
-    dataset: Any = None
+    """Return other images of the model's classes: the test set; all of a folder of images without one.
+
+    They are read by the settings of `data` that decide their pixels, and resized as those of the model were.
+    """
+    limits = None if data.value_range is None else (data.value_range[0], data.value_range[1])
+    target = model.task.target
     if data.dataset in ("image_folder", "mask_folder"):
-        limits = None if data.value_range is None else (data.value_range[0], data.value_range[1])
         root, share = local_path(data.root, "data.root"), data.test_fraction or 0.5
         if data.dataset == "image_folder":
             from fedddp.data.image_folder import image_folder  # here: torchvision takes seconds to import
@@ -80,22 +83,31 @@ def other_data(model: TrainedModel, data: DataConfig) -> Images:
             found = mask_folder(root, share, limits)
         dataset = found[1] if isinstance(found, tuple) else found
     else:
-        options: dict[str, Any] = {"download": data.download, "test_fraction": data.test_fraction}
-        options |= {"target": model.task.target, "image_size": model.shape[1], "examples": data.examples}
-        dataset = open_dataset(data.dataset, data.root, **options)[1]
+        dataset = open_dataset(
+            data.dataset,
+            data.root,
+            target=target,
+            download=data.download,
+            image_size=model.shape[1],
+            examples=data.examples,
+            test_fraction=data.test_fraction,
+            value_range=limits,
+        )[1]
     items.check_map_style(dataset, data.dataset)
-    prepared = (_Classes if model.task.target == "class" else _Annotated)(dataset, model, data)
-    read = DataConfig(memory=data.memory, workers=data.workers)
-    return from_dataset(prepared, read, model.task.target, like=trained_on(model), name=data.dataset)
+    model = dataclasses.replace(model, value_range=limits)
+    prepared = (_Classes if target == "class" else _Annotated)(dataset, model, data)
+    size = model.resizing.size
+    read = DataConfig(memory=data.memory, workers=data.workers, image_size=size, resize=model.resize)
+    return from_dataset(prepared, read, target, like=trained_on(model), name=data.dataset)
 
 
 class _Classes(Dataset[tuple[Tensor, int]]):
-    """A dataset whose images are resized, and whose labels are matched by name, for a model."""
+    """A dataset whose images have the channels of a model, and whose labels are matched by name."""
 
     def __init__(self, dataset: Any, model: TrainedModel, data: DataConfig) -> None:
         self.dataset, self.model = dataset, model
-        labels = decode.labels(dataset, data.dataset)
-        names = decode.class_names(dataset) or tuple(map(str, range(int(labels.max(initial=0)) + 1)))
+        labels = listed.labels(dataset, data.dataset)
+        names = listed.class_names(dataset) or tuple(map(str, range(int(labels.max(initial=0)) + 1)))
         nameless = sorted(set(labels.tolist()) - set(range(len(names))))
         if nameless:
             raise ConfigError(
@@ -111,9 +123,9 @@ class _Classes(Dataset[tuple[Tensor, int]]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return an image of the model's shape and its label among the model's classes."""
+        """Return an image and its label among the model's classes."""
         image, _ = items.as_pair(self.dataset[index], f"example {index}")
-        return self.model.pixels(image), self.targets[index]
+        return self.model.unresized(image), self.targets[index]
 
 
 class _Annotated(Dataset[tuple[Tensor, Any]]):
@@ -121,35 +133,31 @@ class _Annotated(Dataset[tuple[Tensor, Any]]):
 
     def __init__(self, dataset: Any, model: TrainedModel, data: DataConfig) -> None:
         self.dataset, self.model = dataset, model
-        names = decode.class_names(dataset) or model.classes
+        names = listed.class_names(dataset) or model.classes
         self.labels = _by_name(names, range(len(names)), model, data)
-        self.size = model.shape[1] if model.shape[1] == model.shape[2] else None
 
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        """Return an image of the model's shape, and its annotation with the model's classes."""
+        """Return an image, and its annotation with the model's classes."""
         where = f"example {index}"
         image, label = items.as_pair(self.dataset[index], where)
         pixels, target = self.model.unresized(image), self.model.task.target
-        height, width = pixels.shape[1:]
         if target == "multilabel":
             row = np.zeros(len(self.model.classes), dtype=np.int64)
             for place, value in enumerate(np.asarray(label).tolist()):
                 row[self._of(place, where)] = value
-            return self.model.pixels(pixels), row
+            return pixels, row
         if target == "mask":
-            mask = labelling.mask_of(label, (height, width), where)
+            mask = labelling.mask_of(label, (pixels.shape[1], pixels.shape[2]), where)
             table = torch.full((IGNORED + 1,), IGNORED, dtype=torch.uint8)
             for value in torch.unique(mask).tolist():
                 table[value] = IGNORED if value == IGNORED else self._of(value, where)
-            return self.model.pixels(pixels), transforms.resize_mask(table[mask.long()], self.size)[0]
-        boxes, labels = labelling.boxes_of(label, where)
-        labels = torch.tensor([self._of(one, where) for one in labels.tolist()], dtype=torch.int64)
-        boxes, labels = transforms.resize_boxes(boxes, labels, (height, width), self.size)
-        return self.model.pixels(pixels), {"boxes": boxes, "labels": labels}
+            return pixels, table[mask.long()][0]
+        labels = labelling.boxes_of(label, where).labels.tolist()
+        return pixels, {**label, "labels": torch.tensor([self._of(one, where) for one in labels]).long()}
 
     def _of(self, label: int, where: str) -> int:
         """Return the model's number of a class."""
@@ -164,8 +172,8 @@ def _by_name(
     """Return the model's number of each class that is `present`, by the `names` of the data's classes."""
     if names == model.classes:
         return {label: label for label in range(len(names))}
-    for whose, listed in (("the model", model.classes), (f"data.dataset={data.dataset}", names)):
-        twice = [name for name, count in Counter(listed).items() if count > 1]
+    for whose, known_names in (("the model", model.classes), (f"data.dataset={data.dataset}", names)):
+        twice = [name for name, count in Counter(known_names).items() if count > 1]
         if twice:
             raise ConfigError(
                 f"{whose} has several classes named {twice[0]!r}, so that classes cannot be matched by "

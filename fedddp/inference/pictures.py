@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from fedddp.data.image_files import is_hidden, is_image
 from fedddp.data.items import naming
-from fedddp.data.pixels import to_uint8
-from fedddp.data.transforms import torchvision_v2
 from fedddp.inference.model import TrainedModel
 from fedddp.section import ConfigError
-from fedddp.tracking.overlays import label_font
+from fedddp.tracking.overlays import label_font, picture_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +76,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 def _is_image(path: Path) -> bool:
     """Return whether a path in a folder is an image by its ending, and not hidden."""
-    hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and path.suffix.lower() in Image.registered_extensions()
+    return is_image(path) and not is_hidden(path)
 
 
 def predict_files(
@@ -116,13 +113,11 @@ def _read(model: TrainedModel, file: Path) -> tuple[Image.Image, torch.Tensor]:
     Raises:
         ValueError: it is no image, or has other channels than the model.
     """
-    with naming(str(file)), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PIL: large or sloppily written files
-        with Image.open(file) as opened:
-            # Of a colour model a grey picture becomes grey pixels of three channels, as in training.
-            pixels = model.pixels(opened)
-            shown = torchvision_v2().to_pil_image(to_uint8(opened, str(file), model.value_range))
-    return fitted(shown), pixels
+    image = model.read(file)
+    with naming(str(file)):
+        # Of a colour model a grey picture becomes grey pixels of three channels, as in training.
+        pixels = model.resized(model.channels(image))
+    return fitted(picture_of(image.numpy())), pixels
 
 
 def fitted(picture: Image.Image) -> Image.Image:

@@ -17,12 +17,15 @@ from annotated_types import Interval
 from torch import Tensor
 
 from fedddp.data.loader import Batch
-from fedddp.data.targets import Boxes, Detections, Target
+from fedddp.data.targets import CROWD, DIFFICULT, Boxes, Detections, Target
 from fedddp.section import ConfigError, Fraction
 from fedddp.tasks.task import Summary, Task, ratio
 
 CANDIDATES, MOST = 1000, 100
 """Boxes of an image, over all levels of the pyramid, before and after non-maximum suppression, at most."""
+
+OUT_OF_RANGE = -1.0
+"""An area below all that are evaluated."""
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.4
 """An anchor learns a box from this overlap on, and that there is none below this overlap."""
@@ -86,13 +89,14 @@ class Detection(Task):
 
         Args:
             outputs: what `forward` returns.
-            targets: the boxes of these b images.
+            targets: the boxes of these b images. Those that are ignored are as if they were not there.
         """
         return self.losses(outputs, targets).sum()
 
     def losses(self, outputs: Mapping[str, Tensor], targets: Boxes) -> Tensor:
         """Return the loss of every image, (b,); arguments as for `loss`."""
         logits, codes, anchors = (outputs[name] for name in ("cls_logits", "bbox_regression", "anchors"))
+        targets = targets.counted()
         losses = [_image_loss(logits[i], codes[i], anchors, *targets.of(i)) for i in range(len(targets))]
         return torch.stack(losses) if losses else logits.sum((1, 2))
 
@@ -131,35 +135,40 @@ class Detection(Task):
         return boxes[kept], labels[kept], scores[kept]
 
     def measure(self, outputs: Mapping[str, Tensor], targets: Boxes) -> dict[str, Tensor]:
-        """Return sum and count of `loss`, and the number of true `boxes` of each class, (K,) int64."""
+        """Return sum and count of `loss`, and how many true `boxes` of each class count, (K,) int64."""
         losses = self.losses(outputs, targets).detach().double()
         classes = outputs["cls_logits"].shape[2]
         return {
             "loss": torch.stack([losses.sum(), losses.new_tensor(len(losses))]),
-            "boxes": torch.bincount(targets.labels, minlength=classes),
+            "boxes": torch.bincount(targets.counted().labels, minlength=classes),
         }
 
     def gather(self, outputs: Mapping[str, Tensor], targets: Boxes) -> dict[str, Tensor]:
         """Return the boxes that were found and the true ones, image after image.
 
-        `found` (m, 6) float32 has rows of left, top, right, bottom, class and score, `true` (n, 5) float32
-        has them without a score. `images` (b, 2) int64 counts the rows of both of each image. So images stay
-        apart however batches and ranks are joined, if all three tensors are joined in the same order.
+        `found` (m, 6) float32 has rows of left, top, right, bottom, class and score, `true` (n, 6) float32
+        has 0 for the score, or `DIFFICULT` or `CROWD` of boxes that are ignored. `images` (b, 2) int64 counts
+        the rows of both of each image. So images stay apart however batches and ranks are joined, if all
+        three tensors are joined in the same order.
         """
         found = self.predict(outputs)
+        ignored = torch.zeros_like(targets.labels) if targets.ignored is None else targets.ignored
+        true = [targets.boxes, targets.labels[:, None], ignored[:, None]]
         rows = [found.boxes.boxes, found.boxes.labels[:, None], found.scores[:, None]]
         counts = torch.stack([found.boxes.offsets.diff(), targets.offsets.diff()], 1)
         device = targets.boxes.device
         return {
             "found": torch.cat([row.float() for row in rows], 1).to(device),
-            "true": torch.cat([targets.boxes.float(), targets.labels[:, None].float()], 1),
+            "true": torch.cat([row.float() for row in true], 1),
             "images": counts.to(device),
         }
 
     def summarize(self, totals: Mapping[str, Tensor], gathered: Mapping[str, Tensor]) -> Summary:
         """Return COCO's average precision, that at an IoU of 0.5 and of 0.75, and the loss; by class last.
 
-        Classes without a true box have none, and the means leave them out.
+        A box that is found is neither right nor wrong where it matches an ignored one: a difficult object as
+        any other, a crowd by the share of the found box that lies in it. Classes without a true box that
+        counts have none, and the means leave them out.
         """
         precisions = coco_precisions(gathered, len(totals["boxes"]))
         return {
@@ -191,7 +200,7 @@ def coco_precisions(gathered: Mapping[str, Tensor], classes: int) -> Any:
     images = sorted(zip(*parts, strict=True), key=lambda pair: [part.numpy().tobytes() for part in pair])
     # It prints its progress.
     with contextlib.redirect_stdout(io.StringIO()):
-        found, true = (_coco([pair[i] for pair in images], classes) for i in range(2))
+        found, true = (_coco([pair[i] for pair in images], classes, true=i == 1) for i in range(2))
         evaluation = importlib.import_module("pycocotools.cocoeval").COCOeval(true, found, "bbox")
         everything = evaluation.params  # boxes of any size, 100 per image; not COCO's further selections
         everything.areaRng, everything.areaRngLbl, everything.maxDets = [[0, 1e10]], ["all"], [MOST]
@@ -200,8 +209,8 @@ def coco_precisions(gathered: Mapping[str, Tensor], classes: int) -> Any:
     return evaluation.eval["precision"][:, :, :, 0, 0]
 
 
-def _coco(images: list[Tensor], classes: int) -> Any:
-    """Return pycocotools' index of boxes, (n, 5 or 6) for each image."""
+def _coco(images: list[Tensor], classes: int, *, true: bool) -> Any:
+    """Return pycocotools' index of boxes, (n, 6) for each image as in `found` or in `true`."""
     index = importlib.import_module("pycocotools.coco").COCO()
     index.dataset = {
         "images": [{"id": image} for image in range(len(images))],
@@ -212,12 +221,13 @@ def _coco(images: list[Tensor], classes: int) -> Any:
                 "image_id": image,
                 "category_id": int(label),
                 "bbox": [left, top, right - left, bottom - top],
-                "area": (right - left) * (bottom - top),
-                "iscrowd": 0,
-                **({"score": score[0]} if score else {}),
+                # It ignores true boxes whose area is out of range, and finds them by the usual overlap.
+                "area": OUT_OF_RANGE if true and last == DIFFICULT else (right - left) * (bottom - top),
+                "iscrowd": int(true and last == CROWD),
+                "score": last,
             }
             for image, rows in enumerate(images)
-            for left, top, right, bottom, label, *score in rows.tolist()
+            for left, top, right, bottom, label, last in rows.tolist()
         ],
     }
     for number, annotation in enumerate(index.dataset["annotations"], start=1):  # 0 would be no match

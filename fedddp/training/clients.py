@@ -175,5 +175,4 @@ def _joined(parts: list[Targets]) -> Targets:
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if tensors:
         return torch.cat(tensors)
-    boxes = [part for part in parts if isinstance(part, Boxes)]
-    return Boxes.join(part.of(image) for part in boxes for image in range(len(part)))
+    return Boxes.cat(part for part in parts if isinstance(part, Boxes))

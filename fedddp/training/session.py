@@ -360,6 +360,7 @@ class Session:
             "channels": images.shape[0],
             "mean": images.mean,
             "std": images.std,
+            "resize": self.config.data.resizing(images.target),
         }
         return {
             "preprocessing": json.dumps(preprocessing),
