@@ -98,7 +98,7 @@ def _ignored(label: dict[str, Any], count: int, where: str) -> Tensor | None:
     """Return which kind of box, `DIFFICULT` or `CROWD`, each is that does not count; None: all count."""
     ignored = torch.zeros(count, dtype=torch.uint8)
     for name, kind in (("difficult", DIFFICULT), ("iscrowd", CROWD)):
-        marks = torch.as_tensor(np.asarray(label.get(name, ignored))).reshape(-1)
+        marks = torch.as_tensor(np.asarray(label.get(name, [0] * count))).reshape(-1)
         if len(marks) != count or not ((marks == 0) | (marks == 1)).all():
             raise ValueError(f'{where} has "{name}" of {marks.tolist()[:9]}; give 0 or 1 for each box')
         ignored[marks != 0] = kind
