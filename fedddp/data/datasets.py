@@ -290,9 +290,7 @@ def from_dataset(
     pixels = source.read_all(cache) if in_memory else None
     mean, std = (like.mean, like.std) if like is not None else source.statistics(pixels)
     labelled = _labelled(source, pixels, like)  # reads masks and boxes, and so the sizes of images
-    lost = cropping(source.sizes(), source.reading.resizing) if source.cuts else None
-    if lost is not None:
-        logger.warning("%s: data.resize=crop: %s", name, lost)
+    _warn_of_cropping(source)
     owners, ids = _owners(listed.ids(some, name), like)
     return Images(
         shape=shape,
@@ -305,6 +303,12 @@ def from_dataset(
         owners=owners,
         **labelled,
     )
+
+
+def _warn_of_cropping(source: decode.Decoded) -> None:
+    lost = cropping(source.sizes(), source.reading.resizing) if source.cuts else None
+    if lost is not None:
+        logger.warning("%s: data.resize=crop: %s", source.name, lost)
 
 
 def _some(dataset: Dataset[Any], examples: int | None) -> Dataset[Any]:

@@ -31,9 +31,10 @@ def is_hidden(file: Path) -> bool:
 
 
 def read_image(path: str, value_range: Range | None = None) -> Tensor:
-    """Return what `read_bands` returns; one band as three, so that grey pictures fit among others."""
+    """Return what `read_bands` returns, and grey pictures, but no arrays, as RGB among others."""
     pixels = read_bands(path, value_range)
-    return pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels
+    grey = len(pixels) == 1 and Path(path).suffix.lower() != ".npy"
+    return pixels.expand(3, -1, -1) if grey else pixels
 
 
 def read_bands(path: str, value_range: Range | None = None) -> Tensor:

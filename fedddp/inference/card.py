@@ -287,16 +287,10 @@ class _Card:
 
     def limits(self) -> Iterator[str]:
         """Yield what the run shows of the model's limits."""
-        height, width = self.preprocessing["size"]
         tested = self._tested()
         lines = [
             KNOWS[self.target].format(classes=len(self.classes)),
-            f"It sees images at {height} × {width} pixels; "
-            + (
-                sees(self.target, self.preprocessing.get("resize", "crop"))
-                if height == width
-                else "it takes no others."
-            ),
+            sees(self.target, self.preprocessing),
             f"The metrics are of the test data of `{self.dataset}`"
             + (f", {tested:,} examples" if tested else "")
             + "; the run measured it on no other data.",

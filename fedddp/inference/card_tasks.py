@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from fedddp.storage.history import Metric
 
@@ -36,11 +37,18 @@ _CROPPED = {
 }
 
 
-def sees(target: str, resize: str) -> str:
-    """Return what a model sees of images of other sizes, by how they are resized."""
-    if resize == "pad":
-        return "others are resized to fit, between black margins."
-    return "others are resized in both directions." if resize == "stretch" else _CROPPED[target]
+def sees(target: str, preprocessing: Mapping[str, Any]) -> str:
+    """Return at which size a model sees images, and what of those of other sizes."""
+    height, width = preprocessing["size"]
+    how = preprocessing.get("resize", "crop")  # older models cropped
+    others = _CROPPED[target]
+    if how != "crop":
+        others = (
+            "others are stretched to that." if how == "stretch" else "others fit in, between black margins."
+        )
+    if height != width:
+        others = "it takes no others."
+    return f"It sees images at {height} × {width} pixels; {others}"
 
 
 PREDICTS = {
