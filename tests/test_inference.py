@@ -331,6 +331,7 @@ def test_the_header_of_the_model_file_has_preprocessing_classes_and_versions(dig
         "channels": 1,
         "mean": pytest.approx(list(train.mean)),
         "std": pytest.approx(list(train.std)),
+        "resize": "crop",
     }
     assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
     assert metadata["task"] == "Classification"

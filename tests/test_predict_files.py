@@ -128,8 +128,10 @@ def test_what_a_model_does_not_see_is_hatched(tmp_path: Path) -> None:
         base = (("red", "green", "blue"), (3, 50, 50), (0.0,) * 3, (1.0,) * 3)
         tasks: tuple[Task, ...] = (Found(), Segmentation())
         boxes, masks = (TrainedModel(Channels(), *base, task, {}, None, how) for task in tasks)
-        (one,) = find_boxes(boxes, [tmp_path / "a.png"], 0.95)
+        (one,) = find_boxes(boxes, [tmp_path / "a.png"], 0.5)
         (other,) = find_masks(masks, [tmp_path / "a.png"])
+        corners = {"crop": [50, 0, 70, 40], "pad": [0, 0, 40, 32], "stretch": [0, 0, 40, 40]}
+        assert one.found.boxes.tolist() == [corners[how]], "of 0, 0, 10, 20"
         assert one.cut == (how == "crop")
         assert one.seen == ((50, 0, 150, 100) if how == "crop" else (0, 0, 200, 100))
         for picture, factor in ((one.picture, 2), (other.picture, 1)):
@@ -142,6 +144,15 @@ def test_what_a_model_does_not_see_is_hatched(tmp_path: Path) -> None:
                     *np.arange(150, 200, 1 / factor),
                 }
                 assert 0.08 < grey.mean() < 0.2, "some of the half that is not seen"
+
+
+def test_a_box_in_the_margin_of_a_padded_image_is_left_out(tmp_path: Path) -> None:
+    """250 x 50 pixels lie in rows 20 to 30 of 50; one of the boxes ends at row 20."""
+    Image.new("RGB", (250, 50)).save(tmp_path / "a.png")
+    base = (("red", "green", "blue"), (3, 50, 50), (0.0,) * 3, (1.0,) * 3)
+    (one,) = find_boxes(TrainedModel(Channels(), *base, Found(), {}, None, "pad"), [tmp_path / "a.png"], 0.1)
+    assert one.names == ["red"]
+    assert one.found.boxes.tolist() == [[25, 0, 250, 50]]
 
 
 def test_an_exported_file_and_its_card_state_how_images_are_resized(tmp_path: Path) -> None:

@@ -41,11 +41,11 @@ def sees(target: str, preprocessing: Mapping[str, Any]) -> str:
     """Return at which size a model sees images, and what of those of other sizes."""
     height, width = preprocessing["size"]
     how = preprocessing.get("resize", "crop")  # older models cropped
-    others = _CROPPED[target]
-    if how != "crop":
-        others = (
-            "others are stretched to that." if how == "stretch" else "others fit in, between black margins."
-        )
+    others = {
+        "crop": _CROPPED[target],
+        "pad": "others fit in, between black margins.",
+        "stretch": "others are stretched to that.",
+    }[how]
     if height != width:
         others = "it takes no others."
     return f"It sees images at {height} × {width} pixels; {others}"

@@ -126,7 +126,9 @@ def find_boxes(model: TrainedModel, files: Sequence[Path], threshold: float) -> 
             scores = detections.scores[offsets[number] : offsets[number + 1]]
             kept = scores >= threshold
             place = Placement.of(_size(image), model.shape[1:], model.resize)
-            found = BoxesOfImage(place.boxes(boxes[kept]).numpy(), labels[kept].numpy(), scores[kept].numpy())
+            placed = place.boxes(boxes)
+            kept &= (placed[:, 2:] > placed[:, :2]).all(1)  # and not in the margins
+            found = BoxesOfImage(placed[kept].numpy(), labels[kept].numpy(), scores[kept].numpy())
             factor = max(1.0, overlays.scale_to(SMALL, _size(image)))
             picture = overlays.resized(overlays.picture_of(image.numpy()), factor)
             picture = hatched(picture, tuple(factor * edge for edge in place.region))
