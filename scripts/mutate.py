@@ -52,6 +52,9 @@ NEAREST: dict[str, tuple[tuple[str, ...], str]] = {
     "simulation/attacks": (("robust",), ""),
     "data/partition": (("partition",), "not million"),
     "data/transforms": (("transforms", "partition"), "not million"),
+    "data/resizing": (("resizing", "transforms", "predict_tasks"), ""),
+    "data/labelling": (("labelling", "ignored_boxes"), ""),
+    "data/targets": (("labelling", "ignored_boxes"), ""),
     "data/decode": (("decode", "datasets", "loader"), ""),
     "data/loader": (("loader_edges", "loader"), ""),
     "data": (("datasets", "loader_edges", "loader"), ""),
@@ -99,7 +102,6 @@ _PAIRS = (
 )
 FUNCTIONS = {**dict(_PAIRS), **{second: first for first, second in _PAIRS}}
 
-_SAME_SIZE = "if size is None or tuple(images.shape[-2:]) == (size, size):"
 _DROPS_OUT = (
     'return self.dropout > 0 and bool(stream("dropout", seed, number, client).random() < self.dropout)'
 )
@@ -118,8 +120,6 @@ EXPLAINED = {
     (_TRIAL, "0  ->  1"): "a trial of the server's optimizer steps no buffers",
     (_TRIAL, "1  ->  2"): "nor does it read the population",
     (_TRIAL_STEP, "1  ->  2"): "nor the number of clients",
-    (_SAME_SIZE, "-2  ->  (2)"): "images that have the size already come out of resizing as they are",
-    (_SAME_SIZE, "2  ->  3"): "likewise",
     (_DROPS_OUT, "self.dropout > 0  ->  (self.dropout >= 0)"): "no draw is below a probability of 0",
     (_LARGEST, "1e-300  ->  1.5e-300"): "infinity times any tiny weight is infinity",
     (_FLOAT32, "limit < 2.0**62  ->  (limit <= 2.0 ** 62)"): "sums hold at most 2^22 or nearly 2^126",

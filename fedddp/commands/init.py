@@ -168,7 +168,7 @@ def _data_lines(folder: Folder, choice: Choice) -> Lines:
         ("data:", ""),
         (f"  dataset: {'mask_folder' if folder.masks else 'image_folder'}", ""),
         (f"  {dump_yaml({'root': folder.root}).strip()}", "from where fedddp is started"),
-        (f"  image_size: {choice.image_size}", "images are resized and cropped to this; larger is slower"),
+        (f"  image_size: {choice.image_size}", "images are resized to this; larger is slower"),
         ("  augment: none", "random changes of training images: crop, flip, crop-flip"),
         None if folder.test else (f"  test_fraction: {TEST_FRACTION}", "tested; the rest is trained on"),
         (f"  clients: {choice.clients}", about),
@@ -240,7 +240,7 @@ def _found(folder: Folder, choice: Choice) -> Table:
         table.add_row("centres", Text(f"{len(folder.centres)}: {_some(folder.centres)}"))
     (width, height), count = folder.sizes.most_common(1)[0]
     measured = folder.sizes.total()
-    others = "" if count == measured else f" and {len(folder.sizes) - 1} other sizes; resized and cropped to "
+    others = "" if count == measured else f" and {len(folder.sizes) - 1} other sizes; resized to "
     others += f"{choice.image_size} x {choice.image_size}" if others else ""
     table.add_row("size", f"{width} x {height} pixels{others}")
     if folder.skipped:
