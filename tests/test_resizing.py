@@ -181,17 +181,20 @@ def test_a_cache_of_pixels_keeps_the_sizes_of_the_images(
         images, _ = load(data, "mask")
         return images.mean, images.std, [record.getMessage() for record in caplog.records]
 
-    first = {how: loaded(resize=how) for how in WAYS}
+    first = {how: loaded(resize=how) for how in ("crop", "pad")}
     assert first["pad"][0] == pytest.approx([120 / 255] * 3), "grey everywhere, if margins do not count"
     assert first["pad"][1] == first["crop"][1] == (1.0,) * 3, "and without contrast"
     assert "1 of 2 images lose on average 75 % of their area" in first["crop"][2][0]
-    # From the cache no file is opened for its size or its pixels, but the first of a set for its shape.
-    monkeypatch.setattr("fedddp.data.decode.size_of", lambda _: pytest.fail("read again"))
-    assert {how: loaded(resize=how) for how in ("crop", "pad")} == {h: first[h] for h in ("crop", "pad")}
-    monkeypatch.undo()
-    kept = sorted(path.name[:6] for path in (tmp_path / ".fedddp").iterdir())
-    assert kept.count("pixels") == 4
-    assert kept.count("sizes-") <= 4, "those of removed pixels are removed too"
-    for file in (tmp_path / ".fedddp").glob("sizes-*"):
+    with monkeypatch.context() as patch:  # no file is opened for its size
+        patch.setattr("fedddp.data.decode.size_of", lambda _: pytest.fail("opened"))
+        assert {how: loaded(resize=how) for how in first} == first
+
+    def cached(kind: str) -> list[Path]:
+        return list((tmp_path / ".fedddp").glob(f"{kind}-*"))
+
+    assert (len(cached("pixels")), len(cached("sizes"))) == (4, 4)
+    loaded(resize="stretch")  # nothing is cut or padded, so it needs no sizes; four files are kept
+    assert (len(cached("pixels")), len(cached("sizes"))) == (4, 2)
+    for file in cached("sizes"):
         file.unlink()
     assert loaded(resize="pad") == first["pad"]
