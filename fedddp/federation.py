@@ -203,6 +203,7 @@ def _begin(s: Session, train: Images) -> None:
 
 def _result(s: Session, *, finished: bool) -> Result:
     """Collective. Write the final model, end the tracker, and return the result on every rank."""
+    s.checkpoints.finish()
     s.send()
     s.load_global_model()
     history = read_rows(s.directory / HISTORY) if s.world.is_coordinator else []
@@ -289,6 +290,7 @@ def _recording_failure(s: Session) -> Iterator[None]:
     except BaseException as error:
         s.world.report_failure()
         if s.world.is_coordinator:
+            s.checkpoints.wait()
             lines = [f"{error}" or type(error).__name__, *getattr(error, "__notes__", [])]
             run_record.end(s.directory, "failed", " ".join("; ".join(lines).split()))
         s.tracker.finish(failed=True)

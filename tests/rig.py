@@ -106,6 +106,7 @@ def stop_within_a_round(config: Config, topology: TopologyConfig, directory: Pat
         stops = mock.patch.object(session.tracker, "client_done", StopsAfter(world, clients=4))
         with stops, pytest.raises(Stopped):
             run_rounds(session)
+        session.checkpoints.finish()
     assert list(directory.glob("checkpoints/round-0000?-0*"))
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def save(checkpoints: Checkpoints, name: str, value: float) -> None:
     nn.init.constant_(model.weight, value)
     state = {"server.v": torch.full((3,), value)}
     checkpoints.save(name, model, state, {"round": int(value)}, lambda folder: [])
+    checkpoints.finish()
 
 
 def test_the_newest_checkpoint_is_found_and_old_ones_are_deleted(checkpoints: Checkpoints) -> None:
@@ -201,6 +203,35 @@ def test_a_failed_save_keeps_the_earlier_checkpoint(checkpoints: Checkpoints) ->
     assert [p.name for p in checkpoints.folder.iterdir()] == ["round-00001"]
 
 
+def test_training_goes_on_while_a_checkpoint_of_before_is_written(checkpoints: Checkpoints) -> None:
+    model, state, metadata = nn.Linear(2, 2), {"server.v": torch.zeros(3)}, {"best": {"round": 1}}
+    nn.init.constant_(model.weight, 1.0)
+    trained = threading.Event()
+    checkpoints._writer.submit(trained.wait)  # the disk is slow
+    checkpoints.save("round-00001", model, state, metadata, lambda folder: [])
+    nn.init.constant_(model.weight, 2.0)
+    state["server.v"].add_(1)
+    metadata["best"]["round"] = 2
+    assert not (checkpoints.folder / "round-00001").exists()
+    trained.set()
+    checkpoints.finish()
+    found, _ = checkpoints.newest()
+    assert found is not None
+    assert found.tensors("model.safetensors")["weight"].eq(1).all()
+    assert found.tensors("state.safetensors")["server.v"].eq(0).all()
+    assert found.metadata["best"] == {"round": 1}
+
+
+def test_the_next_checkpoint_reports_that_the_one_before_was_not_written(checkpoints: Checkpoints) -> None:
+    save(checkpoints, "round-00001", 1)
+    model = nn.Linear(2, 2)
+    checkpoints.save("round-00002", model, {}, {}, lambda folder: folder.rmdir() or [])  # type: ignore[func-returns-value]
+    with pytest.raises(OSError, match=r"round-00002: No such file or directory; make room"):
+        checkpoints.save("round-00003", model, {}, {}, lambda folder: [])
+    assert [p.name for p in checkpoints.folder.iterdir()] == ["round-00001"]
+    save(checkpoints, "round-00003", 3)  # an error is raised once
+
+
 def _save_in_a_world(folder: Path, full: int | str | None) -> str:
     world = connect(TopologyConfig())
     if full == "coordinator's model" and world.rank == 0:
@@ -213,8 +244,10 @@ def _save_in_a_world(folder: Path, full: int | str | None) -> str:
         safetensors.torch.save_file({"a": torch.full((1,), float(world.rank))}, path)
         return [path]
 
+    checkpoints = Checkpoints(folder, 2, world)
     try:
-        Checkpoints(folder, 2, world).save("round-00001", nn.Linear(100, 100), {}, {}, shard)
+        checkpoints.save("round-00001", nn.Linear(100, 100), {}, {}, shard)
+        checkpoints.finish()
     except OSError as error:
         return str(error)
     return "saved"

@@ -34,7 +34,7 @@ from fedddp.testing import run_world
 Command = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parent.parent
 ALGORITHM = """
-import os, signal, torch
+import os, signal, time, torch
 from pathlib import Path
 from fedddp.algorithms import FedAvg
 
@@ -45,6 +45,9 @@ class Faulty(FedAvg):
             done = Path(f"done-{kind}")
             if os.environ.get("RANK", "0") == rank and context.round + 1 == int(number) and not done.exists():
                 done.touch()
+                # The checkpoint of the round before is written while this one trains.
+                while kind == "SIGKILL" and not [*Path("runs").glob(f"*/checkpoints/round-*{context.round}")]:
+                    time.sleep(0.01)
                 self.inject(kind)
 
     def inject(self, kind):

@@ -375,6 +375,7 @@ def stop_after(clients: int, config: Config, directory: Path) -> None:
 
         with mock.patch.object(PrivateSums, "add", stopping), pytest.raises(Stopped):
             run_rounds(session)
+        session.checkpoints.finish()
         session.tracker.finish()
 
 

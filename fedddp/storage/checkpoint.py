@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,13 @@ class Saved:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`."""
+    """The checkpoints of one run, in `folder`; training goes on while the coordinator writes one."""
 
     def __init__(self, folder: Path, keep: int, world: World) -> None:
         self.folder, self.keep, self.world = folder, keep, world
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[str | None] | None = None
+        """Of the checkpoint that is being written, on the coordinator: an error, or None."""
 
     def save(
         self,
@@ -85,16 +89,15 @@ class Checkpoints:
         """Collective. Save under `name`, e.g. "round-00010"; a failure leaves no trace.
 
         Numbers in a name sort by age. An intact checkpoint of that name is kept: it is of the same
-        point of the same run. The coordinator writes `model`, `tensors` and `metadata`; each rank
-        adds its part of the clients' state with `write_shard(folder)`, which returns its files.
+        point of the same run. Each rank writes its part of the clients' state with `write_shard(folder)`,
+        which returns its files. The coordinator copies `model`, `tensors` and `metadata`, which a thread
+        writes: the checkpoint is on disk after `finish`, with which the next `save` begins.
 
         Raises:
-            OSError: a rank could not write; the earlier checkpoints are untouched.
+            OSError: a rank could not write this checkpoint or the one before; earlier ones are untouched.
         """
-        aside, final = self.folder / f".{name}.part", self.folder / name
-        if self.world.is_coordinator:
-            self._clean()
-        self.world.barrier()
+        self.finish()
+        aside = self.folder / f".{name}.part"
         files: dict[str, str] = {}
 
         def write_part() -> None:
@@ -105,35 +108,57 @@ class Checkpoints:
         # Ranks report what they wrote: a network file system may show it to the coordinator too late.
         reports = self.world.gather((_attempt(write_part), files))
         problem = next((problem for problem, _ in reports if problem is not None), None)
-        if problem is None:
-            if self.world.is_coordinator:
-                written = {name: digest for _, part in reports for name, digest in part.items()}
-                complete = {**metadata, "files": written}
-                problem = _attempt(lambda: self._finish(aside, final, model, tensors, complete))
-            problem = self.world.gather(problem)[0]
-        if problem is not None:
+        if self.world.is_coordinator and problem is None:
+            written = {name: digest for _, part in reports for name, digest in part.items()}
+            # As it will be read, all keys being strings.
+            plain = json.loads(json.dumps({**metadata, "files": written}))
+            parts = {"model.safetensors": distinct_state(model), "state.safetensors": tensors}
+            copies = {file: _copied(part) for file, part in parts.items() if part}
+            self._written = self._writer.submit(self._write, name, copies, plain)
+        elif problem is not None:
             if self.world.is_coordinator:
                 self._clean()
-            raise OSError(
-                f"cannot write checkpoint {final}: {problem}; make room or choose another --output, "
-                "then resume with --resume auto (the last checkpoint is intact)"
-            )
+            raise OSError(self._error(name, problem))
 
-    def _finish(
-        self,
-        aside: Path,
-        final: Path,
-        model: nn.Module,
-        tensors: Mapping[str, Tensor],
-        metadata: dict[str, Any],
+    def finish(self) -> None:
+        """Collective. Wait until the checkpoint that is being written is on disk.
+
+        Raises:
+            OSError: it could not be written; the earlier ones are untouched.
+        """
+        error = self.wait()
+        if self.world.is_coordinator:
+            self._clean()
+        error = self.world.gather(error)[0]
+        if error is not None:
+            raise OSError(error)
+
+    def wait(self) -> str | None:
+        """Wait until no checkpoint is being written; return the error of the last one, once."""
+        written, self._written = self._written, None
+        return None if written is None else written.result()
+
+    def _error(self, name: str, problem: str) -> str:
+        return (
+            f"cannot write checkpoint {self.folder / name}: {problem}; make room or choose another --output, "
+            "then resume with --resume auto (the last checkpoint is intact)"
+        )
+
+    def _write(
+        self, name: str, files: Mapping[str, Mapping[str, Tensor]], metadata: dict[str, Any]
+    ) -> str | None:
+        """Write the coordinator's part of a checkpoint, to which the shards belong; return an error."""
+        problem = _attempt(lambda: self._complete(name, files, metadata))
+        return None if problem is None else self._error(name, problem)
+
+    def _complete(
+        self, name: str, files: Mapping[str, Mapping[str, Tensor]], metadata: dict[str, Any]
     ) -> None:
-        save_model(model, aside / "model.safetensors")
-        if tensors:
-            save_tensors(tensors, aside / "state.safetensors")
-        for name in ("model.safetensors", *(["state.safetensors"] if tensors else [])):
-            metadata["files"][name] = _digest(aside / name)
-        plain = json.loads(json.dumps(metadata))  # as it will be read, all keys being strings
-        content = {"digest": _digest_json(plain), "metadata": plain}
+        aside, final = self.folder / f".{name}.part", self.folder / name
+        for file, tensors in files.items():
+            _write_tensors(tensors, aside / file)
+            metadata["files"][file] = _digest(aside / file)
+        content = {"digest": _digest_json(metadata), "metadata": metadata}
         write_text(aside / METADATA, json.dumps(content, indent=1))
         _sync(aside)
         if final.exists() and not isinstance(_verified(final), str):
@@ -238,10 +263,20 @@ def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write `tensors` to the .safetensors file `path`, atomically, with texts for its header."""
+    _write_tensors(_copied(tensors), path, metadata)
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of `tensors` on the CPU, dense and without shared memory, as safetensors needs them."""
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+def _write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     aside = path.with_name(f".{path.name}.part")
-    copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     try:
-        safetensors.torch.save_file(copies, aside, None if metadata is None else dict(metadata))
+        safetensors.torch.save_file(dict(tensors), aside, None if metadata is None else dict(metadata))
     except safetensors.SafetensorError as error:
         aside.unlink(missing_ok=True)
         number = re.search(r"\(os error (\d+)\)", str(error))

@@ -95,7 +95,7 @@ def run_rounds(s: Session) -> None:
     """Collective. Train until the last round.
 
     Raises:
-        Stopped: a rank was asked to stop; a checkpoint was written first.
+        Stopped: a rank was asked to stop; `Checkpoints.finish` waits for its checkpoint.
     """
     stop = not s.complete and s.world.agree_to_stop()
     while not s.complete:

@@ -39,7 +39,7 @@ def run_asynchronous(s: Session) -> None:
     """Collective. Train until `rounds` × `cohort.size` updates have arrived.
 
     Raises:
-        Stopped: a rank was asked to stop; a checkpoint was written first.
+        Stopped: a rank was asked to stop; `Checkpoints.finish` waits for its checkpoint.
     """
     if s.complete:  # killed after its last checkpoint: no synchronization point is left
         return

@@ -151,7 +151,7 @@ def synchronize(
         metadata: likewise.
 
     Raises:
-        Stopped: the run was asked to stop; a checkpoint was written first.
+        Stopped: the run was asked to stop; `Checkpoints.finish` waits for its checkpoint.
     """
     s.rounds_done, s.server.version = point.rounds_done, point.version
     name = f"round-{point.rounds_done:05d}"
