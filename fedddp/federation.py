@@ -25,7 +25,8 @@ from fedddp.data.datasets import Images
 from fedddp.data.description import describe
 from fedddp.data.loader import ClientLoader
 from fedddp.distributed.launch import joined
-from fedddp.evaluation import Metrics, examine
+from fedddp.evaluation import Metrics
+from fedddp.examination import examine
 from fedddp.section import ConfigError
 from fedddp.storage import run_record
 from fedddp.storage.checkpoint import save_model, save_tensors, write_text
@@ -196,9 +197,11 @@ def _begin(s: Session, train: Images) -> None:
     set_model_aside(s)
     if s.protection.strict:  # no numbers of single clients
         return
-    split = dataclasses.asdict(describe(s.clients.split, train.labels, train.classes, limit=SHARES))
+    about: dict[str, Any] = {"limit": SHARES, "names": s.clients.names, "target": train.target}
+    split = dataclasses.asdict(describe(s.clients.split, train.labels, train.classes, **about))
     names = train.class_names or list(map(str, range(train.classes)))
-    write_text(s.directory / run_record.SPLIT, json.dumps({**split, "class_names": names}))
+    content = {**split, "class_names": names, "own_tests": s.clients.tests is not None}
+    write_text(s.directory / run_record.SPLIT, json.dumps(content))
 
 
 def _result(s: Session, *, finished: bool) -> Result:
@@ -242,6 +245,7 @@ def _examine(s: Session, test: ClientLoader) -> None:
             "round": s.rounds_done,
             "target": found.target,
             "metrics": plain(found.metrics),
+            "constant": plain(found.constant),
             "confusion": confusion,
             "wrong": plain(found.worst),
         }

@@ -25,6 +25,7 @@ from fedddp.evaluation import (
     measure,
     spread,
 )
+from fedddp.examination import examine
 from fedddp.tasks import Classification
 from fedddp.testing import run_world
 
@@ -196,11 +197,12 @@ def test_an_examination_has_no_matrix_of_very_many_classes(monkeypatch: pytest.M
     world = connect(TopologyConfig())
     try:
         module, loader = Constant(), loader_of(LABELS, world.device)
-        found = evaluation.examine(world, module, Classification(), loader, 3)
+        found = examine(world, module, Classification(), loader, 3)
         assert found.confusion is not None
         assert found.confusion[:, 0].tolist() == [3, 3, 2, 2]
+        assert found.constant == {"accuracy": 0.3}
         monkeypatch.setattr(evaluation, "CONFUSED_CLASSES", 3)
-        without = evaluation.examine(world, module, Classification(), loader, 3)
+        without = examine(world, module, Classification(), loader, 3)
         assert without.confusion is None
         assert without.worst == found.worst
     finally:
@@ -217,7 +219,7 @@ def test_probabilities_that_are_no_numbers_are_not_the_most_certain() -> None:
     world = connect(TopologyConfig())
     try:
         loader = loader_of(LABELS, world.device)
-        found = evaluation.examine(world, Overflowing(), Classification(), loader, 5)
+        found = examine(world, Overflowing(), Classification(), loader, 5)
         assert [one["index"] for one in found.worst] == [1, 2, 3, 6, 7, 9]
     finally:
         world.close()

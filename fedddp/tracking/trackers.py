@@ -157,7 +157,7 @@ def pictures(folder: Path, ending: Ending) -> dict[str, NDArray[np.uint8]]:
     found = {}
     split = read_json(folder / SPLIT)
     if split.get("shares"):
-        rows = [str(share["client"]) for share in split["shares"]]
+        rows = [str(share.get("name") or share["client"]) for share in split["shares"]]
         counts = [share["histogram"] for share in split["shares"]]
         axes = ("class", "client")
         found["clients/split"] = heat_map(counts, rows, split["class_names"], axes, "Training examples")
