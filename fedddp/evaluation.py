@@ -56,8 +56,8 @@ class EvaluationConfig(Section):
         return np.sort(rng.choice(population, size, replace=False)).astype(np.int64)
 
 
-IDENTITY = ("client", "name", "examples")
-"""Keys of a client's row that are no metrics."""
+IDENTITY = ("client", "name", "examples", "constant")
+"""Keys of a client's row that are no metrics of its model."""
 
 
 EVALUATED_ELEMENTS = 2**24
@@ -213,7 +213,8 @@ def evaluate_clients(
 ) -> list[Metrics]:
     """Collective. Return one row of metrics for every client with held-out examples, by client.
 
-    A metric that is not known of a client, such as the precision of one without a box, is None.
+    A metric that is not known of a client, such as the precision of one without a box, is None. "constant" is
+    the main metric of the best constant prediction, where the task has one.
 
     `held_out` maps the clients that this rank evaluates (each on one rank) to their examples, and
     `personalise(client)` puts that client's model into `module` before it is measured.
@@ -224,7 +225,10 @@ def evaluate_clients(
             personalise(client)
             totals = measure(module, task, loader, indices, batch_size, client)
             metrics = {n: v for n, v in totals.summarize(task).items() if not isinstance(v, list)}
-            rows.append({"client": client, "examples": len(indices), **metrics})
+            row = {"client": client, "examples": len(indices), **metrics}
+            for value in totals.constant(task).values():  # of one metric at most
+                row["constant"] = value
+            rows.append(row)
     everyone = [row for part in world.gather(rows) for row in part]
     return sorted(everyone, key=lambda row: int(row["client"]))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedddp.evaluation import IDENTITY
 from fedddp.reporting.classes import MOST_POINTS, class_name, class_table, over_rounds, thin
 from fedddp.reporting.curves import AXES, Floats, is_number, series, steps
 from fedddp.reporting.figures import (
@@ -106,7 +107,7 @@ def clients(runs: Sequence[RunFiles], names: Sequence[str]) -> PageSection:
 
 def judged_on_clients(run: RunFiles) -> Metric | None:
     """Return the metric that the clients of a run are judged by; None where none was measured."""
-    shared = ("round", "client", "examples")
+    shared = ("round", *IDENTITY)
     rows = [{f"eval/{n}": v for n, v in row.items() if n not in shared} for row in run.clients]
     metric = judged_by(run.rows)
     if metric is not None and metric.of_clients:
