@@ -181,6 +181,11 @@ def test_the_matrix_of_another_metric_is_printed_as_json(
     assert (found["run"], found["metric"]) == (str(folders["local"]), "loss")
     last = [row for row in read_rows(folders["local"] / "clients.jsonl") if row["round"] == 2]
     assert np.diag(found["matrix"]).tolist() == pytest.approx([row["loss"] for row in last], abs=1e-5)
+    kept = json.loads((folders["local"] / "cross-site.json").read_text())
+    assert (kept["metric"], [*kept["others"]]) == ("accuracy", ["loss"]), (
+        "the report's matrix is not replaced"
+    )
+    assert [*found["others"]] == ["accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -280,11 +285,11 @@ def test_a_run_without_a_test_of_a_model_of_all_is_judged_by_the_mean_over_clien
     status = Status(2)
     for row in rows:
         status.round(row)
-    assert f"clients/accuracy_mean {100 * value:.2f} %" in " ".join(p.text for p in status.scores())
+    assert f"mean accuracy of clients {100 * value:.2f} %" in " ".join(p.text for p in status.scores())
     console = Console(width=200)
     with console.capture() as capture:
         console.print(summary(rows, folders["local"], 2, finished=True))
-    assert f"clients/accuracy_mean  {100 * value:.2f} %" in capture.get()
+    assert f"mean accuracy of clients  {100 * value:.2f} %" in capture.get()
     assert "--cross-site" in capture.get()
     assert "predict" not in capture.get()
 
@@ -318,7 +323,7 @@ def test_local_runs_beside_others_are_judged_by_clients_on_the_page(folders: dic
     for run, name in zip(runs, ("local only", "pooled"), strict=True):
         assert f">{name}<" in summary_of
         assert f"{100 * run.rows[-1]['clients/accuracy_mean']:.2f} %" in summary_of
-    assert "clients/accuracy_mean" in summary_of
+    assert "mean accuracy of clients" in summary_of
 
 
 def test_a_corrupt_matrix_is_named(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from fedddp.storage.history import (
     flat,
     is_client_score,
     judged_by,
+    number,
     read_config,
     read_rows,
 )
@@ -162,10 +163,12 @@ class _Card:
         """Yield title and summary."""
         yield f"# {self.directory.resolve().name}"
         clients, version = self.settings["data.clients"], self.header.get("fedddp")
-        metric = judged_by([self.row])
-        score = ""
-        if metric is not None and metric.sign > 0:
-            score = f" Its {metric.label} on the test data is {metric.text(self.row[metric.key])}."
+        metric = judged_by(self.rows)
+        value, score = None if metric is None else number(self.row, metric.key), ""
+        if metric is not None and value is not None and metric.of_clients:
+            score = f" Its {metric.label} is {metric.text(value)}."
+        elif metric is not None and value is not None and metric.sign > 0:
+            score = f" Its {metric.label} on the test data is {metric.text(value)}."
         purpose = PURPOSES[self.target].format(network=self.network, classes=len(self.classes))
         chosen = ""
         if self.best:

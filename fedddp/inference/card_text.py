@@ -18,6 +18,7 @@ def read_part(path: Path) -> Row:
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table; a | in a cell is escaped."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
@@ -33,10 +34,12 @@ def choice(section: Any) -> str:
 
 
 def numbers(values: Sequence[float]) -> str:
+    """Return numbers with four digits, with commas between them."""
     return ", ".join(f"{value:.4f}" for value in values)
 
 
 def some_names(names: Sequence[str]) -> str:
+    """Return how many names there are, and the first 20."""
     shown = ", ".join(map(escaped, names[:20]))
     return f"{len(names)}: {shown}{', ...' if len(names) > 20 else ''}"
 
