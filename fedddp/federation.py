@@ -244,6 +244,7 @@ def _examine(s: Session, test: ClientLoader) -> None:
         content = {
             "round": s.rounds_done,
             "target": found.target,
+            "examples": len(test.images),
             "metrics": plain(found.metrics),
             "constant": plain(found.constant),
             "confusion": confusion,

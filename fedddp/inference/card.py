@@ -223,6 +223,8 @@ class _Card:
 
     def _tested(self) -> int:
         """Return the number of test examples; 0 where it was not recorded."""
+        if isinstance(self.examination.get("examples"), int):
+            return int(self.examination["examples"])
         confusion = self.examination.get("confusion")
         if confusion and self.target == "class":  # of masks it counts pixels
             return int(sum(map(sum, confusion)))
@@ -261,7 +263,8 @@ class _Card:
         if not metrics:
             yield "The run recorded no metrics on test data."
         else:
-            rows = [(name, Metric(name).text(value)) for name, value in metrics.items()]
+            named = [(Metric(f"eval/{name}"), value) for name, value in metrics.items()]
+            rows = [(metric.label, metric.text(value)) for metric, value in named]
             yield f"On the test data, after round {self.round:,}:"
             yield markdown_table(("metric", "value"), rows)
         if self.constant:
@@ -283,9 +286,9 @@ class _Card:
             columns = [[class_text(metric, value) for value in values] for metric, values in lists.items()]
             lines = list(zip(self.classes, *columns, strict=True))
             lines.sort(key=lambda line: line[1] == "not tested")
-            named = " and ".join(metric.label for metric in lists)
+            labels = " and ".join(metric.label for metric in lists)
             few = len(lines) <= MOST_CLASSES
-            yield capital(f"{named} per class:" if few else f"{named} of {MOST_CLASSES} classes:")
+            yield capital(f"{labels} per class:" if few else f"{labels} of {MOST_CLASSES} classes:")
             yield markdown_table(("class", *(metric.label for metric in lists)), lines[:MOST_CLASSES])
 
     def _on_clients(self) -> Metric | None:
