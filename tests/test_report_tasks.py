@@ -279,7 +279,7 @@ def test_the_page_of_a_classification_run_has_no_table_of_classes(folders: dict[
 def test_the_summary_is_of_the_judged_metric(texts: Texts) -> None:
     text = texts["mask"]
     header, row = table(text, "<h2>Summary")
-    assert header[4:8] == ["IoU", "best (round)", "worst 10 %", "loss"]
+    assert header[4:8] == ["IoU", "best (round)", "worst 10 %", "test loss"]
     assert row[4:8] == ["0.5625", "0.5625 (2)", "0.1000", "0.4000"]
     for label in ("test IoU", "pixel accuracy in %", ">Dice<", "IoU of each client", "IoU of each class"):
         assert label in text

@@ -210,6 +210,9 @@ def _training_lines(folder: Folder, choice: Choice) -> Lines:
         else None,
         ("checkpoint:", ""),
         (f"  best: eval/{'iou' if folder.masks else 'accuracy'}", "the best model is kept beside the last"),
+        ("tracking:", ""),
+        ("  trackers: [wandb]", "files in the run directory, sent to wandb after `wandb login`; []: none"),
+        ("  pictures: true", "of test images, for wandb and its server too; false leaves them out"),
     ]
 
 

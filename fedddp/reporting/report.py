@@ -122,7 +122,7 @@ def summary(runs: Sequence[RunFiles]) -> Cells:
     judged = judged_together([run.rows for run in runs])
     one = len(set(judged)) == 1
     first = ("accuracy" if judged[0] is None else judged[0].label) if one else "score"
-    rows = [["run", "algorithm", "state", "rounds", first, "best (round)", "worst 10 %", "loss"]]
+    rows = [["run", "algorithm", "state", "rounds", first, "best (round)", "worst 10 %", "test loss"]]
     rows[0] += ["examples", "bytes", "virtual s", "wall s"]
     for run, metric in zip(runs, judged, strict=True):
         last, best, worst = _scores(run, metric)

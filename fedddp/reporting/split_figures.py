@@ -10,6 +10,7 @@ import numpy as np
 
 from fedddp.data.description import Description
 from fedddp.reporting.figures import COLUMN, PAGE_WIDTH, heat, name_ticks, save, shorten, style
+from fedddp.tasks.segmentation import is_background
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,8 +109,10 @@ def _keys(names: Sequence[str]) -> list[Patch]:
 
 
 def held_names(split: Description, names: Sequence[str]) -> list[str]:
-    """Return the `names` of the classes by which a split counts images: of masks the first is "only" that."""
-    return [f"only {name}" if split.target == "mask" and not k else name for k, name in enumerate(names)]
+    """Return the `names` of the classes by which a split counts images: of masks the first is that alone."""
+    if split.target != "mask" or not names:
+        return list(names)
+    return ["no foreground" if is_background(names[0]) else f"only {names[0]}", *names[1:]]
 
 
 COUNTED = {

@@ -124,12 +124,17 @@ def background_warning(task: Task, class_names: Sequence[str]) -> str | None:
     """
     if not isinstance(task, Segmentation) or not task.background or not class_names:
         return None
-    if class_names[0].strip(" _").lower() in _BACKGROUND:
+    if is_background(class_names[0]):
         return None
     return (
         f"task.background=true leaves class 0, {class_names[0]!r}, out of the mean Dice; set task.background "
         "to false unless it is background"
     )
+
+
+def is_background(class_name: str) -> bool:
+    """Return whether a class has a name of a background."""
+    return class_name.strip(" _").lower() in _BACKGROUND
 
 
 def mean(values: list[float | None]) -> float | None:
