@@ -19,7 +19,7 @@ from fedddp.cli import main
 from fedddp.data.targets import Boxes, Detections, Target
 from fedddp.data.transforms import resize_boxes, resize_mask
 from fedddp.inference import TrainedModel, evaluate
-from fedddp.inference.drawn import file_names
+from fedddp.inference.drawn import MaskOfFile, file_names
 from fedddp.inference.placement import Placement
 from fedddp.tasks import MultiLabel, Segmentation, Task
 
@@ -264,6 +264,16 @@ def test_predict_prints_labels_above_the_threshold(
     assert "green 98.2 %" in capsys.readouterr().out
     predicting(model(MultiLabel(), Means()), str(tmp_path / "a.png"), "--threshold", "0.99")
     assert capsys.readouterr().out.split()[-1] == "none"
+
+
+def test_the_caption_of_a_mask_is_the_share_of_its_foreground() -> None:
+    mask = np.array([[0, 0, 1, 255], [0, 2, 2, 255]], dtype=np.uint8)  # 6 pixels that the model saw
+    one = MaskOfFile(Path("a.png"), mask, ("sky", "road", "car"), Image.new("RGB", (4, 2)))
+    caption = one.foreground(background=True)
+    assert (caption.classes, caption.probabilities, caption.shares) == (("car, road",), (0.5,), True)
+    assert one.foreground(background=False).probabilities == (1.0,)
+    nothing = MaskOfFile(Path("a.png"), 0 * mask, ("sky", "road", "car"), Image.new("RGB", (4, 2)))
+    assert nothing.foreground(background=True).classes == ("no foreground",)
 
 
 @pytest.mark.parametrize("task", [Segmentation(), Found()])

@@ -431,6 +431,8 @@ def test_trackers_get_the_table_of_classes_and_the_worst_examples(target: str, t
     assert [row[0] for row in found[1]] == NAMES[target]
     drawn_pictures = pictures(folder, ending)
     assert ("eval/worst" in drawn_pictures) == (target != "multilabel")
+    without = pictures(folder, ending, of_images=False)
+    assert {*drawn_pictures} - {*without} == ({"eval/worst"} & {*drawn_pictures})
     if target == "mask":  # 4 examples of 3 pictures, 60 pixels times 4, with gaps of 6
         assert drawn_pictures["eval/worst"].shape == (4 * 240 + 18, 3 * 240 + 12, 3)
 
