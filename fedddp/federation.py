@@ -37,7 +37,7 @@ from fedddp.training.asynchronous.coordinator import run_asynchronous
 from fedddp.training.objects import Objects, made
 from fedddp.training.profiling import profiled
 from fedddp.training.protect import check_library
-from fedddp.training.run_directory import check_replay, run_directory, write_record
+from fedddp.training.run_directory import check_before_data, check_replay, run_directory, write_record
 from fedddp.training.session import Session, Stopped
 from fedddp.training.synchronous import run_rounds
 
@@ -132,6 +132,7 @@ class Federation:
         with joined(self.config.topology) as world:
             with _rejecting():
                 check_library(self.config)
+                self._check_before_data()
                 train, test = load_images(self.objects, self.config, world)
                 record = self.objects.record(self.config, train, test)
                 check_replay(self.config, record)
@@ -162,6 +163,18 @@ class Federation:
         if interrupted:
             raise Interrupted(result)
         return result
+
+    def _check_before_data(self) -> None:
+        """Refuse what needs no data, which may take minutes to read.
+
+        Raises:
+            ConfigError: the directory holds another run, or that to resume or replay has other settings.
+        """
+        own_data = self.objects.train is not None or self.objects.test is not None
+        record = None if own_data else self.objects.record(self.config, None, None)
+        check_before_data(self.config, self.default_name, record)
+        if record is not None:
+            check_replay(self.config, record)
 
 
 @contextlib.contextmanager

@@ -65,6 +65,7 @@ def model(task: Task, module: nn.Module, side: int = 50) -> TrainedModel:
 @pytest.fixture
 def predicting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return what runs `fedddp predict run ...` with a model that is made here."""
+    Path("run").mkdir(exist_ok=True)
 
     def predict(made: TrainedModel, *words: str) -> None:
         monkeypatch.setattr("fedddp.commands.predict.chosen_model", lambda _: made)
@@ -305,6 +306,7 @@ def test_options_of_another_task_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Image.fromarray(bands(10, 10)).save(tmp_path / "a.png")
+    Path("run").mkdir()
     monkeypatch.setattr("fedddp.commands.predict.chosen_model", lambda _: model(task, Channels()))
     with pytest.raises(SystemExit):
         main(["predict", "run", str(tmp_path / "a.png"), *flags])

@@ -211,8 +211,8 @@ def _training_lines(folder: Folder, choice: Choice) -> Lines:
         ("checkpoint:", ""),
         (f"  best: eval/{'iou' if folder.masks else 'accuracy'}", "the best model is kept beside the last"),
         ("tracking:", ""),
-        ("  trackers: [wandb]", "files in the run directory, sent to wandb after `wandb login`; []: none"),
-        ("  pictures: true", "of test images, for wandb and its server too; false leaves them out"),
+        ("  trackers: [wandb]", "files in the run, uploaded after `wandb login`; []: none"),
+        ("  pictures: true", "wandb gets pictures of test images; false leaves them out"),
     ]
 
 

@@ -115,20 +115,13 @@ def cross_site(
         rows.append(row(own.flat.module))
         names, judged = _named([*of_global, *rows[0]], metric)
         progress(done + 1, len(chosen))
-    with_global = config.algorithm.has_global_model
-    measured = {
-        name: (
-            np.array([_values(cells, name) for cells in rows]),
-            np.array(_values(of_global, name)) if with_global else None,
-        )
-        for name in names
-    }
+    whole = of_global if config.algorithm.has_global_model else []
     return CrossSite(
         clients=chosen,
         names=[clients.names[k] if clients.names else str(k) for k in chosen],
         examples=np.array([len(clients.evaluated(k)) for k in chosen]),
         round=states.round,
-        measured=measured,
+        measured={name: _matrices(rows, whole, name) for name in names},
         judged=judged,
         metric=metric or judged,
     )
@@ -240,6 +233,12 @@ def _named(cells: Sequence[Metrics], metric: str | None) -> tuple[list[str], str
     if judged is None:
         raise ConfigError("the task measures no number on the data of these clients")
     return names, judged.removeprefix("eval/")
+
+
+def _matrices(rows: Sequence[Sequence[Metrics]], whole: Sequence[Metrics], metric: str) -> Matrices:
+    """Return a metric of the rows, and of the `whole`, the global model; without one that is empty."""
+    matrix = np.array([_values(cells, metric) for cells in rows])
+    return matrix, np.array(_values(whole, metric)) if whole else None
 
 
 def _values(cells: Sequence[Metrics], metric: str) -> list[float]:
