@@ -19,7 +19,6 @@ from fedddp.distributed.topology import TopologyConfig
 from fedddp.evaluation import (
     EvaluationConfig,
     NoMemoryError,
-    evaluate,
     evaluate_clients,
     is_out_of_memory,
     measure,
@@ -99,6 +98,8 @@ def test_each_client_is_measured_with_its_own_model_and_examples() -> None:
         (3, 4, 0.5),  # class 3 of 3, 3, 1, 0
         (5, 3, pytest.approx(2 / 3)),  # class 1 of 1, 2, 1
     ]
+    best = {2: 1.0, 3: 0.5, 5: 2 / 3}  # one class for all of a client's examples
+    assert {row["client"]: row["constant"] for row in first} == pytest.approx(best)
     right, wrong = np.log1p(3 * np.exp(-9)), 9 + np.log1p(3 * np.exp(-9))
     expected = {2: wrong, 3: (right + wrong) / 2, 5: (2 * right + wrong) / 3}
     assert {row["client"]: row["loss"] for row in first} == pytest.approx(expected, rel=1e-4)
@@ -107,8 +108,9 @@ def test_each_client_is_measured_with_its_own_model_and_examples() -> None:
 def accuracy_of_a_world(examples: int) -> tuple[float, float]:
     with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
         loader = loader_of(LABELS[:examples], world.device)
-        metrics = evaluate(world, Constant(), Classification(), loader, 3)
-        return metrics["accuracy"], metrics["loss"]
+        found = examine(world, Constant(), Classification(), loader, 3)
+        assert found.constant == {"accuracy": max(np.bincount(LABELS[:examples])) / examples}
+        return found.metrics["accuracy"], found.metrics["loss"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
