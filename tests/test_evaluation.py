@@ -19,6 +19,7 @@ from fedddp.distributed.topology import TopologyConfig
 from fedddp.evaluation import (
     EvaluationConfig,
     NoMemoryError,
+    evaluate,
     evaluate_clients,
     is_out_of_memory,
     measure,
