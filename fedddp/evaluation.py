@@ -107,6 +107,13 @@ class Totals:
         """Return the metrics of `task`."""
         return task.summarize(self.sums, self._joined())
 
+    def numbers(self, task: Task) -> Metrics:
+        """Return the metrics of `task` but its lists, and "constant" where it has one, as `Task.constant`."""
+        found = {name: value for name, value in self.summarize(task).items() if not isinstance(value, list)}
+        for value in self.constant(task).values():  # of one metric at most
+            found["constant"] = value
+        return found
+
     def constant(self, task: Task) -> Metrics:
         """Return what the best constant prediction has on these examples, as `Task.constant` does."""
         return task.constant(self.sums, self._joined())
@@ -224,11 +231,7 @@ def evaluate_clients(
         if len(indices):
             personalise(client)
             totals = measure(module, task, loader, indices, batch_size, client)
-            metrics = {n: v for n, v in totals.summarize(task).items() if not isinstance(v, list)}
-            row = {"client": client, "examples": len(indices), **metrics}
-            for value in totals.constant(task).values():  # of one metric at most
-                row["constant"] = value
-            rows.append(row)
+            rows.append({"client": client, "examples": len(indices), **totals.numbers(task)})
     everyone = [row for part in world.gather(rows) for row in part]
     return sorted(everyone, key=lambda row: int(row["client"]))
 
