@@ -509,7 +509,7 @@ def test_the_card_has_the_numbers_of_the_run(
     assert training["bytes"].startswith(f"{up:,} sent by clients")
     results = table_of(body, "## Results")
     assert results["accuracy"] == f"{100 * row['eval/accuracy']:.2f} %"
-    assert results["loss"] == f"{row['eval/loss']:.4f}"
+    assert results["test loss"] == f"{row['eval/loss']:.4f}"
     names = [f"clients/accuracy_{name}" for name in ("mean", "worst10", "best10", "std")]
     assert "| " + " | ".join(f"{100 * row[name]:.2f} %" for name in names) + " |" in body
     lines = [json.loads(line) for line in (folder_run.folder / "clients.jsonl").read_text().splitlines()]

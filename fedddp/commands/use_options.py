@@ -62,7 +62,7 @@ def parsed(
     if own.run is None:
         fail("give the directory of a finished run, e.g. runs/digits; `fedddp runs` lists them")
     own.best = own.best or own.best == ""
-    if not Path(own.run).expanduser().is_dir():  # before the seconds that torch takes
+    if own.run == rest[0] and not Path(own.run).expanduser().is_dir():  # before the seconds that torch takes
         fail(f"{own.run} has no {MODEL}; give the directory of a finished run")
     return own, flags
 
