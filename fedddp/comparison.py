@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from fedddp.config.baselines import baselines_of, examples_per_round
-from fedddp.config.loader import build, read_sections, typed
+from fedddp.config.files import read_sections
+from fedddp.config.loader import build, typed
 from fedddp.config.schema import Config, fields_with
 from fedddp.data.datasets import load as load_images
 from fedddp.distributed.environment import Launch

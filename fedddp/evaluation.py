@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fedddp.data.datasets import Images
 from fedddp.data.loader import Batch, ClientLoader
-from fedddp.data.targets import Boxes, Target
 from fedddp.distributed.world import World
 from fedddp.rng import stream
 from fedddp.section import NonNegativeInt, PositiveInt, Section
@@ -57,8 +56,8 @@ class EvaluationConfig(Section):
         return np.sort(rng.choice(population, size, replace=False)).astype(np.int64)
 
 
-IDENTITY = ("client", "name", "examples")
-"""Keys of a client's row that are no metrics."""
+IDENTITY = ("client", "name", "examples", "constant")
+"""Keys of a client's row that are no metrics of its model."""
 
 
 EVALUATED_ELEMENTS = 2**24
@@ -106,7 +105,21 @@ class Totals:
 
     def summarize(self, task: Task) -> Metrics:
         """Return the metrics of `task`."""
-        return task.summarize(self.sums, {name: torch.cat(rows) for name, rows in self.gathered.items()})
+        return task.summarize(self.sums, self._joined())
+
+    def numbers(self, task: Task) -> Metrics:
+        """Return the metrics of `task` but its lists, and "constant" where it has one, as `Task.constant`."""
+        found = {name: value for name, value in self.summarize(task).items() if not isinstance(value, list)}
+        for value in self.constant(task).values():  # of one metric at most
+            found["constant"] = value
+        return found
+
+    def constant(self, task: Task) -> Metrics:
+        """Return what the best constant prediction has on these examples, as `Task.constant` does."""
+        return task.constant(self.sums, self._joined())
+
+    def _joined(self) -> dict[str, Tensor]:
+        return {name: torch.cat(rows) for name, rows in self.gathered.items()}
 
 
 @torch.no_grad()
@@ -163,7 +176,19 @@ def evaluate(
 
     `observe` is called as by `measure`, with the batches of this rank's examples.
     """
-    shard = _shard(world, loader)
+    return measure_all(world, module, task, loader, batch_size, observe).summarize(task)
+
+
+def measure_all(
+    world: World,
+    module: nn.Module,
+    task: Task,
+    loader: ClientLoader,
+    batch_size: int,
+    observe: Observe | None,
+) -> Totals:
+    """Collective. Return what `task` measures over all examples of `loader`."""
+    shard = shard_of(world, loader)
     # Every rank evaluates at least one example, so that all know the names and shapes; it is
     # subtracted again on ranks without examples.
     if len(shard):
@@ -175,10 +200,10 @@ def evaluate(
     if totals.gathered:  # by every rank or none: all have measured an example
         of_ranks = world.gather(totals.gathered)
         totals.gathered = {name: [r for ranks in of_ranks for r in ranks[name]] for name in totals.gathered}
-    return totals.summarize(task)
+    return totals
 
 
-def _shard(world: World, loader: ClientLoader) -> NDArray[np.int64]:
+def shard_of(world: World, loader: ClientLoader) -> NDArray[np.int64]:
     """Return the examples of `loader` that this rank evaluates."""
     bounds = np.linspace(0, len(loader.images.labels), world.size + 1).astype(np.int64)
     return np.arange(bounds[world.rank], bounds[world.rank + 1])
@@ -195,7 +220,8 @@ def evaluate_clients(
 ) -> list[Metrics]:
     """Collective. Return one row of metrics for every client with held-out examples, by client.
 
-    A metric that is not known of a client, such as the precision of one without a box, is None.
+    A metric that is not known of a client, such as the precision of one without a box, is None. "constant" is
+    the main metric of the best constant prediction, where the task has one.
 
     `held_out` maps the clients that this rank evaluates (each on one rank) to their examples, and
     `personalise(client)` puts that client's model into `module` before it is measured.
@@ -205,8 +231,7 @@ def evaluate_clients(
         if len(indices):
             personalise(client)
             totals = measure(module, task, loader, indices, batch_size, client)
-            metrics = {n: v for n, v in totals.summarize(task).items() if not isinstance(v, list)}
-            rows.append({"client": client, "examples": len(indices), **metrics})
+            rows.append({"client": client, "examples": len(indices), **totals.numbers(task)})
     everyone = [row for part in world.gather(rows) for row in part]
     return sorted(everyone, key=lambda row: int(row["client"]))
 
@@ -232,49 +257,8 @@ def spread(rows: list[Metrics]) -> Metrics:
     }
 
 
-@dataclass(frozen=True)
-class Examination:
-    """What a model does on a test set, beyond its metrics."""
-
-    target: Target
-    """What its task predicts."""
-    metrics: Metrics
-    """Of the task, without a prefix."""
-    confusion: Tensor | None
-    """Examples, or pixels of masks, by true class (row) and predicted class (column); int64, (K, K). None for
-    tasks without, or more than 1,000 classes."""
-    worst: list[dict[str, Any]]
-    """Examples with their "index" in the test set. Of classes: those that are wrong with the highest
-    probability, with "label", "predicted", and "probability" of the predicted class; of other targets those
-    with the highest "loss", labels with "labels" and "predicted", numbers of classes."""
-    tensors: dict[str, Tensor]
-    """"images" of those examples, uint8 (n, C, H, W). Of masks "truth" and "predicted", uint8 (n, H, W); of
-    boxes the fields of `Boxes` as "truth.boxes", ..., "predicted.boxes", ..., and "predicted.scores"."""
-
-
 CONFUSED_CLASSES = 1000
 """Classes up to which an `Examination` has a confusion matrix: it grows with their square."""
-
-WORST = 24
-"""Worst examples of an `Examination`, at most."""
-
-
-def examine(
-    world: World, module: nn.Module, task: Task, loader: ClientLoader, batch_size: int
-) -> Examination:
-    """Collective. Return what `module` does on `loader`: metrics, confusion matrix, worst examples."""
-    own = _Examiner(task, loader, _shard(world, loader))
-    metrics = evaluate(world, module, task, loader, batch_size, own.observe)
-    world.sum_numbers(own.confusion.counts)
-    everyone = (one for some in world.gather(own.worst) for one in some)
-    worst = sorted(everyone, key=lambda one: one.rank)[:WORST]
-    return Examination(
-        target=task.target,
-        metrics=metrics,
-        confusion=own.confusion.result(),
-        worst=[one.row for one in worst],
-        tensors=_tensors(task.target, worst),
-    )
 
 
 class ConfusionMatrix:
@@ -298,96 +282,3 @@ class ConfusionMatrix:
     def result(self) -> Tensor | None:
         """Return the counts, true class (row) by predicted class (column); None where nothing was counted."""
         return self.counts if self.counts.any() else None
-
-
-@dataclass(frozen=True)
-class _Worst:
-    """One example of an `Examination`."""
-
-    rank: tuple[float, int]
-    """Sorts the worst first."""
-    row: dict[str, Any]
-    image: Tensor
-    """uint8, (C, H, W)."""
-    truth: Any
-    predicted: Any
-    """Of masks (H, W) uint8 each; of boxes `Boxes` and `Detections` of one image; else None."""
-
-
-class _Examiner:
-    """Counts the predictions on this rank's examples, and collects the worst ones."""
-
-    def __init__(self, task: Task, loader: ClientLoader, indices: NDArray[np.int64]) -> None:
-        self.task, self.loader, self.indices = task, loader, indices
-        self.confusion = ConfusionMatrix(loader.images.classes)
-        self.worst: list[_Worst] = []
-        """The worst first."""
-        self._seen = 0
-
-    def observe(self, batch: Batch, outputs: Any) -> None:
-        """Take the next batch and the outputs for it."""
-        start = self._seen
-        self._seen += len(batch.images)
-        predicted = self.task.predict(outputs)
-        if predicted is None:
-            return
-        if self.task.target == "class":
-            highest, predicted = predicted.cpu().max(1)
-        targets = batch.targets.to(torch.device("cpu"))
-        if isinstance(targets, Tensor) and self.task.target != "multilabel":
-            predicted = predicted.cpu()
-            self.confusion.add(targets, predicted)
-        if self.task.target == "class":
-            badness = torch.where(predicted != targets, highest, -torch.inf)
-        else:
-            losses = self.task.losses(outputs, batch.targets)
-            badness = (
-                torch.full((len(batch.images),), -torch.inf) if losses is None else losses.detach().cpu()
-            )
-        rows = torch.nonzero(torch.isfinite(badness))[:, 0]
-        rows = rows[badness[rows].argsort(descending=True, stable=True)[:WORST]]
-        pixels = self.loader.normalize.pixels(batch.images[rows.to(batch.images.device)]).cpu()
-        for row, image in zip(rows.tolist(), pixels, strict=True):
-            index, value = int(self.indices[start + row]), float(badness[row])
-            shown = self._row(value, row, targets, predicted)
-            truth, found = self._shown(row, targets, predicted)
-            self.worst.append(_Worst((-value, index), {"index": index, **shown}, image, truth, found))
-        self.worst.sort(key=lambda one: one.rank)
-        del self.worst[WORST:]
-
-    def _row(self, value: float, row: int, targets: Any, predicted: Any) -> dict[str, Any]:
-        """Return what is recorded of an example."""
-        if self.task.target == "class":
-            return {"label": int(targets[row]), "predicted": int(predicted[row]), "probability": value}
-        if self.task.target == "multilabel":
-            threshold = getattr(self.task, "threshold", 0.5)
-            labels = (
-                torch.nonzero(r)[:, 0].tolist() for r in (targets[row] > 0, predicted[row] >= threshold)
-            )
-            return {"loss": value, **dict(zip(("labels", "predicted"), labels, strict=True))}
-        return {"loss": value}
-
-    def _shown(self, row: int, targets: Any, predicted: Any) -> tuple[Any, Any]:
-        """Return truth and prediction of an example as they are drawn."""
-        if self.task.target == "mask":
-            return targets[row].to(torch.uint8), predicted[row].to(torch.uint8)
-        if self.task.target == "boxes":
-            return targets.counted().of(row), predicted.of(row)
-        return None, None
-
-
-def _tensors(target: Target, worst: list[_Worst]) -> dict[str, Tensor]:
-    """Return the tensors of the worst examples, as `Examination.tensors` describes them."""
-    if not worst:
-        return {"images": torch.empty(0, 0, 0, 0).byte()}
-    tensors = {"images": torch.stack([one.image for one in worst])}
-    for side in ("truth", "predicted"):
-        values = [getattr(one, side) for one in worst]
-        if target == "mask":
-            tensors[side] = torch.stack(values)
-        if target == "boxes":
-            joined = Boxes.join((value[0], value[1]) for value in values)
-            tensors |= {f"{side}.{name}": getattr(joined, name) for name in ("boxes", "labels", "offsets")}
-    if target == "boxes":
-        tensors["predicted.scores"] = torch.cat([one.predicted[2] for one in worst])
-    return tensors

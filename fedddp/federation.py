@@ -25,7 +25,8 @@ from fedddp.data.datasets import Images
 from fedddp.data.description import describe
 from fedddp.data.loader import ClientLoader
 from fedddp.distributed.launch import joined
-from fedddp.evaluation import Metrics, examine
+from fedddp.evaluation import Metrics
+from fedddp.examination import examine
 from fedddp.section import ConfigError
 from fedddp.storage import run_record
 from fedddp.storage.checkpoint import save_model, save_tensors, write_text
@@ -36,7 +37,7 @@ from fedddp.training.asynchronous.coordinator import run_asynchronous
 from fedddp.training.objects import Objects, made
 from fedddp.training.profiling import profiled
 from fedddp.training.protect import check_library
-from fedddp.training.run_directory import check_replay, run_directory, write_record
+from fedddp.training.run_directory import check_before_data, check_replay, run_directory, write_record
 from fedddp.training.session import Session, Stopped
 from fedddp.training.synchronous import run_rounds
 
@@ -131,6 +132,7 @@ class Federation:
         with joined(self.config.topology) as world:
             with _rejecting():
                 check_library(self.config)
+                self._check_before_data()
                 train, test = load_images(self.objects, self.config, world)
                 record = self.objects.record(self.config, train, test)
                 check_replay(self.config, record)
@@ -161,6 +163,18 @@ class Federation:
         if interrupted:
             raise Interrupted(result)
         return result
+
+    def _check_before_data(self) -> None:
+        """Refuse what needs no data, which may take minutes to read.
+
+        Raises:
+            ConfigError: the directory holds another run, or that to resume or replay has other settings.
+        """
+        own_data = self.objects.train is not None or self.objects.test is not None
+        record = None if own_data else self.objects.record(self.config, None, None)
+        check_before_data(self.config, self.default_name, record)
+        if record is not None:
+            check_replay(self.config, record)
 
 
 @contextlib.contextmanager
@@ -196,9 +210,11 @@ def _begin(s: Session, train: Images) -> None:
     set_model_aside(s)
     if s.protection.strict:  # no numbers of single clients
         return
-    split = dataclasses.asdict(describe(s.clients.split, train.labels, train.classes, limit=SHARES))
+    about: dict[str, Any] = {"limit": SHARES, "names": s.clients.names, "target": train.target}
+    split = dataclasses.asdict(describe(s.clients.split, train.labels, train.classes, **about))
     names = train.class_names or list(map(str, range(train.classes)))
-    write_text(s.directory / run_record.SPLIT, json.dumps({**split, "class_names": names}))
+    content = {**split, "class_names": names, "own_tests": s.clients.tests is not None}
+    write_text(s.directory / run_record.SPLIT, json.dumps(content))
 
 
 def _result(s: Session, *, finished: bool) -> Result:
@@ -242,7 +258,9 @@ def _examine(s: Session, test: ClientLoader) -> None:
         content = {
             "round": s.rounds_done,
             "target": found.target,
+            "examples": len(test.images),
             "metrics": plain(found.metrics),
+            "constant": plain(found.constant),
             "confusion": confusion,
             "wrong": plain(found.worst),
         }

@@ -40,7 +40,8 @@ from fedddp.algorithms import (
     ServerOptimizer,
     SyncSGD,
 )
-from fedddp.config.loader import build, read_yaml, to_yaml
+from fedddp.config.files import read_yaml
+from fedddp.config.loader import build, to_yaml
 from fedddp.data.partition import IID, Partition, Split
 from fedddp.section import NonNegativeFloat
 from fedddp.tasks import Classification

@@ -49,7 +49,7 @@ def test_the_table_has_a_federation_beside_both_baselines(capsys: pytest.Capture
     histories = {name: rows_of(folder / name) for name in ("small", "local-only", "pooled")}
     table = (folder / "comparison.md").read_text().splitlines()
     header, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table if "|" in line)
-    assert header[:4] == ["run", "accuracy of clients", "accuracy", "rounds"]
+    assert header[:4] == ["run", "mean accuracy of clients", "accuracy", "rounds"]
     assert [line[0] for line in lines] == ["small", "local only", "pooled"]
     for line, (name, rows) in zip(lines, histories.items(), strict=True):
         assert line[1] == f"{100 * rows[-1]['clients/accuracy_mean']:.2f} %"
@@ -67,7 +67,7 @@ def test_the_table_has_a_federation_beside_both_baselines(capsys: pytest.Capture
     assert "to" in printed
     assert "mean accuracy of clients" in " ".join(printed.split())
     paper = paper_cells(read_all(folder / name for name in histories), 0.1)
-    assert paper[0][:5] == ["", "seeds", "accuracy of clients in %", "best in %", "accuracy in %"]
+    assert paper[0][:5] == ["", "seeds", "mean accuracy of clients in %", "best in %", "accuracy in %"]
 
 
 @pytest.mark.parametrize(("cohort", "factor"), [(4, 1.0), (2, 0.5), (1, 0.25)])
@@ -148,7 +148,7 @@ def test_the_column_of_clients_is_there_where_all_runs_have_it() -> None:
     both = [{"eval/iou": 0.5, "clients/iou_mean": 0.25}, {"eval/iou": 0.75, "clients/iou_mean": 0.375}]
     one, two = finished("a", both), finished("b", [{"eval/iou": 0.5}])
     with_column, without = cells(read_all([one]), 0.5), cells(read_all([one, two]), 0.5)
-    assert with_column[0][:4] == ["run", "IoU", "IoU of clients", "rounds"]
+    assert with_column[0][:4] == ["run", "IoU", "mean IoU of clients", "rounds"]
     assert with_column[1][:3] == ["a", "0.7500", "0.3750"]
     assert without[0][:3] == ["run", "IoU", "rounds"]
 
@@ -170,7 +170,7 @@ def test_seeds_of_a_baseline_are_one_curve_by_its_label() -> None:
     table = cells(read_all(folders), 0.5)
     deviation = float(np.std([25, 75], ddof=1)) / 100
     assert [line[:3] for line in table] == [
-        ["run", "IoU of clients", "IoU"],
+        ["run", "mean IoU of clients", "IoU"],
         ["local only", f"0.5000 ± {deviation:.4f}", "–"],
         ["pooled", f"0.5000 ± {deviation:.4f}", f"0.5000 ± {deviation:.4f}"],
     ]

@@ -164,11 +164,15 @@ def test_the_file_has_all_of_it(tmp_path: Path) -> None:
     assert steps == [(1, 2), (2, 2)]
     gap = found.matrix.copy()
     gap[0, 1] = np.nan
-    file = write_cross_site(result.folder, dataclasses.replace(found, matrix=gap))
+    measured = {**found.measured, "accuracy": (gap, found.global_row)}
+    other = dataclasses.replace(found, measured=measured, metric="loss")  # what is shown changes no file
+    file = write_cross_site(result.folder, other)
     content = json.loads(file.read_text())
     assert file.name == "cross-site.json"
     assert content["matrix"] == [[found.matrix[0, 0], None], found.matrix[1].tolist()]
     assert content["global"] == (None if found.global_row is None else found.global_row.tolist())
+    assert content["others"].keys() == {"loss"}
+    assert content["others"]["loss"]["matrix"] == other.matrix.tolist()
     assert [content[key] for key in ("metric", "clients", "names", "examples", "round")] == [
         *("accuracy", [0, 2], ["a", "c"], [2, 3], 2)
     ]

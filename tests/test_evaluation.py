@@ -25,6 +25,7 @@ from fedddp.evaluation import (
     measure,
     spread,
 )
+from fedddp.examination import examine
 from fedddp.tasks import Classification
 from fedddp.testing import run_world
 
@@ -98,6 +99,8 @@ def test_each_client_is_measured_with_its_own_model_and_examples() -> None:
         (3, 4, 0.5),  # class 3 of 3, 3, 1, 0
         (5, 3, pytest.approx(2 / 3)),  # class 1 of 1, 2, 1
     ]
+    best = {2: 1.0, 3: 0.5, 5: 2 / 3}  # one class for all of a client's examples
+    assert {row["client"]: row["constant"] for row in first} == pytest.approx(best)
     right, wrong = np.log1p(3 * np.exp(-9)), 9 + np.log1p(3 * np.exp(-9))
     expected = {2: wrong, 3: (right + wrong) / 2, 5: (2 * right + wrong) / 3}
     assert {row["client"]: row["loss"] for row in first} == pytest.approx(expected, rel=1e-4)
@@ -106,8 +109,9 @@ def test_each_client_is_measured_with_its_own_model_and_examples() -> None:
 def accuracy_of_a_world(examples: int) -> tuple[float, float]:
     with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
         loader = loader_of(LABELS[:examples], world.device)
-        metrics = evaluate(world, Constant(), Classification(), loader, 3)
-        return metrics["accuracy"], metrics["loss"]
+        found = examine(world, Constant(), Classification(), loader, 3)
+        assert found.constant == {"accuracy": max(np.bincount(LABELS[:examples])) / examples}
+        return found.metrics["accuracy"], found.metrics["loss"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -196,11 +200,12 @@ def test_an_examination_has_no_matrix_of_very_many_classes(monkeypatch: pytest.M
     world = connect(TopologyConfig())
     try:
         module, loader = Constant(), loader_of(LABELS, world.device)
-        found = evaluation.examine(world, module, Classification(), loader, 3)
+        found = examine(world, module, Classification(), loader, 3)
         assert found.confusion is not None
         assert found.confusion[:, 0].tolist() == [3, 3, 2, 2]
+        assert found.constant == {"accuracy": 0.3}
         monkeypatch.setattr(evaluation, "CONFUSED_CLASSES", 3)
-        without = evaluation.examine(world, module, Classification(), loader, 3)
+        without = examine(world, module, Classification(), loader, 3)
         assert without.confusion is None
         assert without.worst == found.worst
     finally:
@@ -217,7 +222,7 @@ def test_probabilities_that_are_no_numbers_are_not_the_most_certain() -> None:
     world = connect(TopologyConfig())
     try:
         loader = loader_of(LABELS, world.device)
-        found = evaluation.examine(world, Overflowing(), Classification(), loader, 5)
+        found = examine(world, Overflowing(), Classification(), loader, 5)
         assert [one["index"] for one in found.worst] == [1, 2, 3, 6, 7, 9]
     finally:
         world.close()

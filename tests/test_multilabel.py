@@ -74,8 +74,10 @@ def test_metrics_of_parts_are_those_of_scikit_learn_for_all(threshold: float) ->
     assert summary["ap_per_class"] == [pytest.approx(p) if k != 3 else None for k, p in enumerate(precisions)]
     assert summary["map"] == pytest.approx(sum(p for k, p in enumerate(precisions) if k != 3) / 4)
     assert summary["label_accuracy"] == pytest.approx((predicted == true).mean())
-    plain = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
-    assert summary["loss"] == pytest.approx(float(plain), rel=1e-6)  # without pos_weight
+    weighted = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, targets, pos_weight=torch.tensor(3.0)
+    )
+    assert summary["loss"] == pytest.approx(float(weighted), rel=1e-6)  # as it is trained
 
 
 def test_average_precision_of_a_hand_computed_ranking() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from fedddp.cli import main
 from fedddp.data.description import describe
 from fedddp.data.partition import IID, Split
 from fedddp.reporting.partition_table import table
-from fedddp.reporting.split_figures import holdings, sizes
+from fedddp.reporting.split_figures import caption, held_names, holdings, sizes
 
 
 def shown(split: Split, labels: NDArray[np.int64], classes: int) -> str:
@@ -169,3 +170,33 @@ def test_the_bars_of_a_split_are_stacked_by_class() -> None:
     image = Figure().subplots()
     holdings(image, describe(split, labels, 3), ("a", "b", "c"))
     np.testing.assert_array_equal(image.images[0].get_array(), [[2, 0, 1], [0, 0, 0], [0, 1, 2]])
+
+
+def test_clients_have_their_names_and_classes_say_what_an_image_counts_as() -> None:
+    split, labels = Split(np.array([0, 1, 2]), np.array([0, 2, 3])), np.array([0, 1, 1])
+    about: dict[str, Any] = {"names": ("[b]Bonn", "Oslo"), "target": "mask"}
+    description = describe(split, labels, 2, **about)
+    assert [share.label for share in description.shares] == ["[b]Bonn", "Oslo"]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(description, ("background", "lesion")))
+    lines = console.export_text().splitlines()
+    assert lines[0].split() == ["client", "examples", "no", "foreground", "lesion"]
+    assert [line.split() for line in lines[1:3]] == [["[b]Bonn", "2", "1", "1"], ["Oslo", "1", "1"]]
+    words = " ".join(" ".join(lines[3:]).split())
+    assert words.endswith("an image counts as the class with most pixels other than background")
+    assert held_names(description, ("road", "car")) == ["only road", "car"]
+    axes = Figure().subplots()
+    holdings(axes, description, ("background", "lesion"))
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["[b]Bonn", "Oslo"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["no foreground", "lesion"]
+
+
+@pytest.mark.parametrize(
+    ("target", "words"), [("class", ""), ("multilabel", "as a where it has none"), ("boxes", "largest box")]
+)
+def test_the_caption_explains_what_an_image_counts_as(target: Any, words: str) -> None:
+    split = describe(Split(np.array([0, 1]), np.array([0, 2, 2])), np.array([0, 1]), 2, target=target)
+    text = caption(split, ("a", "b"))
+    assert words in text
+    assert ("an image counts" in text) == bool(words)
+    assert "1 clients have none" in text

@@ -19,7 +19,7 @@ from fedddp.cli import main
 from fedddp.data.resizing import Placement, Resizing
 from fedddp.data.targets import Boxes, Detections, Target
 from fedddp.inference import TrainedModel, evaluate
-from fedddp.inference.drawn import file_names
+from fedddp.inference.drawn import MaskOfFile, file_names
 from fedddp.tasks import MultiLabel, Segmentation, Task
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8)
@@ -64,6 +64,7 @@ def model(task: Task, module: nn.Module, side: int = 50) -> TrainedModel:
 @pytest.fixture
 def predicting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return what runs `fedddp predict run ...` with a model that is made here."""
+    Path("run").mkdir(exist_ok=True)
 
     def predict(made: TrainedModel, *words: str) -> None:
         monkeypatch.setattr("fedddp.commands.predict.chosen_model", lambda _: made)
@@ -266,6 +267,16 @@ def test_predict_prints_labels_above_the_threshold(
     assert capsys.readouterr().out.split()[-1] == "none"
 
 
+def test_the_caption_of_a_mask_is_the_share_of_its_foreground() -> None:
+    mask = np.array([[0, 0, 1, 255], [0, 2, 2, 255]], dtype=np.uint8)  # 6 pixels that the model saw
+    one = MaskOfFile(Path("a.png"), mask, ("sky", "road", "car"), Image.new("RGB", (4, 2)))
+    caption = one.foreground(background=True)
+    assert (caption.classes, caption.probabilities, caption.shares) == (("car, road",), (0.5,), True)
+    assert one.foreground(background=False).probabilities == (1.0,)
+    nothing = MaskOfFile(Path("a.png"), 0 * mask, ("sky", "road", "car"), Image.new("RGB", (4, 2)))
+    assert nothing.foreground(background=True).classes == ("no foreground",)
+
+
 @pytest.mark.parametrize("task", [Segmentation(), Found()])
 def test_a_contact_sheet_of_masks_and_boxes(
     task: Task, predicting: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -295,6 +306,7 @@ def test_options_of_another_task_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Image.fromarray(bands(10, 10)).save(tmp_path / "a.png")
+    Path("run").mkdir()
     monkeypatch.setattr("fedddp.commands.predict.chosen_model", lambda _: model(task, Channels()))
     with pytest.raises(SystemExit):
         main(["predict", "run", str(tmp_path / "a.png"), *flags])

@@ -25,7 +25,8 @@ from fedddp import (
 )
 from fedddp.algorithms import FedAvg
 from fedddp.cli import main
-from fedddp.config.loader import build, read_yaml, to_yaml
+from fedddp.config.files import read_yaml
+from fedddp.config.loader import build, to_yaml
 from fedddp.config.privacy_rules import RULES
 from fedddp.config.privacy_table import COLUMNS, Feature, config_of, features, meets, reason_of, table
 from fedddp.inference.card import model_card

@@ -414,7 +414,7 @@ def test_the_summary_adds_up_the_rounds_and_names_what_comes_next() -> None:
         (
             "clients/accuracy_mean",
             0,
-            ["clients/accuracy_mean", "70.00 % in round 3 (best: 90.00 % in round 1)"],
+            ["mean accuracy of clients", "70.00 % in round 3 (best: 90.00 % in round 1)"],
         ),
         (None, 4, None),
         ("eval/accuracy", 0, None),

@@ -6,6 +6,7 @@ import base64
 import io
 import itertools
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from fedddp.reporting.tables import cells, goal_text, note, paper_cells, target_
 from fedddp.storage.history import Metric, judged_by, main_metric
 from fedddp.tracking import overlays
 from fedddp.tracking.summary import score_of
-from fedddp.tracking.trackers import Ending, pictures
+from fedddp.tracking.tracker import TrackingConfig
+from fedddp.tracking.trackers import Ending, RunDescription, pictures
 from fedddp.tracking.trackers import class_table as class_rows
+from fedddp.tracking.wandb_run import WandbRun
 
 each_task = pytest.mark.parametrize("target", [t for t in TASKS if t != "class"])
 
@@ -279,7 +282,7 @@ def test_the_page_of_a_classification_run_has_no_table_of_classes(folders: dict[
 def test_the_summary_is_of_the_judged_metric(texts: Texts) -> None:
     text = texts["mask"]
     header, row = table(text, "<h2>Summary")
-    assert header[4:8] == ["IoU", "best (round)", "worst 10 %", "loss"]
+    assert header[4:8] == ["IoU", "best (round)", "worst 10 %", "test loss"]
     assert row[4:8] == ["0.5625", "0.5625 (2)", "0.1000", "0.4000"]
     for label in ("test IoU", "pixel accuracy in %", ">Dice<", "IoU of each client", "IoU of each class"):
         assert label in text
@@ -431,6 +434,8 @@ def test_trackers_get_the_table_of_classes_and_the_worst_examples(target: str, t
     assert [row[0] for row in found[1]] == NAMES[target]
     drawn_pictures = pictures(folder, ending)
     assert ("eval/worst" in drawn_pictures) == (target != "multilabel")
+    without = pictures(folder, ending, of_images=False)
+    assert {*drawn_pictures} - {*without} == ({"eval/worst"} & {*drawn_pictures})
     if target == "mask":  # 4 examples of 3 pictures, 60 pixels times 4, with gaps of 6
         assert drawn_pictures["eval/worst"].shape == (4 * 240 + 18, 3 * 240 + 12, 3)
 
@@ -467,3 +472,33 @@ def test_the_end_of_a_run_prints_the_metric(tmp_path: Path) -> None:
     console.print(summary(rows, folder, 2, finished=True))
     first = console.file.getvalue().splitlines()[0]  # type: ignore[attr-defined]
     assert re.split(r"\s{2,}", first.strip()) == ["IoU", "0.5625 in round 2, the best"]
+
+
+class Recorded:
+    """Keeps what would be logged to a wandb run."""
+
+    def __init__(self, offline: bool) -> None:
+        self.offline = offline
+        self.keys: set[str] = set()
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.keys |= values.keys()
+
+
+@pytest.mark.parametrize(("offline", "wanted"), [(False, True), (False, False), (True, True)])
+def test_pictures_of_test_images_that_are_uploaded_are_logged_and_can_be_left_out(
+    offline: bool, wanted: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_run(tmp_path / "a", "mask")
+    (folder / "report.html").write_text("<p>")
+    run, own = WandbRun.__new__(WandbRun), Recorded(offline)
+    tracking = TrackingConfig(pictures=wanted, report=True)
+    run._described, run._run = RunDescription(tracking, folder, {}, "a", 0), own  # type: ignore[assignment]
+    ending = Ending(2, [], folder / "model.safetensors", {}, failed=False)
+    with caplog.at_level(logging.INFO, "fedddp"):
+        run._log_pictures(ending)
+        run._log_report(ending)
+    assert own.keys >= {"clients/split", "round"}
+    assert ({"eval/worst", "report"} <= own.keys) == wanted
+    uploaded = [line for line in caplog.messages if "--tracking.pictures false leaves them out" in line]
+    assert len(uploaded) == (2 if wanted and not offline else 0)

@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +39,7 @@ from fedddp import (
     TrackingConfig,
 )
 from fedddp.algorithms import Algorithm, FedAvg, FedBuff
-from fedddp.config.loader import load_config, to_dict
+from fedddp.config.loader import dump_yaml, load_config, to_dict
 from fedddp.distributed.launch import connect
 from fedddp.distributed.world import World
 from fedddp.storage.checkpoint import Checkpoints
@@ -498,3 +500,49 @@ def test_a_run_whose_images_moved_resumes_with_the_same_bits(tmp_path: Path) -> 
     assert Federation(config, data=moved, rounds=3).run().finished
     assert resumed.exists()
     assert all(torch.equal(tensor, load_file(resumed)[name]) for name, tensor in load_file(expected).items())
+
+
+# ---- before anything that takes time ----
+
+
+def test_what_needs_no_data_is_refused_before_they_are_read(tmp_path: Path) -> None:
+    output = tmp_path / "runs"
+    (output / "mine").mkdir(parents=True)
+    (output / "mine" / "history.jsonl").touch()
+    nowhere: dict[str, Any] = {"dataset": "image_folder", "root": str(tmp_path / "none")}
+    config = Config(output=str(output), name="mine", data=DataConfig(**nowhere))
+    with pytest.raises(ConfigError, match="mine holds a run already"):
+        Federation(config).run()
+    (output / "mine" / "config.yaml").write_text(dump_yaml({**to_dict(config), "seed": 7}))
+    with pytest.raises(ConfigError, match="seed: is 0, but .* was started with 7"):
+        Federation(config, resume="auto").run()
+
+
+def test_the_commands_refuse_before_torch_is_imported(tmp_path: Path) -> None:
+    """In a process of its own: this one has imported torch."""
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "history.jsonl").touch()
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    lines = {
+        "run digits --name mine": "runs/mine holds a run already",
+        "run digits --name=other --name=mine --rounds 3": "runs/mine holds a run already",
+        "run mine.yaml": "runs/mine holds a run already",
+        "run digit": "unknown recipe",
+        "plan none.yaml": "cannot read none.yaml",
+        "report none": "none holds no runs",
+        "eval none": "none has no model.safetensors",
+        "predict none a.png": "none has no model.safetensors",
+        "card none": "none has no model.safetensors",
+    }
+    program = (
+        "import sys\nfrom fedddp.cli import main\n"
+        f"for line in {[*lines]}:\n"
+        "    try:\n        main(line.split())\n"
+        "    except SystemExit as stop:\n        assert stop.code == 2, line\n"
+        "    assert 'torch' not in sys.modules, line\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    for printed, message in zip(done.stderr.splitlines(), lines.values(), strict=True):
+        assert message in printed

@@ -286,8 +286,8 @@ def test_show_prints_what_is_known_of_a_run(capsys: pytest.CaptureFixture[str]) 
     assert " ".join(found["versions"]) == "fedddp 0.1.0, torch 2.11.0, torchvision 0.26.0, Python 3.12.1"
     assert found["git commit"] == ["0123456789abcdef with changes"]
     assert " ".join(found["device"]) == "cpu (AMD EPYC); 2 ranks in 2 client groups of 1, 1 thread per rank"
-    assert found["eval/accuracy"] == ["80.00 % in round 3 (best: 90.00 % in round 2)"]
-    assert found["train/loss"] == ["0.3333 in round 3, the best"]
+    assert found["accuracy"] == ["80.00 % in round 3 (best: 90.00 % in round 2)"]
+    assert found["train loss"] == ["0.3333 in round 3, the best"]
     assert sorted(found["settings"]) == [
         "algorithm.mu: 0.5 (default: 0.01)",
         "algorithm: FedProx (default: FedAvg)",

@@ -509,11 +509,12 @@ def test_the_card_has_the_numbers_of_the_run(
     assert training["bytes"].startswith(f"{up:,} sent by clients")
     results = table_of(body, "## Results")
     assert results["accuracy"] == f"{100 * row['eval/accuracy']:.2f} %"
-    assert results["loss"] == f"{row['eval/loss']:.4f}"
+    assert results["test loss"] == f"{row['eval/loss']:.4f}"
     names = [f"clients/accuracy_{name}" for name in ("mean", "worst10", "best10", "std")]
     assert "| " + " | ".join(f"{100 * row[name]:.2f} %" for name in names) + " |" in body
     lines = [json.loads(line) for line in (folder_run.folder / "clients.jsonl").read_text().splitlines()]
-    assert f"On held-out data of {len([line for line in lines if line['round'] == 2])} clients" in body
+    evaluated_clients = len([line for line in lines if line["round"] == 2])
+    assert f"On data that each of {evaluated_clients} clients held out, accuracy over clients:" in body
     recall = table_of(body, "Recall per class")
     assert list(recall.values()) == [f"{100 * value:.2f} %" for value in row["eval/recall"]]
     assert list(recall) == ["black cat", "dog"]

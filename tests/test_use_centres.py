@@ -30,7 +30,7 @@ from fedddp import (
 )
 from fedddp.algorithms import FedPer
 from fedddp.cli import main
-from fedddp.commands.run_info import read_run_info
+from fedddp.commands.run_info import find_runs, read_run_info
 from fedddp.commands.use_cross_site import cross_site_tables
 from fedddp.config.baselines import Baseline
 from fedddp.data.partition import Natural
@@ -117,7 +117,8 @@ def test_each_centre_is_evaluated_on_its_own_test_data_as_the_run_did(
     last = [row for row in read_rows(folders[name] / "clients.jsonl") if row["round"] == 2]
     assert [(row["name"], row["examples"]) for row in last] == [("east", 3), ("north", 2)]
     for row, expected in zip(found["clients"]["rows"], last, strict=True):
-        assert row == pytest.approx({n: v for n, v in expected.items() if n != "round"}, abs=1e-5)
+        known = {n: v for n, v in expected.items() if n != "round"}
+        assert row == pytest.approx(known, abs=1e-5)
     alone = name in ("local", "FedPer")
     assert (found["clients"]["data"], found["clients"]["personalized"]) == ("test", alone)
     assert bool(found["metrics"]) is (name != "local")
@@ -151,6 +152,61 @@ def test_the_card_of_a_pooled_run_does_not_claim_a_federation(
     assert "| cohort | none: all data in one place |" in text
 
 
+def constants() -> tuple[float, dict[str, float]]:
+    """Return the accuracy of the best single class on the test data, and on those of each client."""
+    test = Sites(False)
+    owned = {who: [t for t, o in zip(test.targets, test.ids, strict=True) if o == who] for who in test.ids}
+    best = {who: max(map(targets.count, range(3))) / len(targets) for who, targets in owned.items()}
+    return max(map(test.targets.count, range(3))) / len(test), best
+
+
+def test_the_card_names_the_clients_and_has_a_row_for_each(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = call(capsys, "card", folders["best"])
+    assert code == 0
+    assert "| clients | 3: east, north, south |" in text
+    assert "| test examples | 5 |" in text
+    assert "On the part of the test data that belongs to each of 2 clients, accuracy over clients:" in text
+    last = [row for row in read_rows(folders["best"] / "clients.jsonl") if row["round"] == 2]
+    of_all, own = constants()
+    for row in last:
+        numbers = f"{100 * row['accuracy']:.2f} % | {100 * own[row['name']]:.2f} %"
+        assert f"| {row['name']} | {row['examples']} | {numbers} |" in text
+    words = "The best constant prediction (one class for every image) scores"
+    assert f"{words} {100 * of_all:.2f} % in test accuracy." in text
+
+
+def test_the_page_names_clients_and_what_a_constant_prediction_scores(folders: dict[str, Path]) -> None:
+    of_all, own = constants()
+    assert own["east"] != own["north"]
+    mean = sum(own.values()) / 2
+    for name, words in (
+        ("best", f"{100 * of_all:.2f} % in test accuracy."),
+        ("local", f"{100 * mean:.2f} % in mean accuracy of clients."),
+    ):
+        page = report([read_run(folders[name])])
+        assert page.count(f"scores {words}") == 1
+        split, took_part = page.split("Who holds which classes")[1].split("<h2>Participation")
+        assert ">south<" in split
+        assert took_part.split("<h2>")[0].count(">south<") == 2
+    assert "<h2>Participation" not in report([read_run(folders["pooled"])])
+
+
+def test_a_run_is_shown_with_the_names_of_its_clients(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = call(capsys, "show", folders["best"])[1].splitlines()
+    assert "east (6), north (6), south (6)" in next(line for line in lines if line.startswith("clients"))
+    assert any(line.split()[:1] == ["accuracy"] for line in lines)
+
+
+def test_runs_side_by_side_are_judged_as_the_page_judges_them(folders: dict[str, Path]) -> None:
+    found = find_runs(folders["best"].parent)
+    assert {run.score.name for run in found if run.score} == {"clients/accuracy_mean"}
+    assert read_run_info(folders["best"]).judged is None
+
+
 # ---- across sites ----
 
 
@@ -181,6 +237,11 @@ def test_the_matrix_of_another_metric_is_printed_as_json(
     assert (found["run"], found["metric"]) == (str(folders["local"]), "loss")
     last = [row for row in read_rows(folders["local"] / "clients.jsonl") if row["round"] == 2]
     assert np.diag(found["matrix"]).tolist() == pytest.approx([row["loss"] for row in last], abs=1e-5)
+    kept = json.loads((folders["local"] / "cross-site.json").read_text())
+    assert (kept["metric"], [*kept["others"]]) == ("accuracy", ["loss"]), (
+        "the report's matrix is not replaced"
+    )
+    assert [*found["others"]] == ["accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -280,11 +341,11 @@ def test_a_run_without_a_test_of_a_model_of_all_is_judged_by_the_mean_over_clien
     status = Status(2)
     for row in rows:
         status.round(row)
-    assert f"clients/accuracy_mean {100 * value:.2f} %" in " ".join(p.text for p in status.scores())
+    assert f"mean accuracy of clients {100 * value:.2f} %" in " ".join(p.text for p in status.scores())
     console = Console(width=200)
     with console.capture() as capture:
         console.print(summary(rows, folders["local"], 2, finished=True))
-    assert f"clients/accuracy_mean  {100 * value:.2f} %" in capture.get()
+    assert f"mean accuracy of clients  {100 * value:.2f} %" in capture.get()
     assert "--cross-site" in capture.get()
     assert "predict" not in capture.get()
 
@@ -318,7 +379,7 @@ def test_local_runs_beside_others_are_judged_by_clients_on_the_page(folders: dic
     for run, name in zip(runs, ("local only", "pooled"), strict=True):
         assert f">{name}<" in summary_of
         assert f"{100 * run.rows[-1]['clients/accuracy_mean']:.2f} %" in summary_of
-    assert "clients/accuracy_mean" in summary_of
+    assert "mean accuracy of clients" in summary_of
 
 
 def test_a_corrupt_matrix_is_named(tmp_path: Path) -> None:
@@ -336,7 +397,7 @@ def test_a_corrupt_matrix_is_named(tmp_path: Path) -> None:
     ("baseline", "population", "first"),
     [
         ("local", "3 clients of 6 to 6", "clients per group 3, examples per group 18"),
-        ("pooled", "1 clients of 18 to 18", "clients per group 1, examples per group 18"),
+        ("pooled", "1 client of 18 examples", "clients per group 1, examples per group 18"),
     ],
 )
 def test_the_plan_of_a_baseline_is_what_it_trains(baseline: Baseline, population: str, first: str) -> None:

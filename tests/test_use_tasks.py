@@ -82,7 +82,7 @@ EXPECTED = {
         "- The class with the lowest IoU is road: 0.1875.",
         "IoU over clients:\n\n| mean | worst 10 % | best 10 % | standard deviation |\n"
         "| --- | --- | --- | --- |\n| 0.2000 | 0.1000 | 0.3000 | 0.4000 |",
-        "| pixel_accuracy | 93.75 % |",
+        "| pixel accuracy | 93.75 % |",
     ),
     "multilabel": (
         "pipeline_tag: image-classification",

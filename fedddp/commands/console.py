@@ -170,9 +170,6 @@ def load_configuration(rest: list[str], ranks: int = 0) -> tuple[Config, str]:
 
     With `ranks` it is for another world than this one, whose devices are not looked at.
     """
-    from fedddp.config.loader import load_config, to_yaml
-    from fedddp.distributed.launch import choose_device
-
     if "-h" in rest or "--help" in rest:
         from fedddp.config.reference import help_text
 
@@ -182,7 +179,13 @@ def load_configuration(rest: list[str], ranks: int = 0) -> tuple[Config, str]:
     target = rest[0] if rest and not rest[0].startswith("-") else None
     if target is None:
         fail("give a recipe or a .yaml file, e.g. `fedddp run digits`; `fedddp recipes` lists them")
+    from fedddp.config.files import read_sections
+
     try:
+        read_sections(target)  # before the seconds that torch takes
+        from fedddp.config.loader import load_config, to_yaml
+        from fedddp.distributed.launch import choose_device
+
         printed = PRINT in rest
         config = load_config(target, [word for word in rest[1:] if word != PRINT])
         if not ranks:

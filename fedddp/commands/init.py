@@ -210,6 +210,9 @@ def _training_lines(folder: Folder, choice: Choice) -> Lines:
         else None,
         ("checkpoint:", ""),
         (f"  best: eval/{'iou' if folder.masks else 'accuracy'}", "the best model is kept beside the last"),
+        ("tracking:", ""),
+        ("  trackers: [wandb]", "files in the run, uploaded after `wandb login`; []: none"),
+        ("  pictures: true", "wandb gets pictures of test images; false leaves them out"),
     ]
 
 

@@ -154,7 +154,8 @@ def _masks(own: argparse.Namespace, model: TrainedModel, files: Sequence[Path]) 
     found, shares, outside = [], [], False
     with _folder(own) as folder:
         for one in drawn.find_masks(model, files):
-            shares.append(sheet.add(one.shares, _tile(one)))
+            sheet.add(one.foreground(background=background), _tile(one))
+            shares.append(one.shares)
             outside = outside or one.outside > 0
             found.append(drawn.write_mask(one, folder, names[one.file], background=background))
         sheet.save(len(files))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from fedddp.commands.console import fail, is_coordinator, load_configuration, say, show
 from fedddp.distributed.environment import Launch
@@ -18,16 +19,18 @@ def partition(rest: list[str]) -> None:
     from fedddp.data.description import describe
     from fedddp.reporting.partition_table import table
     from fedddp.reporting.split_figures import SHOWN, save_split
+    from fedddp.training.clients import client_names
 
     try:
         train, _ = load(config.data, config.task.target)
         split, _ = config.data.split(train, config.seed)
         names = train.class_names or tuple(map(str, range(train.classes)))
+        about: dict[str, Any] = {"names": client_names(config.data, train), "target": train.target}
         if figure is not None and is_coordinator():
-            save_split(describe(split, train.labels, train.classes, SHOWN), names, figure)
+            save_split(describe(split, train.labels, train.classes, SHOWN, **about), names, figure)
     except (ValueError, OSError) as error:
         fail(str(error))
-    show(table(describe(split, train.labels, train.classes), names))
+    show(table(describe(split, train.labels, train.classes, **about), names))
     if figure is not None and is_coordinator():
         say(str(figure))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedddp.commands.console import fail, help_is_asked, is_coordinator, reporting, say
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 def report(rest: list[str]) -> None:
     """Write the report of one or several runs."""
+    missing = next((w for w in rest if not w.startswith("-") and not Path(w).expanduser().exists()), None)
+    if missing is not None and rest[0] == missing:  # before the seconds that torch takes
+        fail(f"{missing} holds no runs; give run directories, or a folder of them")
     from fedddp.reporting.curves import read_all
     from fedddp.reporting.paper import CONFUSION, write_confusion, write_paper
     from fedddp.reporting.render import PANELS

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedddp.storage.history import HISTORY, Row, flat, read_config, read_rows
-from fedddp.storage.judged import BASELINES
+from fedddp.storage.history import HISTORY, Metric, Row, flat, read_config, read_rows
+from fedddp.storage.judged import BASELINES, judged_together
 from fedddp.storage.run_record import RunRecord, age_s, read_record, state_of, unchanged_s
 from fedddp.tracking.summary import Score, last_value, score_of
 
@@ -29,11 +30,13 @@ class RunInfo:
     """The configuration."""
     record: RunRecord | None
     problem: str | None
+    judged: Metric | None = None
+    """What it is judged by beside other runs; None: by its own main metric."""
 
     @property
     def score(self) -> Score | None:
-        """The last and the best value of the main metric."""
-        return score_of(self.rows)
+        """The last and the best value of what it is judged by."""
+        return score_of(self.rows, None if self.judged is None else self.judged.key)
 
     @property
     def loss(self) -> float | None:
@@ -81,8 +84,21 @@ class RunInfo:
 
 
 def find_runs(output: Path) -> list[RunInfo]:
-    """Return the runs in a folder and in the folders inside it, by name."""
-    return [read_run_info(folder, output) for folder in sorted(_run_folders(output))]
+    """Return the runs in a folder and in the folders inside it, by name.
+
+    Runs of one dataset and task in one folder are judged together, as by `report` and `compare`.
+    """
+    found = [read_run_info(folder, output) for folder in sorted(_run_folders(output))]
+    alike: dict[tuple[Path, str, str], list[int]] = {}
+    for place, run in enumerate(found):
+        task = str(run.settings.get("task"))
+        if run.rows:
+            alike.setdefault((run.folder.parent, run.dataset, task), []).append(place)
+    for places in alike.values():
+        together = judged_together([found[place].rows for place in places])
+        for place, metric in zip(places, together, strict=True):
+            found[place] = dataclasses.replace(found[place], judged=metric)
+    return found
 
 
 def _run_folders(output: Path) -> Iterator[Path]:

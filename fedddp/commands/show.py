@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedddp.commands.console import fail, is_coordinator, say, show
 from fedddp.commands.run_info import RunInfo, ago, read_run_info
-from fedddp.storage.history import HISTORY, is_client_score
-from fedddp.storage.run_record import LaunchRecord, read_warnings
-from fedddp.tracking.status import size_text
+from fedddp.storage.history import HISTORY, is_client_score, read_json
+from fedddp.storage.run_record import SPLIT, LaunchRecord, read_warnings
+from fedddp.tracking.status import label_of, size_text
 from fedddp.tracking.summary import next_commands, phases_text, score_of
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 NOT_SETTINGS = ("name", "output", "resume")
 WARNINGS = 10
 """Warnings shown; RUN/run.log has all."""
+
+CLIENTS = 20
+"""Clients that are named."""
 
 METRICS = 12
 """Metrics shown; history.jsonl has all."""
@@ -78,9 +81,23 @@ def _state(run: RunInfo) -> Lines:
         yield "error", run.record.error
     if run.state == "failed" and run.record and run.record.state == "running":
         yield "error", "the process is gone and left no word: it was killed, or its machine went down"
+    names = _clients(run)
+    if names:
+        yield "clients", names
     of = f" of {run.rounds}" if run.rounds else ""
     early = " (ended early)" if run.state == "finished" and run.rounds and run.done < run.rounds else ""
     yield "rounds", f"{run.done}{of}{early}"
+
+
+def _clients(run: RunInfo) -> str:
+    """Return the clients by name, with their examples; empty where they have no names."""
+    try:
+        split = read_json(run.folder / SPLIT)
+    except (OSError, ValueError):
+        return ""
+    shares = [share for share in split.get("shares") or [] if share.get("name") is not None]
+    listed = ", ".join(f"{share['name']} ({share['size']:,})" for share in shares[:CLIENTS])
+    return listed + (", ..." if listed and split.get("clients", 0) > CLIENTS else "")
 
 
 def _launches(run: RunInfo) -> Lines:
@@ -129,7 +146,7 @@ def _scores(run: RunInfo) -> Lines:
     for key in numbers[:METRICS]:
         score = score_of(run.rows, key)
         assert score is not None
-        yield key, score.text
+        yield label_of(key), score.text
     yield "time", phases_text(run.rows)
 
 

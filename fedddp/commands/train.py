@@ -26,6 +26,7 @@ from fedddp.distributed.environment import Launch
 def run(rest: list[str]) -> None:
     """Train one run."""
     options = split_options(rest)
+    _check_folder(options.words)
     if not options.quiet and on_terminal() and is_coordinator() and not {PRINT, "-h", "--help"} & {*rest}:
         say("loading PyTorch ...")  # takes seconds
     if {"-h", "--help"} & {*rest} and is_coordinator():
@@ -47,6 +48,30 @@ def run(rest: list[str]) -> None:
         stop(f"run {shlex.join(_with_flags(rest, name=result.folder.name, resume='auto'))}")
     if is_coordinator():
         say(f"run directory: {result.folder}")
+
+
+def _check_folder(words: list[str]) -> None:
+    """Refuse a name that another run has, before the seconds that torch takes."""
+    from fedddp.config.files import is_null, read_sections
+    from fedddp.distributed.environment import Launch
+    from fedddp.section import ConfigError
+    from fedddp.storage.run_folder import find_folder
+
+    if not words or words[0].startswith("-") or {PRINT, "-h", "--help"} & {*words}:
+        return
+    try:
+        given = {"output": "runs", "resume": "never", **read_sections(words[0])}
+        for place, word in enumerate(words):
+            key, equals, value = word.removeprefix("--").partition("=")
+            if word.startswith("--") and key in ("output", "name", "resume"):
+                given[key] = value if equals else "".join(words[place + 1 : place + 2])
+        name = given.get("name")
+        name = None if is_null(name) or str(name).lower() in ("null", "none") else str(name)
+        find_folder(str(given["output"]), name, "run", str(given["resume"]), Launch.from_environment())
+    except ConfigError as error:
+        fail(str(error))
+    except OSError:  # reported where the directory is made
+        return
 
 
 def _with_flags(rest: list[str], **flags: str) -> list[str]:

@@ -38,7 +38,9 @@ def evaluate(rest: list[str]) -> None:
         help="each client's own model on the data of every client, as a matrix; of FedBN, FedPer, Ditto or "
         f"baseline=local; written to RUN/{CROSS_SITE} too",
     )
-    options.add_argument("--metric", metavar="M", help="what the matrix measures, such as iou or loss")
+    options.add_argument(
+        "--metric", metavar="M", help="matrix that is shown, such as iou or loss; the file has those of all"
+    )
     options.add_argument("--json", metavar="FILE", help="write everything as JSON; - prints it")
     own, flags = parsed(options, rest)
     if own is None:
@@ -70,7 +72,7 @@ def evaluate(rest: list[str]) -> None:
 def _cross_site(own: argparse.Namespace, flags: list[str]) -> None:
     """Measure, write and print the matrix of clients' own models."""
     from fedddp.commands.use_cross_site import cross_site_tables
-    from fedddp.reporting.cross_site_file import parse_cross_site
+    from fedddp.reporting.cross_site_file import of_metric, parse_cross_site
     from fedddp.storage.history import read_json
 
     with one_line(), only_json(own.json):
@@ -79,7 +81,7 @@ def _cross_site(own: argparse.Namespace, flags: list[str]) -> None:
         metric = None if own.metric is None else own.metric.removeprefix("eval/")
         found = cross_site(own.run, chosen_model(own), flags, metric)
         file = write_cross_site(Path(own.run), found)
-    content = read_json(file)
+    content = of_metric(read_json(file), found.metric)
     if own.json:
         write_json(own.json, {"run": str(own.run), **content})
     if own.json != STDOUT:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedddp.commands.console import fail, help_is_asked, say, show
+from fedddp.storage.run_record import MODEL
 
 if TYPE_CHECKING:
     from fedddp.inference import TrainedModel
@@ -61,6 +62,8 @@ def parsed(
     if own.run is None:
         fail("give the directory of a finished run, e.g. runs/digits; `fedddp runs` lists them")
     own.best = own.best or own.best == ""
+    if own.run == rest[0] and not Path(own.run).expanduser().is_dir():  # before the seconds that torch takes
+        fail(f"{own.run} has no {MODEL}; give the directory of a finished run")
     return own, flags
 
 

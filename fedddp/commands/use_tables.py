@@ -157,7 +157,12 @@ def _client_lines(clients: ClientMetrics) -> Iterator[tuple[str, str]]:
 def _scores(metrics: Metrics) -> Iterator[str]:
     for name, value in metrics.items():
         if isinstance(value, int | float):
-            yield f"{name} {Metric(name).text(value)}"
+            yield f"{_label(name)} {Metric(name).text(value)}"
+
+
+def _label(name: str) -> str:
+    """Return what a metric is called, without a prefix; the loss may be of other data than the test's."""
+    return Metric(f"eval/{name}").label.removeprefix("test ")
 
 
 def per_class(metrics: Metrics, classes: int) -> dict[Metric, list[float | None]]:
@@ -235,7 +240,7 @@ def _client_table(rows: Sequence[Metrics]) -> Table:
     if len(ranked) > 2 * MOST_CLIENTS:
         shown = [*ranked[:MOST_CLIENTS], {}, *ranked[-MOST_CLIENTS:]]
         title = f"client ({MOST_CLIENTS} worst, {MOST_CLIENTS} best)"
-    table = _table(title, "examples", *names)
+    table = _table(title, "examples", *map(_label, names))
     for row in shown:
         cells = ["–" if row.get(n) is None else Metric(n).text(row[n]) for n in names if row]
         who = str(row.get("name", row.get("client")))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedddp.data.partition import Split
+from fedddp.data.targets import Target
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,13 @@ class Share:
     """Number of examples."""
     histogram: tuple[int, ...]
     """Examples of every class, (classes,)."""
+    name: str | None = None
+    """Of the natural owner that the client is; None where it has no name."""
+
+    @property
+    def label(self) -> str:
+        """The client's name, or its number."""
+        return f"{self.client:,}" if self.name is None else self.name
 
 
 @dataclass(frozen=True)
@@ -36,9 +45,19 @@ class Description:
     """Clients without examples."""
     classes_per_client: float
     """Mean number of classes of which a client has an example."""
+    target: Target = "class"
+    """What the data give for each image; other than a class, an image counts as one of its classes."""
 
 
-def describe(split: Split, labels: NDArray[np.int64], classes: int, limit: int = 20) -> Description:
+def describe(
+    split: Split,
+    labels: NDArray[np.int64],
+    classes: int,
+    limit: int = 20,
+    *,
+    names: Sequence[str] = (),
+    target: Target = "class",
+) -> Description:
     """Return what the clients hold; if they are more than `limit`, shares of the first and last.
 
     Args:
@@ -46,6 +65,8 @@ def describe(split: Split, labels: NDArray[np.int64], classes: int, limit: int =
         labels: class of every example, (examples,), in range(classes).
         classes: number of classes.
         limit: most shares, >= 1.
+        names: of all clients; empty where they have none.
+        target: what the data give for each image.
     """
     clients, sizes = len(split), split.sizes
     last = min(clients, limit) // 2
@@ -55,7 +76,12 @@ def describe(split: Split, labels: NDArray[np.int64], classes: int, limit: int =
     pairs = np.sort(owners * classes + labels[split.permutation])
     return Description(
         shares=[
-            Share(client, len(own), tuple(np.bincount(own, minlength=classes).tolist()))
+            Share(
+                client,
+                len(own),
+                tuple(np.bincount(own, minlength=classes).tolist()),
+                names[client] if names else None,
+            )
             for client, own in zip(shown, held, strict=True)
         ],
         clients=clients,
@@ -65,4 +91,5 @@ def describe(split: Split, labels: NDArray[np.int64], classes: int, limit: int =
         largest=int(sizes.max()),
         empty=int((sizes == 0).sum()),
         classes_per_client=(1 + np.count_nonzero(np.diff(pairs))) / clients,
+        target=target,
     )

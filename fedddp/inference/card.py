@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fedddp.config.loader import OBJECTS, dump_yaml
 from fedddp.data.catalog import TORCHVISION
+from fedddp.inference.card_clients import client_data, client_table, named_clients
 from fedddp.inference.card_tasks import (
     KNOWS,
     PIPELINES,
@@ -18,9 +19,11 @@ from fedddp.inference.card_tasks import (
     lowest,
     sees,
 )
+from fedddp.inference.card_text import choice, escaped, markdown_table, numbers, read_part, some_names
 from fedddp.inference.loading import check_model_of_all, model_file, read_weights
 from fedddp.privacy.statement import statement
 from fedddp.section import ConfigError, local_path
+from fedddp.storage.examined import constant_line
 from fedddp.storage.history import (
     HISTORY,
     SPREAD,
@@ -31,8 +34,8 @@ from fedddp.storage.history import (
     flat,
     is_client_score,
     judged_by,
+    number,
     read_config,
-    read_json,
     read_rows,
 )
 from fedddp.storage.run_record import EVALUATION, SPLIT, RunRecord, read_record, read_warnings
@@ -85,8 +88,10 @@ class _Card:
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{directory}: the card needs all files of the run ({error})") from None
         self.record: RunRecord | None = read_record(directory)
-        self.split = _json(directory / SPLIT)
-        self.examination = {} if best else _json(directory / EVALUATION)
+        self.split = read_part(directory / SPLIT)
+        examination = read_part(directory / EVALUATION)
+        self.constant = constant_line(self.target, examination.get("constant") or {})
+        self.examination = {} if best else examination
         self.settings = flat(self.config)
         last = self.rows[-1]["round"] if self.rows else 0
         self.round = int(self.header.get("round", last)) if best else last
@@ -143,13 +148,13 @@ class _Card:
             matter = {"pipeline_tag": pipeline, **matter}
         if self.dataset in TORCHVISION:
             matter["datasets"] = [self.dataset]
-        numbers = {n: v for n, v in self.metrics().items() if n != "loss"}
-        if pipeline and numbers:
-            matter["metrics"] = list(numbers)
+        scores = {n: v for n, v in self.metrics().items() if n != "loss"}
+        if pipeline and scores:
+            matter["metrics"] = list(scores)
             results = {
                 "task": {"type": pipeline},
                 "dataset": {"name": self.dataset, "type": self.dataset, "split": "test"},
-                "metrics": [{"type": name, "value": value} for name, value in numbers.items()],
+                "metrics": [{"type": name, "value": value} for name, value in scores.items()],
             }
             matter["model-index"] = [{"name": self.directory.resolve().name, "results": [results]}]
         yield f"---\n{dump_yaml(matter)}---"
@@ -158,10 +163,12 @@ class _Card:
         """Yield title and summary."""
         yield f"# {self.directory.resolve().name}"
         clients, version = self.settings["data.clients"], self.header.get("fedddp")
-        metric = judged_by([self.row])
-        score = ""
-        if metric is not None and metric.sign > 0:
-            score = f" Its {metric.label} on the test data is {metric.text(self.row[metric.key])}."
+        metric = judged_by(self.rows)
+        value, score = None if metric is None else number(self.row, metric.key), ""
+        if metric is not None and value is not None and metric.of_clients:
+            score = f" Its {metric.label} is {metric.text(value)}."
+        elif metric is not None and value is not None and metric.sign > 0:
+            score = f" Its {metric.label} on the test data is {metric.text(value)}."
         purpose = PURPOSES[self.target].format(network=self.network, classes=len(self.classes))
         chosen = ""
         if self.best:
@@ -175,16 +182,16 @@ class _Card:
         """Yield what the network takes and gives."""
         channels, (height, width) = self.preprocessing["channels"], self.preprocessing["size"]
         kind = {1: " (grey)", 3: " (RGB)"}.get(channels, "")
-        yield _table(
+        yield markdown_table(
             ("", ""),
             [
                 ("network", f"`{self.network}`"),
                 ("numbers in the file", f"{self.parameters:,} (weights and statistics)"),
                 ("images", f"{channels} × {height} × {width}{kind}"),
-                ("mean of pixel / 255", _numbers(self.preprocessing["mean"])),
-                ("deviation of pixel / 255", _numbers(self.preprocessing["std"])),
+                ("mean of pixel / 255", numbers(self.preprocessing["mean"])),
+                ("deviation of pixel / 255", numbers(self.preprocessing["std"])),
                 ("task", f"`{self.header.get('task')}`"),
-                ("classes", _some(self.classes)),
+                ("classes", some_names(self.classes)),
                 ("file", f"`{self.file.name}`"),
             ],
         )
@@ -200,8 +207,8 @@ class _Card:
         tested = self._tested()
         if tested:
             rows.append(("test examples", f"{tested:,}"))
-        rows.append(("clients", f"{settings['data.clients']:,}"))
-        rows.append(("partition", _choice(self.config["data"].get("partition"))))
+        rows.append(("clients", escaped(named_clients(self.split, settings["data.clients"]))))
+        rows.append(("partition", choice(self.config["data"].get("partition"))))
         sizes = [self.split.get(name) for name in ("smallest", "median", "largest")]
         if all(isinstance(size, int | float) for size in sizes):
             rows.append(("examples per client", f"{sizes[0]:,g} to {sizes[2]:,g}, median {sizes[1]:,g}"))
@@ -210,12 +217,14 @@ class _Card:
         if settings.get("data.holdout"):
             rows.append(("held out per client", f"{100 * settings['data.holdout']:g} %"))
         if self.config["data"].get("feature_shift"):
-            rows.append(("feature shift", _choice(self.config["data"]["feature_shift"])))
+            rows.append(("feature shift", choice(self.config["data"]["feature_shift"])))
         rows.append(("augmentation", f"`{settings['data.augment']}`"))
-        yield _table(("", ""), rows)
+        yield markdown_table(("", ""), rows)
 
     def _tested(self) -> int:
         """Return the number of test examples; 0 where it was not recorded."""
+        if isinstance(self.examination.get("examples"), int):
+            return int(self.examination["examples"])
         confusion = self.examination.get("confusion")
         if confusion and self.target == "class":  # of masks it counts pixels
             return int(sum(map(sum, confusion)))
@@ -225,15 +234,15 @@ class _Card:
         """Yield the algorithm and the settings of the training."""
         config, local, cohort = self.config, self.config["local"], self.config["cohort"]
         rows = [
-            ("algorithm", _choice(config["algorithm"])),
-            ("aggregation", _choice(config["aggregation"])),
+            ("algorithm", choice(config["algorithm"])),
+            ("aggregation", choice(config["aggregation"])),
             ("rounds", f"{self.round:,}"),
-            ("cohort", "none: all data in one place" if self.pooled else _choice(cohort)),
-            ("local training", _choice(local)),
+            ("cohort", "none: all data in one place" if self.pooled else choice(cohort)),
+            ("local training", choice(local)),
             ("seed", str(config["seed"])),
         ]
         if self._attacked():
-            rows.insert(2, ("attack", _choice(config["attacks"])))
+            rows.insert(2, ("attack", choice(config["attacks"])))
         claim = statement(config, until := [row for row in self.rows if row["round"] <= self.round])
         if claim is not None:
             rows.append(("privacy", claim))
@@ -242,7 +251,7 @@ class _Card:
             rows.append(("examples trained on", f"{sum(trained):,}, repetitions counted"))
         up, down = (sum(row.get(f"bytes/{way}", 0) for row in until) for way in ("up", "down"))
         rows.append(("bytes", f"{up:,} sent by clients, {down:,} sent to them"))
-        yield _table(("", ""), rows)
+        yield markdown_table(("", ""), rows)
 
     def _attacked(self) -> bool:
         attacks = self.config.get("attacks", {})
@@ -254,25 +263,33 @@ class _Card:
         if not metrics:
             yield "The run recorded no metrics on test data."
         else:
-            rows = [(name, Metric(name).text(value)) for name, value in metrics.items()]
+            named = [(Metric(f"eval/{name}"), value) for name, value in metrics.items()]
+            rows = [(metric.label, metric.text(value)) for metric, value in named]
             yield f"On the test data, after round {self.round:,}:"
-            yield _table(("metric", "value"), rows)
-        judged = self._on_clients()
+            yield markdown_table(("metric", "value"), rows)
+        if self.constant:
+            yield self.constant
+        judged, clients = self._on_clients(), self._client_rows()
         if judged is not None:
-            yield f"On held-out data of {self._clients_evaluated()} clients, {judged.label} over clients:"
-            titles = ("mean", "worst 10 %", "best 10 %", "standard deviation")
-            yield _table(titles, [tuple(judged.text(self.row[judged.on_clients(s)]) for s in SPREAD)])
+            yield f"{client_data(self.split, len(clients))}, {judged.label} over clients:"
+            statistics = ("mean", "worst 10 %", "best 10 %", "standard deviation")
+            yield markdown_table(
+                statistics, [tuple(judged.text(self.row[judged.on_clients(s)]) for s in SPREAD)]
+            )
         else:
             yield "The run recorded no metrics per client (`evaluation.clients`)."
+        if judged is not None and clients:
+            titles, *lines = client_table(clients, judged)
+            yield markdown_table(titles, [(escaped(name), *cells) for name, *cells in lines])
         lists = self.per_class()
         if lists:
             columns = [[class_text(metric, value) for value in values] for metric, values in lists.items()]
             lines = list(zip(self.classes, *columns, strict=True))
             lines.sort(key=lambda line: line[1] == "not tested")
-            named = " and ".join(metric.label for metric in lists)
+            labels = " and ".join(metric.label for metric in lists)
             few = len(lines) <= MOST_CLASSES
-            yield capital(f"{named} per class:" if few else f"{named} of {MOST_CLASSES} classes:")
-            yield _table(("class", *(metric.label for metric in lists)), lines[:MOST_CLASSES])
+            yield capital(f"{labels} per class:" if few else f"{labels} of {MOST_CLASSES} classes:")
+            yield markdown_table(("class", *(metric.label for metric in lists)), lines[:MOST_CLASSES])
 
     def _on_clients(self) -> Metric | None:
         """Return the metric that the clients are judged by; None where none was measured."""
@@ -280,10 +297,10 @@ class _Card:
         key = next((key for key in means if isinstance(self.row[key], float)), None)
         return None if key is None else Metric(f"eval/{key.removeprefix('clients/').removesuffix('_mean')}")
 
-    def _clients_evaluated(self) -> str:
+    def _client_rows(self) -> list[Row]:
         path = self.directory / "clients.jsonl"
         rows = read_rows(path) if path.is_file() else []
-        return f"{len([row for row in rows if row['round'] == self.round]):,}"
+        return [row for row in rows if row["round"] == self.round]
 
     def limits(self) -> Iterator[str]:
         """Yield what the run shows of the model's limits."""
@@ -297,7 +314,7 @@ class _Card:
         ]
         for metric, values in list(self.per_class().items())[:1]:
             lines += lowest(
-                metric, [(_text(n), value) for n, value in zip(self.classes, values, strict=True)]
+                metric, [(escaped(n), value) for n, value in zip(self.classes, values, strict=True)]
             )
         judged = self._on_clients()
         if judged is not None:
@@ -312,7 +329,7 @@ class _Card:
             share = 100 * self.config["attacks"]["fraction"]
             lines.append(f"{share:g} % of the clients were malicious ({self.config['attacks']['name']}).")
         warnings = read_warnings(self.directory)
-        lines += [f"Logged in training: {_text(line)}" for line in dict.fromkeys(warnings[-MOST_WARNINGS:])]
+        lines += [f"Logged in training: {escaped(line)}" for line in dict.fromkeys(warnings[-MOST_WARNINGS:])]
         yield "\n".join(f"- {line}" for line in lines)
 
     def use(self) -> Iterator[str]:
@@ -352,43 +369,6 @@ class _Card:
         digest = self.header.get("config_digest")
         if digest:
             rows.append(("digest of the settings", f"`{digest}`"))
-        yield _table(("", ""), rows)
+        yield markdown_table(("", ""), rows)
         settings = {key: value for key, value in self.config.items() if key not in EDITED}
         yield f"<details><summary>Settings</summary>\n\n```yaml\n{dump_yaml(settings)}```\n\n</details>"
-
-
-def _json(path: Path) -> Row:
-    """Return a JSON file of the run; empty where there is none, as in older runs, or it is corrupt."""
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return {}
-
-
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
-def _choice(section: Any) -> str:
-    """Return a section as `Name(setting=value, ...)`, without what is not set."""
-    if not isinstance(section, Mapping):
-        return f"`{section}`"
-    given = {n: v for n, v in flat(dict(section)).items() if n != "name" and v is not None}
-    settings = ", ".join(f"{name}={value}" for name, value in given.items())
-    name = section.get("name", "")
-    return f"`{name}({settings})`" if name and settings else f"`{name or settings}`"
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.4f}" for value in values)
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(map(_text, names[:20]))
-    return f"{len(names)}: {shown}{', ...' if len(names) > 20 else ''}"
-
-
-def _text(text: str) -> str:
-    """Return `text` so that Markdown shows it as it is, on one line."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>#" else c for c in " ".join(text.split()))

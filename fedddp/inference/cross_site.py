@@ -36,6 +36,10 @@ MOST = 50
 """Clients of a matrix, at most: it takes the square of their number of evaluations."""
 
 
+Matrices = tuple[NDArray[np.float64], NDArray[np.float64] | None]
+"""A metric of the model of each client on the data of each, (C, C), and of the global one, (C,)."""
+
+
 @dataclass(frozen=True)
 class CrossSite:
     """What the model of each client does on the data of each client."""
@@ -44,16 +48,26 @@ class CrossSite:
     """The C clients, rising: those that were trained and have data to evaluate on."""
     names: list[str]
     """The name of each, its natural owner's or its number."""
-    metric: str
-    """What was measured, such as "accuracy" or "iou"."""
-    matrix: NDArray[np.float64]
-    """(C, C): the model of client i (row) on the data of client j (column); NaN where it is not known."""
     examples: NDArray[np.int64]
     """(C,) of each client."""
-    global_row: NDArray[np.float64] | None
-    """(C,) the global model on the data of each client; None where each client was trained alone."""
     round: int
     """The round of the models."""
+    measured: dict[str, Matrices]
+    """Of every number that the task measures, by its name."""
+    judged: str
+    """The one that the run is judged by, such as "accuracy" or "iou"."""
+    metric: str
+    """The one that is shown."""
+
+    @property
+    def matrix(self) -> NDArray[np.float64]:
+        """(C, C): the model of client i (row) on the data of client j (column); NaN where it is not known."""
+        return self.measured[self.metric][0]
+
+    @property
+    def global_row(self) -> NDArray[np.float64] | None:
+        """(C,) the global model on the data of each client; None where each client was trained alone."""
+        return self.measured[self.metric][1]
 
 
 def cross_site(
@@ -72,7 +86,7 @@ def cross_site(
         run: the run directory, of FedBN, FedPer, Ditto or `baseline=local`.
         model: the run's final one, from `load_model`.
         flags: where the run's data are now, and `evaluation.batch_size`, as on the command line.
-        metric: a number that the task measures; by default that which a run is judged by.
+        metric: a number that the task measures, for `matrix`; by default that which a run is judged by.
         progress: called with the number of models that are done, and that of all.
 
     Raises:
@@ -99,16 +113,17 @@ def cross_site(
     for done, client in enumerate(chosen):
         own.load(states.of_client(client))
         rows.append(row(own.flat.module))
+        names, judged = _named([*of_global, *rows[0]], metric)
         progress(done + 1, len(chosen))
-    judged = _judged([*of_global, *(cell for cells in rows for cell in cells)], metric)
+    whole = of_global if config.algorithm.has_global_model else []
     return CrossSite(
         clients=chosen,
         names=[clients.names[k] if clients.names else str(k) for k in chosen],
-        metric=judged,
-        matrix=np.array([_values(cells, judged) for cells in rows]),
         examples=np.array([len(clients.evaluated(k)) for k in chosen]),
-        global_row=np.array(_values(of_global, judged)) if config.algorithm.has_global_model else None,
         round=states.round,
+        measured={name: _matrices(rows, whole, name) for name in names},
+        judged=judged,
+        metric=metric or judged,
     )
 
 
@@ -146,19 +161,26 @@ def _run_data(
 
 
 def write_cross_site(directory: Path, found: CrossSite) -> Path:
-    """Write the matrix into a run directory as JSON, NaN as null; return the file.
+    """Write the matrices of all metrics into a run directory as JSON, NaN as null; return the file.
+
+    At its top is that of the metric which the run is judged by, and which its report shows.
 
     Raises:
         OSError: it cannot be written.
     """
     content = {
         "round": found.round,
-        "metric": found.metric,
+        "metric": found.judged,
         "clients": found.clients,
         "names": found.names,
         "examples": found.examples,
-        "matrix": found.matrix,
-        "global": found.global_row,
+        "matrix": found.measured[found.judged][0],
+        "global": found.measured[found.judged][1],
+        "others": {
+            name: {"matrix": matrix, "global": row}
+            for name, (matrix, row) in found.measured.items()
+            if name != found.judged
+        },
     }
     write_text(directory / CROSS_SITE, json.dumps(plain(content)))
     return directory / CROSS_SITE
@@ -198,19 +220,25 @@ def _measured(
     return {n: value for n, value in totals.summarize(config.task).items() if not isinstance(value, list)}
 
 
-def _judged(cells: Sequence[Metrics], metric: str | None) -> str:
-    """Return the metric of the matrix.
+def _named(cells: Sequence[Metrics], metric: str | None) -> tuple[list[str], str]:
+    """Return the names of the metrics that were measured, and that which the run is judged by.
 
     Raises:
-        ConfigError: the task does not measure it.
+        ConfigError: `metric` is none of them.
     """
     names = next((list(cell) for cell in cells if cell), [])
     if metric is not None and metric not in names:
         raise ConfigError(f"metric={metric} is not measured; give one of {', '.join(names)}")
-    judged = metric or main_metric({f"eval/{name}": 0.0 for name in names})
+    judged = main_metric({f"eval/{name}": 0.0 for name in names})
     if judged is None:
         raise ConfigError("the task measures no number on the data of these clients")
-    return judged.removeprefix("eval/")
+    return names, judged.removeprefix("eval/")
+
+
+def _matrices(rows: Sequence[Sequence[Metrics]], whole: Sequence[Metrics], metric: str) -> Matrices:
+    """Return a metric of the rows, and of the `whole`, the global model; without one that is empty."""
+    matrix = np.array([_values(cells, metric) for cells in rows])
+    return matrix, np.array(_values(whole, metric)) if whole else None
 
 
 def _values(cells: Sequence[Metrics], metric: str) -> list[float]:

@@ -63,6 +63,14 @@ class MaskOfFile:
             self.file, tuple(name for _, name in shares), tuple(count / all_pixels for count, _ in shares)
         )
 
+    def foreground(self, *, background: bool) -> Prediction:
+        """Return what is written below a picture: the classes but background that were found, their share."""
+        counts = self.counts
+        found = [label for label in range(int(background), len(counts)) if counts[label]]
+        names = ", ".join(self.classes[label] for label in sorted(found, key=lambda label: -counts[label]))
+        share = sum(counts[label] for label in found) / max(1, self.mask.size - self.outside)
+        return Prediction(self.file, (names or "no foreground",), (share,), shares=True)
+
 
 @dataclass(frozen=True)
 class BoxesOfFile:

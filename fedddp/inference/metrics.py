@@ -222,7 +222,7 @@ def _evaluate_clients(
             own.load(states.of_client(client))
             module = own.flat.module
         totals = measure(module, model.task, loader, indices, config.evaluation.batch_size, client)
-        metrics = {n: v for n, v in totals.summarize(model.task).items() if isinstance(v, float)}
+        metrics = {n: v for n, v in totals.numbers(model.task).items() if isinstance(v, float)}
         rows.append({"client": client, **clients.label(client), "examples": len(indices), **metrics})
     states_round = states.round if states is not None else None
     return ClientMetrics(rows, held_out, states is not None, states_round, tested)

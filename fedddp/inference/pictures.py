@@ -32,6 +32,8 @@ TILE, MARGIN, LINE = 320, 28, 34
 INK, MUTED, PAPER, FRAME = "#1a1d21", "#6b7280", "#ffffff", "#e5e7eb"
 SURE, UNSURE = "#2f7d4f", "#b45309"
 """Colours of a probability of half and more, and of less."""
+SHARE = "#0072b2"
+"""Colour of a share of the pixels."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Prediction:
     """The most probable first."""
     probabilities: tuple[float, ...]
     """Of `classes`."""
+    shares: bool = False
+    """Whether they are shares of the image's pixels instead."""
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
@@ -170,7 +174,7 @@ def contact_sheet(title: str, shown: Sequence[tuple[Prediction, Image.Image]]) -
 
 def _caption(draw: ImageDraw.ImageDraw, prediction: Prediction, name: str, left: int, upper: int) -> None:
     probability = prediction.probabilities[0]
-    colour = SURE if probability >= 0.5 else UNSURE
+    colour = SHARE if prediction.shares else SURE if probability >= 0.5 else UNSURE
     draw.rectangle((left - 1, upper + 6, left + TILE, upper + 13), FRAME)
     draw.rectangle((left - 1, upper + 6, left - 1 + round((TILE + 1) * probability), upper + 13), colour)
     percent, small, bold = f"{100 * probability:.1f} %", label_font(19), label_font(24, bold=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,16 @@ class CrossSite:
     """(C, C): the model of the row on the data of the column; NaN where it is not known."""
     global_row: NDArray[np.float64] | None
     """(C,) of the global model; None where there is none."""
+
+
+def of_metric(content: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """Return the content of cross-site.json with another `metric` at its top, and all the others below."""
+    others = dict(content["others"])
+    if metric == content["metric"]:
+        return dict(content)
+    chosen = others.pop(metric)
+    others[content["metric"]] = {"matrix": content["matrix"], "global": content["global"]}
+    return {**content, "metric": metric, **chosen, "others": others}
 
 
 def parse_cross_site(_: Path, content: Any) -> CrossSite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,7 @@ from fedddp.secure import SecureAggregation
 from fedddp.simulation.clock import examples_trained
 from fedddp.simulation.cohort import assign
 from fedddp.training.assembly import outputs_check
-from fedddp.training.clients import clients_of, pooled
+from fedddp.training.clients import client_names, clients_of, pooled
 from fedddp.training.engine import Place, clients_at_once
 from fedddp.training.exchange import round_bytes
 from fedddp.training.protect import check_library, participations_of
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 OPTIMIZER_VECTORS = {"sgd": 0, "adam": 2, "adamw": 2}
 SHOWN = 8
-"""Groups that are listed one by one."""
+"""Groups, and clients with a name, that are listed one by one."""
 
 
 def dry_run(config: Config, world_size: int) -> Table:
@@ -74,7 +75,7 @@ def dry_run(config: Config, world_size: int) -> Table:
         f"{config.data.dataset}: {len(train.labels):,} training images of "
         f"{'x'.join(map(str, shape))}, {0 if test is None else len(test.labels):,} for testing",
     )
-    table.add_row("population", _population(sizes))
+    table.add_row("population", _population(sizes, client_names(config.data, train)))
     parameters, buffers = flat.params.numel(), flat.buffers.numel()
     table.add_row(
         "model", f"{config.model.name}: {parameters:,} trainable parameters, {buffers:,} buffer elements"
@@ -142,10 +143,19 @@ def _secure(settings: SecureAggregation, clients: int) -> str:
     )
 
 
-def _population(sizes: NDArray[np.int64]) -> str:
-    """Return how many clients there are, and how many of their `sizes` (clients,) examples train."""
+def _population(sizes: NDArray[np.int64], names: Sequence[str]) -> str:
+    """Return how many clients there are, and how many of their `sizes` (clients,) examples train.
+
+    With `names`, (clients,) or empty, the first are listed with their sizes.
+    """
+    if len(sizes) == 1:
+        return f"1 client of {sizes[0]:,} examples"
     median = f"median {np.median(sizes):,.0f}"
-    return f"{len(sizes):,} clients of {sizes.min():,} to {sizes.max():,} examples ({median})"
+    found = f"{len(sizes):,} clients of {sizes.min():,} to {sizes.max():,} examples ({median})"
+    if len(names) != len(sizes):
+        return found
+    listed = ", ".join(f"{name} {size:,}" for name, size in zip(names[:SHOWN], sizes, strict=False))
+    return f"{found}: {listed}{', ...' if len(names) > SHOWN else ''}"
 
 
 def _world(config: Config, world_size: int, groups: int) -> str:

@@ -366,8 +366,8 @@ def heat(
 
 
 def shorten(name: str) -> str:
-    """Return a name of at most 12 letters: its beginning and its end, where names of classes differ."""
-    return name if len(name) <= 12 else f"{name[:6]}…{name[-5:]}"
+    """Return a name of at most 13 letters: its beginning and its end, where names of classes differ."""
+    return name if len(name) <= 13 else f"{name[:6]}…{name[-5:]}"
 
 
 def tall(rows: int) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedddp.data.description import Description
-from fedddp.reporting.split_figures import caption
+from fedddp.reporting.split_figures import caption, held_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,21 +28,23 @@ def table(description: Description, names: Sequence[str] = ()) -> Table:
     from rich.console import Console
 
     numbers = list(map(str, range(len(description.shares[0].histogram))))
+    known = list(names) if len(names) == len(numbers) else numbers
+    about, names = caption(description, known), held_names(description, known)
     if len(numbers) > 10:
-        return _table(description, [MOST])
+        return _table(description, [MOST], about)
     legend = ""
     choices = [(numbers, 2), (numbers, 1)]
-    if len(names) == len(numbers) and list(names) != numbers:
-        choices = [(list(names), 2), (list(names), 1), *choices]
+    if known != numbers:
+        choices = [(names, 2), (names, 1), *choices]
         legend = "\nclasses: " + ", ".join(f"{n} {name}" for n, name in zip(numbers, names, strict=True))
     for columns, gap in choices:
-        result = _table(description, columns, legend if columns == numbers else "", gap)
+        result = _table(description, columns, about + (legend if columns == numbers else ""), gap)
         if Console(width=1000).measure(result).maximum <= WIDTH:
             return result
-    return _table(description, [MOST], legend)
+    return _table(description, [MOST], about + legend)
 
 
-def _table(description: Description, columns: Sequence[str], legend: str = "", gap: int = 2) -> Table:
+def _table(description: Description, columns: Sequence[str], about: str, gap: int = 2) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -52,10 +54,11 @@ def _table(description: Description, columns: Sequence[str], legend: str = "", g
         box=None,
         header_style="bold",
         padding=(0, gap, 0, 0),
-        caption=Text(f"{caption(d)}{legend}", "table.caption"),
+        caption=Text(about, "table.caption"),
         caption_justify="left",
     )
-    result.add_column("client", justify="right")
+    named = any(share.name is not None for share in d.shares)
+    result.add_column("client", justify="left" if named else "right", overflow="fold")
     result.add_column("examples", justify="right")
     for name in columns:
         result.add_column(Text(name), justify="left" if many else "right")
@@ -66,7 +69,7 @@ def _table(description: Description, columns: Sequence[str], legend: str = "", g
         expected = share.client + 1
         counts = [str(count) if count else "" for count in share.histogram]
         cells = [_most_frequent(share.histogram)] if many else counts
-        result.add_row(f"{share.client:,}", f"{share.size:,}", *cells)
+        result.add_row(Text(share.label), f"{share.size:,}", *cells)
     return result
 
 

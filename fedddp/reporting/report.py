@@ -20,6 +20,7 @@ from fedddp.reporting.runs import RunFiles, read_run, run_folders, unique_names
 from fedddp.reporting.tables import UNKNOWN, Cells, seconds
 from fedddp.section import ConfigError
 from fedddp.storage.checkpoint import write_text
+from fedddp.storage.examined import constant_line
 from fedddp.storage.history import Metric
 from fedddp.storage.judged import algorithm_of, judged_together
 from fedddp.storage.run_record import REPORT
@@ -75,7 +76,7 @@ def report(runs: Sequence[RunFiles]) -> str:
     title = f"Report: {names[0]}" if len(runs) == 1 else f"Report: {len(runs)} runs"
     recorded = [axis for axis in AXES if any(np.isfinite(steps(run.rows)[axis]).all() for run in runs)]
     parts = [
-        PageSection("Summary", [html_table(summary(runs), numbers=True), *protected(runs)]),
+        PageSection("Summary", [html_table(summary(runs), numbers=True), *constants(runs), *protected(runs)]),
         sections.learning(runs, names),
         sections.clients(runs, names),
         cross_site(runs),
@@ -101,12 +102,27 @@ def protected(runs: Sequence[RunFiles]) -> list[str]:
     return lines
 
 
+def constants(runs: Sequence[RunFiles]) -> list[str]:
+    """Return what a constant prediction scores by the metric that each run is judged by; equal lines once."""
+    lines: dict[str, None] = {}
+    for run, judged in zip(runs, judged_together([run.rows for run in runs]), strict=True):
+        scores = {} if run.examined is None else dict(run.examined.constant)
+        if judged is not None and judged.of_clients:
+            last = max((row["round"] for row in run.clients), default=0)
+            known = [row["constant"] for row in run.clients if row["round"] == last and "constant" in row]
+            scores = {judged.bare: sum(known) / len(known)} if known else {}
+        target = "class" if run.split is None else run.split.target
+        line = None if judged is None else constant_line(target, scores, judged)
+        lines |= {} if line is None else {line: None}
+    return [f"<p>{escape(line)}</p>" for line in lines]
+
+
 def summary(runs: Sequence[RunFiles]) -> Cells:
     """Return the table of the runs: its header, and a row for each."""
     judged = judged_together([run.rows for run in runs])
     one = len(set(judged)) == 1
     first = ("accuracy" if judged[0] is None else judged[0].label) if one else "score"
-    rows = [["run", "algorithm", "state", "rounds", first, "best (round)", "worst 10 %", "loss"]]
+    rows = [["run", "algorithm", "state", "rounds", first, "best (round)", "worst 10 %", "test loss"]]
     rows[0] += ["examples", "bytes", "virtual s", "wall s"]
     for run, metric in zip(runs, judged, strict=True):
         last, best, worst = _scores(run, metric)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from fedddp.data.description import Description, Share
 from fedddp.reporting.cross_site_file import CrossSite, parse_cross_site
 from fedddp.section import RENAMED, ConfigError
-from fedddp.storage.examined import Examined, parse_examined
+from fedddp.storage.examined import TARGETS, Examined, parse_examined
 from fedddp.storage.history import CLIENTS, HISTORY, Row, flat, parse_json, read_config, read_rows, read_text
 from fedddp.storage.run_record import (
     CROSS_SITE,
@@ -158,12 +158,22 @@ def _parsed(path: Path, parse: Callable[[Path, Any], Content]) -> Content | None
 
 def _split(_: Path, content: Any) -> tuple[Description, tuple[str, ...]]:
     shares = [
-        Share(int(share["client"]), int(share["size"]), tuple(map(int, share["histogram"])))
+        Share(
+            int(share["client"]),
+            int(share["size"]),
+            tuple(map(int, share["histogram"])),
+            None if share.get("name") is None else str(share["name"]),
+        )
         for share in content["shares"]
     ]
     if not shares or len({len(share.histogram) for share in shares}) > 1:
         raise ValueError("its histograms are not of the same classes")
     numbers = {key: content[key] for key in ("clients", "examples", "smallest", "median", "largest", "empty")}
-    description = Description(shares, **numbers, classes_per_client=float(content["classes_per_client"]))
+    target = content.get("target", "class")
+    if target not in TARGETS:
+        raise ValueError(f"its target is {target}")
+    description = Description(
+        shares, **numbers, classes_per_client=float(content["classes_per_client"]), target=target
+    )
     names = tuple(map(str, content.get("class_names") or range(len(shares[0].histogram))))
     return description, names

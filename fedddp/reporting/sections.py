@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedddp.evaluation import IDENTITY
 from fedddp.reporting.classes import MOST_POINTS, class_name, class_table, over_rounds, thin
 from fedddp.reporting.curves import AXES, Floats, is_number, series, steps
 from fedddp.reporting.figures import (
@@ -106,7 +107,7 @@ def clients(runs: Sequence[RunFiles], names: Sequence[str]) -> PageSection:
 
 def judged_on_clients(run: RunFiles) -> Metric | None:
     """Return the metric that the clients of a run are judged by; None where none was measured."""
-    shared = ("round", "client", "examples")
+    shared = ("round", *IDENTITY)
     rows = [{f"eval/{n}": v for n, v in row.items() if n not in shared} for row in run.clients]
     metric = judged_by(run.rows)
     if metric is not None and metric.of_clients:
@@ -178,9 +179,9 @@ def data(runs: Sequence[RunFiles]) -> PageSection:
     known = [(index, run.split, run.class_names) for index, run in enumerate(runs) if run.split is not None]
     same = len(known) == len(runs) and all(split == known[0][1] for _, split, _ in known)
     shown = known[:1] if same else known
-    for index, split, _ in shown:
+    for index, split, labels in shown:
         opening = "<p>" if same else f'<p class="run-{index}">{escape(runs[index].name)}: '
-        blocks.append(f"{opening}{escape(caption(split))}.</p>")
+        blocks.append(f"{opening}{escape(caption(split, labels))}.</p>")
     for index, split, labels in shown:
         about = None if same else index
         size = tall(len(split.shares))
@@ -195,9 +196,11 @@ def data(runs: Sequence[RunFiles]) -> PageSection:
 def participation(runs: Sequence[RunFiles]) -> PageSection:
     """Return which clients took part in which rounds."""
     blocks: list[Chart | str] = []
-    for index, run in enumerate(runs):
+    federated = [(index, run) for index, run in enumerate(runs) if run.settings.get("baseline") != "pooled"]
+    for index, run in federated:
         blocks += _participation(index, run)
-    return PageSection("Participation", blocks, "" if blocks else "cohorts: older runs did not record them")
+    missing = "cohorts: older runs, and those with secure_aggregation, do not record them"
+    return PageSection("Participation", blocks, "" if blocks or not federated else missing)
 
 
 def _participation(index: int, run: RunFiles) -> list[Chart]:
@@ -208,6 +211,8 @@ def _participation(index: int, run: RunFiles) -> list[Chart]:
     if not any(cohorts):
         return []
     times = np.bincount([client for cohort in cohorts for client in cohort], minlength=population)
+    known = {share.client: share.label for share in run.split.shares} if run.split is not None else {}
+    names = [known.get(client, str(client)) for client in range(population)]
     colour = colour_of(index)
 
     def counts(axes: Axes) -> None:
@@ -216,6 +221,8 @@ def _participation(index: int, run: RunFiles) -> list[Chart]:
         axes.bar(np.arange(len(heights)), heights, color=colour)
         labels = ("client", "times in a cohort") if few else ("times in a cohort", "clients")
         axes.set(xlabel=labels[0], ylabel=labels[1])
+        if few:
+            name_ticks(axes, "x", names, most=20)
         scale_axis(axes, "rounds")
         axes.grid(visible=False, axis="x")
 
@@ -226,7 +233,7 @@ def _participation(index: int, run: RunFiles) -> list[Chart]:
         for place, cohort in enumerate(cohorts):
             np.add.at(matrix[:, place // per_column], cohort, 1)
         heat(axes, matrix, xlabel="round", ylabel="client")
-        name_ticks(axes, "y", [str(client) for client in range(population)])
+        name_ticks(axes, "y", names)
         name_ticks(axes, "x", [str(1 + per_column * column) for column in range(matrix.shape[1])], most=8)
 
     bars = chart(f"times {index}", "How often clients took part", counts, run=index)

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedddp.data.description import Description
 from fedddp.reporting.figures import COLUMN, PAGE_WIDTH, heat, name_ticks, save, shorten, style
+from fedddp.tasks.segmentation import is_background
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,8 +30,8 @@ def holdings(axes: Axes, split: Description, names: Sequence[str]) -> None:
     """Draw the examples of each class at each client, as a matrix of clients and classes."""
     counts = np.array([share.histogram for share in split.shares], dtype=float)
     heat(axes, counts, xlabel="class", ylabel="client")
-    name_ticks(axes, "x", names)
-    name_ticks(axes, "y", [str(share.client) for share in split.shares])
+    name_ticks(axes, "x", held_names(split, names))
+    name_ticks(axes, "y", [share.label for share in split.shares])
     if counts.size <= 200:
         mark(axes, counts)
 
@@ -88,14 +89,14 @@ def sizes(axes: Axes, split: Description, names: Sequence[str], *, legend: bool 
         axes.bar(places[some], held[some], bottom=bottom[some], width=0.85, color=colours(label))
         bottom += held
     if legend and few:
-        short = [shorten(name) for name in names]
+        short = [shorten(name) for name in held_names(split, names)]
         where: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.1, 1), "borderaxespad": 0}
         columns = max(1, min(10, 70 // (6 + max(map(len, short)))))
         look: dict[str, Any] = {"handlelength": 0.8, "columnspacing": 0.8, "handletextpad": 0.3}
         axes.legend(_keys(short), short, ncols=columns, **where, **look)
     axes.set(xlabel="client", ylabel="examples", xlim=(-0.6, len(counts) - 0.4))
     axes.grid(visible=False, axis="x")
-    name_ticks(axes, "x", [str(share.client) for share in split.shares], most=20)
+    name_ticks(axes, "x", [share.label for share in split.shares], most=20)
 
 
 def _keys(names: Sequence[str]) -> list[Patch]:
@@ -107,15 +108,32 @@ def _keys(names: Sequence[str]) -> list[Patch]:
     return [Patch(color=colours(label)) for label in range(len(names))]
 
 
-def caption(split: Description) -> str:
-    """Return what a split is, in one line."""
+def held_names(split: Description, names: Sequence[str]) -> list[str]:
+    """Return the `names` of the classes by which a split counts images: of masks the first is that alone."""
+    if split.target != "mask" or not names:
+        return list(names)
+    return ["no foreground" if is_background(names[0]) else f"only {names[0]}", *names[1:]]
+
+
+COUNTED = {
+    "mask": "an image counts as the class with most pixels other than {0}",
+    "multilabel": "an image counts as its first label, and as {0} where it has none",
+    "boxes": "an image counts as the class of its largest box, and as {0} where it has none",
+}
+"""As which class an image counts, by what the data give for it; {0} is the first class."""
+
+
+def caption(split: Description, names: Sequence[str]) -> str:
+    """Return what a split is, in one line; `names` are those of the classes."""
     shown = (
         "" if len(split.shares) == split.clients else f"; shown: the first and last {len(split.shares) // 2}"
     )
+    empty = f"; {split.empty:,} clients have none" if split.empty else ""
+    counted = f"; {COUNTED[split.target].format(*names[:1])}" if split.target in COUNTED else ""
     return (
         f"{split.clients:,} clients hold {split.examples:,} examples: {split.smallest:,} to "
-        f"{split.largest:,} each (median {split.median:,.0f}) of {split.classes_per_client:.1f} classes; "
-        f"{split.empty:,} are empty{shown}"
+        f"{split.largest:,} each (median {split.median:,.0f}) of {split.classes_per_client:.1f} classes"
+        f"{empty}{counted}{shown}"
     )
 
 
@@ -135,6 +153,7 @@ def save_split(split: Description, names: Sequence[str], path: Path) -> None:
         holdings(left, split, names)
         sizes(right, split, names, legend=False)
         if len(names) <= STACKED:
-            figure.legend(_keys(names), names, loc="outside right center", title="class")
-        figure.suptitle(caption(split), fontsize=8)
+            where: dict[str, Any] = {"loc": "outside right center", "title": "class"}
+            figure.legend(_keys(names), held_names(split, names), **where)
+        figure.suptitle(caption(split, names).replace("; an image", "\nan image"), fontsize=8)
         save(figure, path)

@@ -83,7 +83,7 @@ def cells(curves: Sequence[Curve], target: float, *, totals: bool = True) -> Cel
         "wall s": seconds,
     }
     metric, other = curves[0].metric, beside(curves)
-    rows = [["run", _column(metric), *([_column(other)] if other else []), *shown, "stale", "idle"]]
+    rows = [["run", metric.label, *([other.label] if other else []), *shown, "stale", "idle"]]
     for curve in curves:
         reached = curve.reach(target)
         row = [curve.name, scores(metric, [run.score[-1] for run in curve.runs]) + metric.unit]
@@ -104,11 +104,6 @@ def beside(curves: Sequence[Curve]) -> Metric | None:
     other = Metric(f"eval/{metric.bare}" if metric.of_clients else metric.on_clients("mean"))
     has = [other.key in run.last for curve in curves for run in curve.runs]
     return other if (any(has) if metric.of_clients else all(has)) else None
-
-
-def _column(metric: Metric) -> str:
-    """Return the heading of a metric's column."""
-    return f"{Metric(f'eval/{metric.bare}').label} of clients" if metric.of_clients else metric.label
 
 
 def _last(metric: Metric, curve: Curve, unit: str = "") -> str:
@@ -246,9 +241,9 @@ def paper_cells(curves: Sequence[Curve], target: float) -> Cells:
     scales = {"rounds": ("rounds", 1.0, 1), "examples": ("examples", 1.0, 0)}
     scales |= {"bytes": (unit, divisor, 1), "virtual s": ("virtual s", 1.0, 1), "wall s": ("wall s", 1.0, 1)}
     axes = [axis for axis in AXES if any(np.isfinite(curve.x[axis]).all() for curve in curves)]
-    other, label = beside(curves), _column(metric)
+    other, label = beside(curves), metric.label
     titles = [f"{label} in %", "best in %"] if metric.in_percent else [label, f"best {label}"]
-    titles += [_column(other) + " in %" * other.in_percent] if other else []
+    titles += [other.label + " in %" * other.in_percent] if other else []
     rows = [["", "seeds", *titles, *(f"{scales[axis][0]} {goal}" for axis in axes)]]
     for curve in curves:
         reached = [run.reach(target) for run in curve.runs]

@@ -11,10 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedddp.storage.history import Row
+from fedddp.storage.history import Metric, Row, number
 from fedddp.storage.run_record import WRONG
 
 TARGETS = ("class", "multilabel", "mask", "boxes")
+
+CONSTANT = {
+    "class": "one class for every image",
+    "multilabel": "the same labels for every image",
+    "mask": "one class for every pixel",
+}
+"""What a prediction is that does not depend on the image, by what a task predicts."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,24 @@ class Examined:
     """The true and the predicted class of each pixel, (n, H, W) each; 255: it does not count."""
     boxes: list[tuple[BoxesOfImage, BoxesOfImage]] = field(default_factory=list)
     """The true and the predicted boxes of each of those examples."""
+    constant: Mapping[str, float] = field(default_factory=dict)
+    """The main metric of the best prediction that is the same for every image, by its name."""
+
+
+def constant_line(target: str, scores: Mapping[str, Any], metric: Metric | None = None) -> str | None:
+    """Return what the best constant prediction scores, as a sentence; None where that is not known.
+
+    Args:
+        target: what the task predicts.
+        scores: its values by the names of metrics, as in evaluation.json.
+        metric: the one that is reported; by default the first.
+    """
+    metric = Metric(f"eval/{next(iter(scores), '')}") if metric is None else metric
+    value = number(scores, metric.bare)
+    if value is None or target not in CONSTANT:
+        return None
+    words = f"The best constant prediction ({CONSTANT[target]}) scores"
+    return f"{words} {metric.text(value)} in {metric.title}."
 
 
 def parse_examined(folder: Path, content: Any) -> Examined:
@@ -73,7 +98,8 @@ def parse_examined(folder: Path, content: Any) -> Examined:
     if images is not None and target == "boxes":
         sides = [_boxes(tensors, side, len(images)) for side in ("truth", "predicted")]
         boxes = list(zip(*sides, strict=True))
-    return Examined(target, confusion, wrong, images, masks, boxes)
+    constant = {str(name): float(value) for name, value in content.get("constant", {}).items()}
+    return Examined(target, confusion, wrong, images, masks, boxes, constant)
 
 
 def _row(target: str, one: Row) -> Row:

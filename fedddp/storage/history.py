@@ -260,9 +260,9 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """Its name in a table: accuracy, IoU, test loss, train loss."""
+        """Its name in a table: accuracy, IoU, test loss, train loss, mean IoU of clients."""
         if self.of_clients:
-            return self.key
+            return self.title
         losses = {"train/loss": "train loss", "eval/loss": "test loss"}
         return losses.get(self.key) or NAMES.get(self.bare, self.bare)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from fedddp.models.registry import check_logits
 from fedddp.section import Fraction
-from fedddp.tasks.task import Task
+from fedddp.tasks.task import Summary, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,22 +44,25 @@ class Classification(Task):
         return outputs.float().softmax(1)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return sums and counts of `loss` (no smoothing), `accuracy`, `recall` per class.
+        """Return sums and counts of `loss`, `accuracy`, and `recall` per class.
 
         With more than 5 classes also `accuracy_top5`. Arguments as for `loss`; b may be 0.
         """
         logits = outputs.detach().double()
         examples, classes = logits.shape
         correct = (logits.argmax(1) == targets).double()
-        sums = {
-            "loss": F.cross_entropy(logits, targets, reduction="sum"),
-            "accuracy": correct.sum(),
-        }
+        sums = {"accuracy": correct.sum()}
         if classes > 5:
             sums["accuracy_top5"] = (logits.topk(5).indices == targets[:, None]).sum().double()
-        count = torch.full_like(sums["loss"], examples)
-        metrics = {name: torch.stack([total, count]) for name, total in sums.items()}
+        count = torch.full_like(sums["accuracy"], examples)
+        metrics = {"loss": self.total_loss(outputs.detach().float(), targets)}
+        metrics |= {name: torch.stack([total, count]) for name, total in sums.items()}
         recall = logits.new_zeros(2, classes)
         recall.index_add_(1, targets, torch.stack([correct, torch.ones_like(correct)]))
         metrics["recall"] = recall
         return metrics
+
+    def constant(self, totals: Mapping[str, Tensor], gathered: Mapping[str, Tensor]) -> Summary:
+        """Return the accuracy of the most frequent class for every image; empty without images."""
+        counts = totals["recall"][1] if "recall" in totals else torch.zeros(1)
+        return {"accuracy": float(counts.max() / counts.sum())} if counts.sum() else {}

@@ -136,10 +136,9 @@ class Detection(Task):
 
     def measure(self, outputs: Mapping[str, Tensor], targets: Boxes) -> dict[str, Tensor]:
         """Return sum and count of `loss`, and how many true `boxes` of each class count, (K,) int64."""
-        losses = self.losses(outputs, targets).detach().double()
         classes = outputs["cls_logits"].shape[2]
         return {
-            "loss": torch.stack([losses.sum(), losses.new_tensor(len(losses))]),
+            "loss": self.total_loss(outputs, targets),
             "boxes": torch.bincount(targets.counted().labels, minlength=classes),
         }
 

@@ -59,7 +59,7 @@ class MultiLabel(Task):
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return sums and counts of `f1` and `f1_per_class` at `threshold`, `label_accuracy` and `loss`.
 
-        F1 is 2 TP / (2 TP + FP + FN). The loss has no `pos_weight`. A logit that is no number is wrong.
+        F1 is 2 TP / (2 TP + FP + FN). A logit that is no number is wrong.
         Arguments as for `loss`; b may be 0.
         """
         logits, true = outputs.detach().double(), targets > 0
@@ -67,13 +67,12 @@ class MultiLabel(Task):
         correct = (positive == true) & ~logits.isnan()
         hits = 2.0 * (positive & true).sum(0)
         wrong = (~correct).sum(0)
-        losses = F.binary_cross_entropy_with_logits(logits, targets.double(), reduction="none")
-        labels, images = (logits.new_tensor(n) for n in (logits.numel(), len(logits)))
+        labels = logits.new_tensor(logits.numel())
         f1 = torch.stack([hits, hits + wrong]).double()
         return {
             "f1": f1.sum(1),
             "label_accuracy": torch.stack([correct.sum().double(), labels]),
-            "loss": torch.stack([losses.mean(1).sum(), images]),
+            "loss": self.total_loss(outputs.detach().float(), targets),
             "f1_per_class": f1,
         }
 
@@ -100,6 +99,18 @@ class MultiLabel(Task):
             "f1_per_class": f1_per_class,
             "ap_per_class": precisions,
         }
+
+    def constant(self, totals: Mapping[str, Tensor], gathered: Mapping[str, Tensor]) -> Summary:
+        """Return the F1 of the best set of labels for every image; empty where no image has a label.
+
+        With n_k of N images that have label k, a set S has TP = Σ_S n_k and 2 TP + FP + FN = |S| N + Σ n_k.
+        The best set of each size is that of the most frequent labels.
+        """
+        if "targets" not in gathered or not gathered["targets"].any():
+            return {}
+        counts = gathered["targets"].sum(0, dtype=torch.float64).sort(descending=True).values
+        sizes = torch.arange(1, len(counts) + 1) * float(len(gathered["targets"]))
+        return {"f1": float((2 * counts.cumsum(0) / (sizes + counts.sum())).max())}
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> float | None:

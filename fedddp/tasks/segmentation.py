@@ -75,16 +75,13 @@ class Segmentation(Task):
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return the confusion matrix of all valid pixels, and sum and count of `loss` per image.
 
-        `confusion` is (K, K) int64, true classes by predicted ones. The loss is the cross entropy alone;
-        images whose pixels are all ignored do not count. Arguments as for `loss`; b may be 0.
+        `confusion` is (K, K) int64, true classes by predicted ones. Arguments as for `loss`; b may be 0.
         """
         logits = outputs.detach()
         classes, valid = logits.shape[1], targets != IGNORED
         pairs = targets[valid] * classes + logits.argmax(1)[valid]
         confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-        losses = _cross_entropies(logits.double(), targets)
-        images = valid.flatten(1).any(1).sum().to(losses.dtype)
-        return {"confusion": confusion, "loss": torch.stack([losses.sum(), images])}
+        return {"confusion": confusion, "loss": self.total_loss(logits.float(), targets)}
 
     def summarize(self, totals: Mapping[str, Tensor], gathered: Mapping[str, Tensor]) -> Summary:
         """Return IoU, Dice and pixel accuracy from the confusion matrix, and the loss.
@@ -103,10 +100,19 @@ class Segmentation(Task):
             "iou": mean(iou),
             "dice": mean(dice[1:] if self.background else dice),
             "pixel_accuracy": ratio(torch.stack([both.sum(), confusion.sum()])),
-            "loss": ratio(totals["loss"]),
+            "loss": ratio(totals["loss"]) if len(confusion) and confusion.any() else None,
             "iou_per_class": iou,
             "dice_per_class": dice,
         }
+
+    def constant(self, totals: Mapping[str, Tensor], gathered: Mapping[str, Tensor]) -> Summary:
+        """Return the mean IoU of the most frequent class for every pixel; empty without pixels.
+
+        Its IoU is its share of the pixels, and that of the other classes in the truth is 0.
+        """
+        sizes = totals["confusion"].sum(1) if "confusion" in totals else torch.zeros(1)
+        classes = int((sizes > 0).sum())
+        return {"iou": float(sizes.max() / sizes.sum()) / classes} if classes else {}
 
 
 def background_warning(task: Task, class_names: Sequence[str]) -> str | None:
@@ -118,12 +124,17 @@ def background_warning(task: Task, class_names: Sequence[str]) -> str | None:
     """
     if not isinstance(task, Segmentation) or not task.background or not class_names:
         return None
-    if class_names[0].strip(" _").lower() in _BACKGROUND:
+    if is_background(class_names[0]):
         return None
     return (
         f"task.background=true leaves class 0, {class_names[0]!r}, out of the mean Dice; set task.background "
         "to false unless it is background"
     )
+
+
+def is_background(class_name: str) -> bool:
+    """Return whether a class has a name of a background."""
+    return class_name.strip(" _").lower() in _BACKGROUND
 
 
 def mean(values: list[float | None]) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fedddp.data.loader import Batch
@@ -73,8 +74,27 @@ class Task(Section, ABC):
         """Return each metric as its sum and its count: float64, shape (2,) or (2, n).
 
         Adding these over batches and ranks gives the totals of all of them. A task that overrides `summarize`
-        may return any float64 or int64 tensors that add up.
+        may return any float64 or int64 tensors that add up. `total_loss` is the entry "loss".
         """
+
+    def total_loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss that is trained, summed over the images, and their number: float64, (2,).
+
+        Arguments as for `loss`. So `eval/loss` and `train/loss` are the same quantity, a subclass's own too.
+        """
+        losses = self.losses(outputs, targets) if _has_losses_of_loss(type(self)) else None
+        # Image by image where that is known: then the batches of ranks change the sum's last bits only.
+        total = self.loss(outputs, targets) if losses is None else losses.double().sum()
+        return torch.stack([total.detach().double(), total.new_tensor(len(targets), dtype=torch.float64)])
+
+    def constant(self, totals: Mapping[str, Tensor], gathered: Mapping[str, Tensor]) -> Summary:
+        """Return the main metric of the best prediction that is the same for every image; empty without one.
+
+        Args:
+            totals: what `measure` returned, as for `summarize`; only its counts of the truth are used.
+            gathered: what `gather` returned, likewise.
+        """
+        return {}
 
     def gather(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
         """Return what a metric needs of all images together, such as scores to rank: tensors (rows, ...).
@@ -102,6 +122,12 @@ class Task(Section, ABC):
             A number for each (2,) metric, a list of n for each (2, n) metric; in the order of the history.
         """
         return {name: ratio(total) for name, total in totals.items()}
+
+
+def _has_losses_of_loss(task: type[Task]) -> bool:
+    """Return whether `losses` are those of `loss`: no subclass has overridden `loss` alone."""
+    losses, loss = (next(c for c in task.__mro__ if name in vars(c)) for name in ("losses", "loss"))
+    return issubclass(losses, loss)
 
 
 def ratio(total: Tensor) -> float | list[float | None] | None:

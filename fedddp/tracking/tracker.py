@@ -47,6 +47,10 @@ class TrackingConfig(Section):
     report: bool = False
     """Write `report.html` to the run directory when the run ends; the wandb run shows it."""
 
+    pictures: bool = True
+    """Send pictures of test images to trackers: those of highest loss, with their masks or boxes, and the
+    report, which has some. Online, wandb uploads them."""
+
     progress: bool = True
     """Show progress: a live bar on a terminal, one line per round elsewhere."""
 

@@ -60,7 +60,7 @@ class AccelerateTracker:
 
     def __init__(self, kind: str, run: RunDescription) -> None:
         """Start it, and store the configuration unless the run is resumed."""
-        self._kind, self._folder = kind, run.folder
+        self._kind, self._folder, self._pictures = kind, run.folder, run.tracking.pictures
         if kind == "tensorboard":  # events go to RUN/tensorboard; a resume hides what it repeats
             purge = {"purge_step": run.resume_round + 1} if run.resume_round else {}
             self._tracker = start(kind, "tensorboard", run.folder, **purge)
@@ -92,7 +92,7 @@ class AccelerateTracker:
                 columns, data = classes
                 self._tracker.log_table("eval/classes", columns=columns, data=data, step=ending.round)
             if self._kind == "tensorboard" and not ending.failed:
-                for key, picture in pictures(self._folder, ending).items():
+                for key, picture in pictures(self._folder, ending, of_images=self._pictures).items():
                     images = {key: picture[None]}
                     self._tracker.log_images(images, step=ending.round, dataformats="NHWC")
         finally:
@@ -147,17 +147,18 @@ def confusion(folder: Path, ending: Ending) -> tuple[list[list[int]], list[str]]
     return counts, names if len(names) == len(counts) else [str(index) for index in range(len(counts))]
 
 
-def pictures(folder: Path, ending: Ending) -> dict[str, NDArray[np.uint8]]:
+def pictures(folder: Path, ending: Ending, *, of_images: bool = True) -> dict[str, NDArray[np.uint8]]:
     """Return the pictures of a run directory by key, (H, W, 3) each.
 
-    `clients/split`, `eval/confusion`, and of masks and boxes `eval/worst`: the examples of highest loss.
+    `clients/split`, `eval/confusion`, and with `of_images` of masks and boxes `eval/worst`: the test examples
+    of highest loss.
     """
     from fedddp.tracking.heat_map import heat_map
 
     found = {}
     split = read_json(folder / SPLIT)
     if split.get("shares"):
-        rows = [str(share["client"]) for share in split["shares"]]
+        rows = [str(share.get("name") or share["client"]) for share in split["shares"]]
         counts = [share["histogram"] for share in split["shares"]]
         axes = ("class", "client")
         found["clients/split"] = heat_map(counts, rows, split["class_names"], axes, "Training examples")
@@ -168,7 +169,7 @@ def pictures(folder: Path, ending: Ending) -> dict[str, NDArray[np.uint8]]:
         axes = ("predicted class", "true class")
         title = "Test pixels" if examined is not None and examined.target == "mask" else "Test examples"
         found["eval/confusion"] = heat_map(counts, names, names, axes, title)
-    if examined is not None:
+    if examined is not None and of_images:
         worst = overlays.sheet(examined, split.get("class_names") or [], background=has_background(folder))
         if worst is not None:
             found["eval/worst"] = worst

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shlex
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from fedddp.tracking.trackers import (
     table,
     worst_examples,
 )
+
+logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT_S = 30.0
 """Seconds the start of a run waits for the wandb server before it logs offline."""
@@ -139,7 +142,8 @@ class WandbRun:
         """Log who holds which classes, and the confusion matrix of the final model."""
         import wandb
 
-        drawn = pictures(self._described.folder, ending)
+        wanted = self._described.tracking.pictures
+        drawn = pictures(self._described.folder, ending, of_images=wanted)
         values: Row = {key: wandb.Image(picture) for key, picture in drawn.items()}
         matrix = confusion(self._described.folder, ending)
         if matrix and len(matrix[1]) <= MOST_CHART_CLASSES:
@@ -150,6 +154,7 @@ class WandbRun:
             values["eval/classes"] = wandb.Table(columns=[*columns], data=data)
         if "eval/worst" in values:  # with masks and boxes that can be switched on and off
             values["eval/worst"] = self._worst(ending)
+            self._announce(f"{len(values['eval/worst'])} pictures of test images are")
         if values:
             self._log(values, ending)
 
@@ -164,9 +169,15 @@ class WandbRun:
     def _log_report(self, ending: Ending) -> None:
         import wandb
 
-        page = self._described.folder / REPORT
-        if self._described.tracking.report and page.exists():
+        page, tracking = self._described.folder / REPORT, self._described.tracking
+        if tracking.report and tracking.pictures and page.exists():
+            self._announce("the report, with pictures of test images, is")
             self._log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)}, ending)
+
+    def _announce(self, what: str) -> None:
+        """Log that pictures of test images leave this machine."""
+        if not self._run.offline:
+            logger.info("wandb: %s sent to its server; --tracking.pictures false leaves them out", what)
 
     def _log_models(self, ending: Ending) -> None:
         """Add the best model, where it is kept, and the final one as versions of one artifact."""

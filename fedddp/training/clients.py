@@ -82,9 +82,8 @@ def clients_of(config: Config, train: Images, test: Images | None) -> Clients:
     clients = Clients(split, config.data.holdout, config.seed)
     if isinstance(config.data.partition, Natural) and train.ids is not None:
         owners = np.unique(train.ids)
-        names = tuple(train.owners[owner] for owner in owners.tolist()) if train.owners else ()
         tests = None if test is None or test.ids is None else _of_owners(test.ids, owners)
-        clients = dataclasses.replace(clients, tests=tests, names=names)
+        clients = dataclasses.replace(clients, tests=tests, names=client_names(config.data, train))
     if config.evaluation.clients and not clients.evaluated_sizes().any():
         raise ConfigError(
             f"evaluation.clients={config.evaluation.clients} needs local data to evaluate on, but "
@@ -92,6 +91,13 @@ def clients_of(config: Config, train: Images, test: Images | None) -> Clients:
             "(its attribute `ids`); set data.holdout, e.g. 0.1"
         )
     return clients
+
+
+def client_names(data: DataConfig, train: Images) -> tuple[str, ...]:
+    """Return the name of every client, its natural owner's; empty where they have none."""
+    if not isinstance(data.partition, Natural) or train.ids is None or not train.owners:
+        return ()
+    return tuple(train.owners[owner] for owner in np.unique(train.ids).tolist())
 
 
 def _of_owners(ids: Indices, owners: Indices) -> Split | None:

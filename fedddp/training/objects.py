@@ -40,14 +40,17 @@ class Objects:
         images = from_dataset(self.train, *options)
         return images, None if self.test is None else from_dataset(self.test, *options, like=images)
 
-    def record(self, config: Config, train: Images, test: Images | None) -> dict[str, Any]:
-        """Return what the run's config.yaml holds: `config`, with these objects instead of names."""
+    def record(self, config: Config, train: Images | None, test: Images | None) -> dict[str, Any]:
+        """Return what the run's config.yaml holds: `config`, with these objects instead of names.
+
+        Images are needed where the dataset is one of these objects.
+        """
         recorded: dict[str, Any] = to_dict(config)
         objects: dict[str, Any] = {}
         if self.module is not None:
             del recorded["model"]["name"]
             objects["module"] = _describe_module(self.module)
-        if self.train is not None:
+        if self.train is not None and train is not None:
             for name in ("dataset", "root", "download"):
                 del recorded["data"][name]
             objects["train"] = _describe_images(self.train, train)

@@ -8,7 +8,6 @@ import errno
 import fcntl
 import logging
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,8 @@ from fedddp.distributed.environment import Launch
 from fedddp.distributed.world import World
 from fedddp.section import ConfigError, local_path
 from fedddp.storage.checkpoint import write_text
-from fedddp.storage.history import read_config, read_text
+from fedddp.storage.history import read_config
+from fedddp.storage.run_folder import LAUNCHER, find_folder
 from fedddp.storage.run_record import held
 
 logger = logging.getLogger(__name__)
@@ -59,12 +59,16 @@ def run_directory(
         if world.is_coordinator:
             launch = Launch.from_environment()
             try:
-                directory, resumes = _find(config, default_name, launch)
+                local_path(config.output, "output").mkdir(parents=True, exist_ok=True)
+                directory, resumes = find_folder(
+                    config.output, config.name, default_name, config.resume, launch
+                )
+                directory.mkdir(parents=True, exist_ok=True)
                 locks = _lock(directory, LOCK_WAIT_S if resumes else 0.0)
                 if resumes:
                     check_same(record, directory / CONFIG)
                     _warn_of_schedule(config, directory / CONFIG)
-                write_text(directory / ".launcher", launch.launcher)
+                write_text(directory / LAUNCHER, launch.launcher)
             except ValueError as error:
                 problem = str(error)
             except OSError as error:
@@ -85,43 +89,24 @@ def run_directory(
             _unlock(descriptor)
 
 
-def _find(config: Config, default_name: str, launch: Launch) -> tuple[Path, bool]:
-    """Return the run directory, which exists, and whether it holds the run to resume."""
-    output, name = local_path(config.output, "output"), config.name or default_name
-    output.mkdir(parents=True, exist_ok=True)
-    runs = [p for p in output.iterdir() if re.fullmatch(rf"{re.escape(name)}(-\d+)?", p.name)]
-    # A restarted launcher resumes in the directory it had, and never in one that it was refused.
-    restarted = [p for p in runs if launch.restarts and _belongs_to(p, launch)]
-    if config.name is not None:
-        directory = output / name
-        resumes = config.resume == "auto" or directory in restarted
-    elif config.resume == "auto" or restarted:
-        oldest_first = sorted(restarted or runs, key=lambda path: (len(path.name), path.name))
-        directory, resumes = (oldest_first or [output / name])[-1], True
-    else:
-        taken = {path.name for path in output.iterdir()}
-        directory, resumes = output / next(n for n in _numbered(name) if n not in taken), False
-    if not resumes and ((directory / "history.jsonl").exists() or (directory / "checkpoints").exists()):
-        raise ConfigError(
-            f"name: {directory} holds a run already; choose another --name, or resume it with --resume auto"
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory, resumes
+def check_before_data(config: Config, default_name: str, record: Mapping[str, Any] | None) -> None:
+    """Refuse a run whose directory holds another, before its data are read; no collective.
 
+    Args:
+        config: the configuration.
+        default_name: as for `run_directory`.
+        record: what config.yaml will hold; None where that depends on the data.
 
-def _belongs_to(directory: Path, launch: Launch) -> bool:
+    Raises:
+        ConfigError: the directory holds another run, or that to resume has other settings.
+    """
+    launch = Launch.from_environment()
     try:
-        return read_text(directory / ".launcher") == launch.launcher
-    except (OSError, ValueError):
-        return False
-
-
-def _numbered(name: str) -> Iterator[str]:
-    yield name
-    number = 2
-    while True:
-        yield f"{name}-{number}"
-        number += 1
+        found = find_folder(config.output, config.name, default_name, config.resume, launch)
+    except OSError:  # reported where the directory is made
+        return
+    if found[1] and record is not None:
+        check_same(record, found[0] / CONFIG)
 
 
 def _lock(directory: Path, wait_s: float) -> list[int]:
