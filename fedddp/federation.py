@@ -198,7 +198,10 @@ def _begin(s: Session, train: Images) -> None:
         return
     split = dataclasses.asdict(describe(s.clients.split, train.labels, train.classes, limit=SHARES))
     names = train.class_names or list(map(str, range(train.classes)))
-    write_text(s.directory / run_record.SPLIT, json.dumps({**split, "class_names": names}))
+    write_text(
+        s.directory / run_record.SPLIT,
+        json.dumps({**split, "class_names": names, "client_names": s.clients.names}),
+    )
 
 
 def _result(s: Session, *, finished: bool) -> Result:

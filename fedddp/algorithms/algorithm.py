@@ -161,7 +161,10 @@ class Algorithm(Section, ABC):
     needs_initial_loss: ClassVar[bool] = False
     """Whether F_k(x) is computed for the cohort before it trains (`ClientContext.initial_loss`)."""
     has_global_model: ClassVar[bool] = True
-    """Whether the server's model is trained, so that it is worth an evaluation."""
+    """Whether the server trains a model that is complete, so that it can be evaluated and used.
+
+    Without, as where layers stay at the clients, there are only the clients' own models (`personalize`).
+    """
     mean_only: ClassVar[bool] = False
     """Whether updates mean something only as a plain mean: no robust rule, no clipped updates."""
     reads_grad: ClassVar[bool] = False
@@ -229,7 +232,12 @@ class Algorithm(Section, ABC):
         return context.share if self.uniform else context.weight
 
     def personalize(self, flat: FlatModel, state: Mapping[str, Tensor]) -> None:
-        """Turn the global model in `flat` into the client's own for its local evaluation, in place."""
+        """Turn the server's model in `flat` into the client's own, in place."""
+
+    @property
+    def personalizes(self) -> bool:
+        """Whether clients have models of their own."""
+        return type(self).personalize is not Algorithm.personalize
 
 
 class SynchronousAlgorithm(Algorithm):
