@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedddp.config.baselines import baselines_of, examples_per_round, on_clients, without_global_model
+from fedddp.config.baselines import baselines_of, compared_on_clients, examples_per_round, on_clients
 from fedddp.config.loader import build, read_sections, typed
 from fedddp.config.schema import Config, fields_with
 from fedddp.data.datasets import load as load_images
@@ -98,9 +98,7 @@ def prepare(
     one_folder = len(targets) == 1 and Path(targets[0]).is_dir()
     folder = Path(output or (targets[0] if one_folder else Path("runs") / stem))
     configs = _built(configured, flags, seeded, folder)
-    configs = _with_baselines(configs, folder) if baselines else configs
-    if any(map(without_global_model, configs.values())):  # which have nothing else to be compared by
-        configs = {name: on_clients(config) for name, config in configs.items()}
+    configs = compared_on_clients(_with_baselines(configs, folder) if baselines else configs)
     others = [name for name, config in configs.items() if config.task.target != "class"]
     if accuracy is not None and others:
         task = type(configs[others[0]].task).__name__

@@ -99,7 +99,7 @@ class FedBN(LocalLayers):
     """Norm layers, with their statistics, stay local (Li et al., 2021, arXiv:2102.07623).
 
     The paper is about batch norm (`model.norm=batch`). Layer and group norms stay local too, but have no
-    statistics: only their scales and shifts differ between clients, and a warning says so.
+    statistics: only their scales and shifts differ between clients, and a warning is logged.
     """
 
     local_buffers = True

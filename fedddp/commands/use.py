@@ -19,7 +19,7 @@ from fedddp.commands.use_options import (
     write_json,
     writing,
 )
-from fedddp.storage.run_record import CROSS_SITE
+from fedddp.storage.run_record import CLIENT, CROSS_SITE
 
 __all__ = ["card", "evaluate", "export", "predict"]
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fedddp.aggregation import Mean
 from fedddp.algorithms import AsynchronousAlgorithm, FedAvg, LocalOnly
+from fedddp.data.partition import Natural
 from fedddp.evaluation import EVALUATED
 from fedddp.section import ConfigError
 from fedddp.simulation.clock import Virtual, examples_trained
@@ -51,6 +52,12 @@ def check_baseline(c: Config) -> None:
     problem = next((text for text, holds in wrong.items() if holds), None)
     if problem:
         raise ConfigError(f"baseline={c.baseline} trains without a federation, but {problem}; leave it out")
+    natural = isinstance(c.data.partition, Natural)
+    if c.baseline == "local" and not c.data.holdout and not natural:
+        raise ConfigError(
+            "baseline=local trains a model for each client, which is evaluated on the client's own data, but "
+            "data.holdout=0; set data.holdout, e.g. 0.2, for the federated run too"
+        )
 
 
 def in_effect(c: Config) -> Config:
@@ -83,6 +90,19 @@ def on_clients(c: Config) -> Config:
         return c
     clients = min(c.data.clients, EVALUATED)
     return dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, clients=clients))
+
+
+def compared_on_clients(configs: dict[str, Config]) -> dict[str, Config]:
+    """Return `configs`, all evaluated on clients if one has no global model and so nothing else to compare.
+
+    Clients must have data of their own for it; else `configs` stay as they are.
+    """
+    first = next(iter(configs.values()), None)
+    if first is None or not any(map(without_global_model, configs.values())):
+        return configs
+    if not first.data.holdout and not isinstance(first.data.partition, Natural):
+        return configs
+    return {name: on_clients(config) for name, config in configs.items()}
 
 
 def without_global_model(c: Config) -> str | None:

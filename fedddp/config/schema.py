@@ -13,7 +13,7 @@ from fedddp.aggregation import Aggregation, Mean
 from fedddp.algorithms import MOON, Algorithm, AsynchronousAlgorithm, FedAvg
 from fedddp.algorithms.local import LocalConfig
 from fedddp.callbacks import OnError
-from fedddp.config.baselines import Baseline, check_baseline, without_global_model
+from fedddp.config.baselines import Baseline, check_baseline
 from fedddp.config.privacy_rules import refusal
 from fedddp.config.secure_rules import check_secure
 from fedddp.data.datasets import DataConfig
@@ -218,15 +218,7 @@ def _check_evaluation(c: Config) -> None:
     if twice is not None:
         raise ConfigError(f"checkpoint.best names {twice} twice; name each metric once")
     # With natural clients the test set may have the examples of each: `training.clients` finds out.
-    if c.data.holdout or isinstance(c.data.partition, Natural):
-        return
-    alone = without_global_model(c)
-    if alone:
-        raise ConfigError(
-            f"{alone} gives each client a model of its own, which is evaluated on the client's own data, but "
-            "data.holdout=0; set data.holdout, e.g. 0.2, also for the runs that it is compared with"
-        )
-    if c.evaluation.clients:
+    if c.evaluation.clients and not c.data.holdout and not isinstance(c.data.partition, Natural):
         raise ConfigError(
             f"evaluation.clients={c.evaluation.clients} needs held-out local data, but "
             "data.holdout=0; set data.holdout, e.g. 0.1"

@@ -77,11 +77,11 @@ def personal(header: Mapping[str, str], algorithm: str) -> Iterator[str]:
     """Yield whose the model in the file is, where clients have models of their own, as Markdown."""
     if ALONE in header:
         yield (
-            f"With {header[ALONE]} there is no global model: each client has its own. What stays at the clients "
-            "has its initial values in the file; that of each client is in the checkpoint."
+            f"With {header[ALONE]} there is no global model: each client has its own. What stays at the "
+            "clients has its initial values in the file; that of each client is in the checkpoint."
         )
     elif algorithm == "Ditto" and "baseline" not in header:
         yield (
-            "With Ditto each client has its own model. The file has the global one; metrics per client are of "
-            "the clients' own."
+            "With Ditto each client has its own model. The file has the global one; metrics per client are "
+            "of the clients' own."
         )

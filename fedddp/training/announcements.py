@@ -40,6 +40,13 @@ def _clients(s: Session) -> None:
             )
         return
     chosen = evaluation.sample(len(s.clients), s.config.seed)
+    if alone and not s.clients.evaluated_sizes().any():
+        logger.warning(
+            "%s: no global model, and no data of the clients' own to evaluate theirs on, so nothing is "
+            "evaluated; set data.holdout, e.g. 0.2",
+            alone,
+        )
+        return
     if alone:
         logger.info(
             "%s: no global model, so no eval/*; %d of %d clients are evaluated, each with its own model on "

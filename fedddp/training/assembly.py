@@ -185,7 +185,7 @@ def _best(s: Session) -> BestModels | None:
         key = f"checkpoint.best={missing}" if metrics else "evaluation.stop_after"
         raise ConfigError(
             f"{key}: the evaluations of this run do not have {missing}; set checkpoint.best to one of "
-            f"{', '.join(names) or 'theirs, and give test data'}"
+            f"{', '.join(names) or 'theirs, and give test data (of clients: data.holdout)'}"
         )
     return BestModels(wanted, kept=bool(metrics))
 

@@ -182,7 +182,7 @@ class Session:
         metrics = measure(self.flat.module, task, loader, np.arange(1), 1).summarize(task)
         numbers = [name for name, value in metrics.items() if not isinstance(value, list)]
         names = [] if self.central is None else [f"eval/{name}" for name in numbers]
-        if self.config.evaluation.clients:
+        if self.config.evaluation.clients and self.clients.evaluated_sizes().any():
             names += spread([dict.fromkeys(numbers, 0.0)])
         return names
 
