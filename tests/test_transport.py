@@ -306,7 +306,7 @@ def test_every_algorithm_trains_compressed_or_is_refused(name: str) -> None:
 
 def test_local_layers_keep_their_initial_values_at_the_server() -> None:
     _, start = run(algorithm=FedPer(), rounds=1, local=LocalConfig(steps=1, lr=1e-30))
-    for codec in (codecs.QSGD(), codecs.TopK(fraction=0.5), codecs.Int8(), codecs.Cast()):
+    for codec in (codecs.QSGD(), codecs.TopK(fraction=0.5), codecs.Sign(), codecs.EDEN()):
         _, trained = run(algorithm=FedPer(), transport=TransportConfig(up=codec, down=codec))
         kept = [name for name in start if torch.equal(start[name], trained[name])]
         assert len(kept) == 2, "weight and bias of the head"
@@ -432,14 +432,6 @@ def test_a_setting_of_the_downlink_is_refused_under_its_own_key() -> None:
         (
             {"algorithm": FedBuff(), "transport": TransportConfig(down=codecs.Cast())},
             "transport.down=Cast compresses the change of the model in a round, but algorithm=FedBuff",
-        ),
-        (
-            {"algorithm": FedPer(), "transport": TransportConfig(up=codecs.EDEN())},
-            "transport.up=EDEN changes elements that are 0, but algorithm=FedPer sends zeros",
-        ),
-        (
-            {"algorithm": FedBN(), "transport": TransportConfig(down=codecs.Sign())},
-            "transport.down=Sign changes elements that are 0, but algorithm=FedBN sends zeros",
         ),
         (
             {"transport": TransportConfig(group="bf16")},

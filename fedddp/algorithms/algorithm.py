@@ -165,6 +165,8 @@ class Algorithm(Section, ABC):
 
     Without, as where layers stay at the clients, there are only the clients' own models (`personalize`).
     """
+    local_buffers: ClassVar[bool] = False
+    """Whether float and integer buffers stay at the clients: `finish` leaves them as they were dispatched."""
     mean_only: ClassVar[bool] = False
     """Whether updates mean something only as a plain mean: no robust rule, no clipped updates."""
     reads_grad: ClassVar[bool] = False
@@ -196,19 +198,16 @@ class Algorithm(Section, ABC):
         return {"update": size}
 
     def silent(self, flat: FlatModel) -> Tensor | None:
-        """Return which elements of "update" every client leaves at 0; (P,) bool; None for none."""
+        """Return which parameters stay at the clients; (P,) bool; None for none.
+
+        Every client leaves these elements of "update" at 0. They do not travel, nor are they summed.
+        """
         return None
 
     def dispatch(self, server: ServerState) -> list[Tensor]:
-        """Return what is sent to a client, in the order in which it travels."""
+        """Return what is sent to the ranks, in the order in which it travels; see `transport.shared`."""
         along = [server.vectors[name] for name in self.sends]
         return [server.params, server.buffers, server.integer_buffers, *along]
-
-    def traffic(self, server: ServerState) -> tuple[int, int]:
-        """Return the bytes that one client sends, and the bytes that it receives."""
-        vectors = sum(self.lengths(server.params.numel()).values()) * server.params.itemsize
-        down = sum(tensor.nbytes for tensor in self.dispatch(server))
-        return vectors + server.buffers.nbytes + server.integer_buffers.nbytes, down
 
     def start(self, server: ServerState) -> None:
         """Put the algorithm's vectors into `server.vectors` before the first round."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -33,8 +32,6 @@ class LocalLayers(FedAvg):
     stateful = True
     reads_grad = False
     has_global_model = False
-    local_buffers: ClassVar[bool] = False
-    """Whether float and integer buffers stay local too."""
 
     @abstractmethod
     def local_names(self, module: nn.Module) -> Set[str]:

@@ -120,7 +120,7 @@ def assemble(
         world=world,
         flat=flat,
         server=server,
-        links=Links.started(config.transport, config.algorithm, config.seed, server),
+        links=Links.started(config.transport, config.algorithm, config.seed, server, flat),
         trainer=make_trainer(laid_out, world, flat, loader),
         states=ClientStates(world),
         train=loader,
