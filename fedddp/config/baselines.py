@@ -85,22 +85,22 @@ def in_effect(c: Config) -> Config:
 
 
 def on_clients(c: Config) -> Config:
-    """Return `c` with an evaluation on clients, of up to `EVALUATED`, where it has none."""
+    """Return `c` with an evaluation on clients, of up to `EVALUATED`, where it has none and may have one.
+
+    It may not where clients have no data for it, or where its row would show what is to be hidden.
+    """
     if c.evaluation.clients:
         return c
     clients = min(c.data.clients, EVALUATED)
-    return dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, clients=clients))
+    try:
+        return dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, clients=clients))
+    except ConfigError:  # by `data.holdout`, `privacy.strict` or `secure_aggregation`
+        return c
 
 
 def compared_on_clients(configs: dict[str, Config]) -> dict[str, Config]:
-    """Return `configs`, all evaluated on clients if one has no global model and so nothing else to compare.
-
-    Clients must have data of their own for it; else `configs` stay as they are.
-    """
-    first = next(iter(configs.values()), None)
-    if first is None or not any(map(without_global_model, configs.values())):
-        return configs
-    if not first.data.holdout and not isinstance(first.data.partition, Natural):
+    """Return `configs`, all evaluated on clients if one has no global model, and so no other metric."""
+    if not any(map(without_global_model, configs.values())):
         return configs
     return {name: on_clients(config) for name, config in configs.items()}
 

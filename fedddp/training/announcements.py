@@ -32,6 +32,9 @@ def announce(s: Session) -> None:
 def _clients(s: Session) -> None:
     """Log which clients are evaluated where that is not as set, and which have no examples for it."""
     evaluation, alone = s.config.evaluation, without_global_model(s.config)
+    if alone and not (evaluation.clients and s.clients.evaluated_sizes().any()):
+        logger.warning("%s: no global model, and nothing is evaluated: %s", alone, _hidden(s))
+        return
     if not evaluation.clients:
         if s.config.algorithm.personalizes:
             logger.info(
@@ -40,13 +43,6 @@ def _clients(s: Session) -> None:
             )
         return
     chosen = evaluation.sample(len(s.clients), s.config.seed)
-    if alone and not s.clients.evaluated_sizes().any():
-        logger.warning(
-            "%s: no global model, and no data of the clients' own to evaluate theirs on, so nothing is "
-            "evaluated; set data.holdout, e.g. 0.2",
-            alone,
-        )
-        return
     if alone:
         logger.info(
             "%s: no global model, so no eval/*; %d of %d clients are evaluated, each with its own model on "
@@ -61,3 +57,10 @@ def _clients(s: Session) -> None:
             "%d of the %d clients to evaluate have no examples to evaluate on, and are left out: %s%s",
             *(len(without), len(chosen), ", ".join(named), more),
         )
+
+
+def _hidden(s: Session) -> str:
+    """Return why the clients' own models are not evaluated."""
+    if s.config.secure_aggregation is not None:
+        return "secure_aggregation allows no metrics of single clients"
+    return "clients have no data of their own for it; set data.holdout, e.g. 0.2"
