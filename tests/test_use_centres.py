@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -142,7 +144,7 @@ def test_a_model_of_all_is_refused_where_there_is_none(
         assert (code, text.count("\n")) == (2, 1)
         assert f"with {what} there is no global model, each client has its own" in text
         if "--clients" not in words:
-            assert "give client as one of east, north, south (or a number in 0..2)" in text
+            assert "choose one with --client (in Python client=): east, north, south (or 0..2)" in text
 
 
 def test_the_card_of_a_pooled_run_does_not_claim_a_federation(
@@ -231,6 +233,67 @@ def test_a_large_matrix_has_a_row_of_means_for_each_client() -> None:
         others = [v for k, v in enumerate(matrix[:, client]) if k != client and not np.isnan(v)]
         means = (matrix[client, client], sum(elsewhere) / len(elsewhere), sum(others) / len(others))
         assert line.split() == [f"c{client}", *(f"{100 * v:.1f}" for v in (*means, row[client]))]
+
+
+# ---- one client's own model ----
+
+
+def test_a_client_s_own_model_is_evaluated_predicted_with_and_exported(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(capsys, "eval", folders["FedPer"], "--cross-site")
+    matrix = json.loads((folders["FedPer"] / "cross-site.json").read_text())["matrix"]
+    for row, (name, number) in zip(matrix, (("east", 0), ("north", 1)), strict=True):
+        found = evaluated(capsys, folders["FedPer"], "--client", name)
+        assert found["client"] == name
+        assert [one["accuracy"] for one in found["clients"]["rows"]] == pytest.approx(row)
+        right = sum(v * one["examples"] for v, one in zip(row, found["clients"]["rows"], strict=True))
+        assert found["metrics"]["accuracy"] == pytest.approx(right / 5), "all five test images"
+        states = load_file(folders["FedPer"] / "checkpoints" / "round-00002" / "clients-00000.safetensors")
+        head = states[f"{number}.layers"]
+        output = tmp_path / f"{name}.safetensors"
+        assert call(capsys, "export", folders["FedPer"], "--client", name, "--output", output)[0] == 0
+        own = load_model(folders["FedPer"], client=number).module.state_dict()
+        assert torch.equal(torch.cat([tensor.flatten() for tensor in own.values()])[-len(head) :], head)
+        exported = load_file(output)
+        assert all(torch.equal(exported[key], tensor) for key, tensor in own.items())
+    Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
+    probabilities = []
+    for client in ("east", "2"):
+        words = ("predict", folders["FedPer"], tmp_path / "a.png", "--client", client, "--json", "-")
+        probabilities.append(call(capsys, *words)[1])
+    assert probabilities[0] != probabilities[1]
+    text = call(capsys, "eval", folders["FedPer"], "--client", "east")[1]
+    assert "(client east, final)" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "client", "message"),
+    [
+        ("FedPer", "west", "client=west is none of the run's; choose one: east, north, south (or 0..2)"),
+        ("FedPer", "3", "client=3 is none of the run's; choose one"),
+        ("best", "east", "with algorithm=FedAvg clients have no models of their own; leave client out"),
+        ("pooled", "0", "with baseline=pooled clients have no models of their own; leave client out"),
+    ],
+)
+def test_a_client_without_a_model_is_refused_in_one_line(
+    name: str, client: str, message: str, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("export", folders[name], "--format", "safetensors", "--client", client)
+    code, text = call(capsys, *words)
+    assert (code, text.count("\n")) == (2, 1)
+    assert message in text
+
+
+def test_the_card_of_a_run_without_a_global_model_says_so(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, trained in (("local", "by each of 3 clients alone"), ("FedPer", "with FedPer on 3 clients")):
+        code, text = call(capsys, "card", folders[name])
+        assert code == 0
+        assert f"trained {trained} in 2 rounds" in text
+        assert "there is no global model: each client has its own" in text
+        assert 'client="east")' in text
 
 
 # ---- the best by a metric ----

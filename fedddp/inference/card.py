@@ -158,7 +158,8 @@ class _Card:
         metric = judged_by([self.row])
         score = ""
         if metric is not None and metric.of_clients:
-            score = f" Their {metric.title} is {metric.text(self.row[metric.key])}."
+            own = ", each with its own model," if ALONE in self.header else ""
+            score = f" The {metric.title}{own} is {metric.text(self.row[metric.key])}."
         elif metric is not None and metric.sign > 0:
             score = f" Its {metric.label} on the test data is {metric.text(self.row[metric.key])}."
         purpose = PURPOSES[self.target].format(network=self.network, classes=len(self.classes))

@@ -202,8 +202,8 @@ def check_global_model(run: str | Path, header: Mapping[str, str]) -> None:
         directory = local_path(str(run), "run")
         clients = int(read_sections(str(directory / "config.yaml"))["data"]["clients"])
         raise ConfigError(
-            f"{run}: with {header[ALONE]} there is no global model, each client has its own; give client as "
-            f"{listed(client_names(directory), clients)} (on the command line: --client)"
+            f"{run}: with {header[ALONE]} there is no global model, each client has its own; choose one with "
+            f"--client (in Python client=): {listed(client_names(directory), clients)}"
         )
 
 

@@ -40,8 +40,7 @@ def of_client(model: TrainedModel, directory: Path, client: str | int) -> Traine
     config, _ = read_run(directory)
     if not has_own_models(config):
         raise ConfigError(
-            f"{directory}: clients have no models of their own with what it trained "
-            f"(algorithm={type(in_effect(config).algorithm).__name__}); leave the client out"
+            f"{directory}: with {_trained(config)} clients have no models of their own; leave client out"
         )
     names = client_names(directory)
     number = _number(client, names, config.data.clients)
@@ -59,6 +58,12 @@ def of_client(model: TrainedModel, directory: Path, client: str | int) -> Traine
     return dataclasses.replace(model, module=module.eval(), metadata={**model.metadata, CLIENT: who})
 
 
+def _trained(config: Config) -> str:
+    """Return what a run trained by, as a setting."""
+    baseline = config.baseline != "none"
+    return f"baseline={config.baseline}" if baseline else f"algorithm={type(config.algorithm).__name__}"
+
+
 def _number(client: str | int, names: Sequence[str], clients: int) -> int:
     """Return the number of the client with this name or number.
 
@@ -70,15 +75,15 @@ def _number(client: str | int, names: Sequence[str], clients: int) -> int:
         return list(names).index(given)
     if given.isdecimal() and int(given) < clients:
         return int(given)
-    raise ConfigError(f"client={given} is none of the run's; give {listed(names, clients)}")
+    raise ConfigError(f"client={given} is none of the run's; choose one: {listed(names, clients)}")
 
 
 def listed(names: Sequence[str], clients: int) -> str:
     """Return how the clients are called: by their `names`, or by numbers where these are empty."""
     if not names:
-        return f"a number in 0..{clients - 1}"
+        return f"0..{clients - 1}"
     more = ", ..." if len(names) > MOST_NAMES else ""
-    return f"one of {', '.join(names[:MOST_NAMES])}{more} (or a number in 0..{clients - 1})"
+    return f"{', '.join(names[:MOST_NAMES])}{more} (or 0..{clients - 1})"
 
 
 class PersonalModel:
