@@ -51,7 +51,8 @@ class Result:
     """The result of a run, the same on every rank but for the history (the coordinator's)."""
 
     model: nn.Module
-    """The global model, in evaluation mode."""
+    """The server's model, in evaluation mode. Without a global model (FedBN, FedPer, `baseline=local`) what
+    stays at the clients has its initial values in it: `load_model(folder, client=...)` is a client's own."""
     history: list[Metrics]
     """One row per round, as in `history.jsonl`, rounds before a resume included; empty on the other ranks."""
     folder: Path

@@ -48,7 +48,6 @@ from fedddp.algorithms import (
     FedPer,
     ServerState,
 )
-from fedddp.algorithms.personal import LocalLayers
 from fedddp.config.loader import to_yaml
 from fedddp.reporting.dry_run import dry_run
 from fedddp.section import choices
@@ -445,12 +444,6 @@ def test_what_has_no_meaning_is_refused_in_one_line(changes: dict[str, Any], wor
     assert str(error.value).startswith(words)
     assert "\n" not in str(error.value)
     assert any(fix in str(error.value) for fix in ("; use ", "; leave ", "; raise "))
-
-
-def test_all_algorithms_with_local_layers_are_refused_where_zeros_change() -> None:
-    for name, cls in choices(LocalLayers).items():
-        with pytest.raises(ConfigError, match=f"algorithm={name}"):
-            Config(algorithm=cls(), transport=TransportConfig(up=codecs.Sign()))
 
 
 class Rounded(codecs.Codec):
