@@ -215,8 +215,8 @@ def _training_lines(folder: Folder, choice: Choice) -> Lines:
         (f"  clients: {choice.clients if folder.centres else min(choice.clients, 20)}", evaluated)
         if choice.holdout or folder.centres
         else None,
-        ("checkpoint:", ""),
-        (f"  best: {best}", "the best model is kept beside the last"),
+        ("checkpoint:", "the best model is kept beside the last"),
+        (f"  best: {best}", ""),
     ]
 
 
