@@ -39,7 +39,7 @@ class Callback:
         Args:
             round: its number, from 1.
             metrics: its row, as in `history.jsonl`.
-            model: the global model after it, in evaluation mode, on the run's device.
+            model: the server's model after it, in evaluation mode, on the run's device.
         """
 
     def on_run_end(self, result: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedddp.config.baselines import baselines_of, examples_per_round
+from fedddp.config.baselines import baselines_of, compared_on_clients, examples_per_round, on_clients
 from fedddp.config.files import read_sections
 from fedddp.config.loader import build, typed
 from fedddp.config.schema import Config, fields_with
@@ -30,9 +30,6 @@ logger = logging.getLogger(__name__)
 
 SHARED = fields_with("common", "seed")
 """Settings that all runs of a comparison take over from the first."""
-
-EVALUATED = 50
-"""Clients that runs are evaluated on beside baselines, at most, where they do not set it."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def prepare(
     one_folder = len(targets) == 1 and Path(targets[0]).is_dir()
     folder = Path(output or (targets[0] if one_folder else Path("runs") / stem))
     configs = _built(configured, flags, seeded, folder)
-    configs = _with_baselines(configs, folder) if baselines else configs
+    configs = compared_on_clients(_with_baselines(configs, folder) if baselines else configs)
     others = [name for name, config in configs.items() if config.task.target != "class"]
     if accuracy is not None and others:
         task = type(configs[others[0]].task).__name__
@@ -131,8 +128,6 @@ def _built(
 def _with_baselines(configs: Mapping[str, Config], folder: Path) -> dict[str, Config]:
     """Return `configs`, and the baselines of the first; of each of its seeds where these have runs.
 
-    All runs are evaluated on clients, of which a run that trains each alone has nothing else.
-
     Raises:
         ConfigError: there is none to take settings from, or a baseline of it cannot run.
     """
@@ -146,7 +141,7 @@ def _with_baselines(configs: Mapping[str, Config], folder: Path) -> dict[str, Co
     seeds = sorted({config.seed for config in configs.values()})
     for seed in seeds:
         try:
-            pair = baselines_of(_on_clients(dataclasses.replace(first, seed=seed)))
+            pair = baselines_of(on_clients(dataclasses.replace(first, seed=seed)))
         except ConfigError as error:
             raise ConfigError(f"--baselines of {name}: {error}") from None
         for kind, config in pair.items():
@@ -154,15 +149,7 @@ def _with_baselines(configs: Mapping[str, Config], folder: Path) -> dict[str, Co
             if label in configs:
                 raise ConfigError(f"--baselines: there is a run {label} already; give it another name")
             found[label] = dataclasses.replace(_alike(config, label, first, folder), seed=seed)
-    return {name: _on_clients(config) for name, config in found.items()}
-
-
-def _on_clients(config: Config) -> Config:
-    """Return `config` with an evaluation on clients, of up to 50, where it has none."""
-    if config.evaluation.clients:
-        return config
-    clients = min(config.data.clients, EVALUATED)
-    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, clients=clients))
+    return found
 
 
 def _check_goal(target: float | None, accuracy: float | None) -> None:

@@ -39,7 +39,8 @@ class EvaluationConfig(Section):
 
     clients: NonNegativeInt = 0
     """Clients that are evaluated on local data too, >= 0: on their own examples of the test set, where
-    clients are natural and the test set names its owners; else on those that data.holdout keeps."""
+    clients are natural and the test set names its owners; else on those that data.holdout keeps. 0: none, but
+    50 at most where there is no global model (FedBN, FedPer, baseline=local)."""
 
     stop_after: NonNegativeInt = 0
     """Rounds without a better value of `checkpoint.best` (eval/accuracy where that is not set) after which
@@ -59,6 +60,9 @@ class EvaluationConfig(Section):
 IDENTITY = ("client", "name", "examples", "constant")
 """Keys of a client's row that are no metrics of its model."""
 
+
+EVALUATED = 50
+"""Clients that are evaluated, at most, where nothing else can be and `evaluation.clients` is not set."""
 
 EVALUATED_ELEMENTS = 2**24
 """Elements of outputs for masks that are evaluated together, at most: 64 MiB in float32."""

@@ -52,7 +52,8 @@ class Result:
     """The result of a run, the same on every rank but for the history (the coordinator's)."""
 
     model: nn.Module
-    """The global model, in evaluation mode."""
+    """The server's model, in evaluation mode. Without a global model (FedBN, FedPer, `baseline=local`) what
+    stays at the clients has its initial values in it: `load_model(folder, client=...)` is a client's own."""
     history: list[Metrics]
     """One row per round, as in `history.jsonl`, rounds before a resume included; empty on the other ranks."""
     folder: Path
@@ -213,8 +214,8 @@ def _begin(s: Session, train: Images) -> None:
     about: dict[str, Any] = {"limit": SHARES, "names": s.clients.names, "target": train.target}
     split = dataclasses.asdict(describe(s.clients.split, train.labels, train.classes, **about))
     names = train.class_names or list(map(str, range(train.classes)))
-    content = {**split, "class_names": names, "own_tests": s.clients.tests is not None}
-    write_text(s.directory / run_record.SPLIT, json.dumps(content))
+    about_tests = {"client_names": s.clients.names, "own_tests": s.clients.tests is not None}
+    write_text(s.directory / run_record.SPLIT, json.dumps({**split, "class_names": names, **about_tests}))
 
 
 def _result(s: Session, *, finished: bool) -> Result:

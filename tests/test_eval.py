@@ -166,7 +166,7 @@ def test_the_best_model_does_not_go_with_what_clients_keep_of_another_round(
         assert "each client's own model of round 2" in text
     else:
         assert found["clients"] is None
-        assert "the model is of round 1, but what the clients of Ditto keep" in found["clients_left_out"]
+        assert "the model is of round 1, but what the clients keep" in found["clients_left_out"]
         assert found["clients_left_out"] in text
     assert evaluated(capsys, str(tmp_path / "run"))["clients"]["states_round"] == 2
 

@@ -176,7 +176,7 @@ def test_every_algorithm_trains_on_every_task(target: Target, name: str, tmp_pat
     run = train({name: config}, str(tmp_path), small=True)[name]
     assert torch.isfinite(run.server).all()
     assert not torch.equal(run.server, run.start), "the model has learned"
-    assert run.row["eval/loss"] > 0
+    assert ("eval/loss" in run.row) is config.algorithm.has_global_model
     assert any(key.startswith("clients/") for key in run.row)
 
 

@@ -93,7 +93,7 @@ def test_centres_with_class_folders_are_the_clients(capsys: pytest.CaptureFixtur
     config, printed = written("centres", capsys)
     assert isinstance(config.data.partition, partitions.Natural)
     assert (config.data.dataset, config.data.clients, config.evaluation.clients) == ("image_folder", 2, 2)
-    assert (config.task, config.checkpoint.best) == (Classification(), "eval/accuracy")
+    assert (config.task, config.checkpoint.best) == (Classification(), "clients/accuracy_mean")
     assert "clients the centres, 2, with about 16 images each" in printed
     assert typed(f"run centres.yaml {TRIAL}", capsys) == (0, ["run directory: runs/centres"])
     assert [row["name"] for row in read_rows(Path("runs/centres/clients.jsonl"))] == ["a", "b"]

@@ -49,6 +49,7 @@ from fedddp.reporting.dry_run import dry_run
 from fedddp.secure import SecAgg, SecAggPlus
 from fedddp.training.exchange import round_bytes
 from fedddp.transport.links import Links
+from fedddp.transport.shared import Shared
 
 DELTA = 1e-3
 QUIET = TrackingConfig(trackers=[], progress=False)
@@ -151,7 +152,7 @@ def test_the_bytes_of_the_first_row_are_those_of_the_plan(name: str, tmp_path: P
     flat = FlatModel(ref.net())
     server = ServerState.of(flat, ref.CLIENTS)
     config.algorithm.start(server)
-    links = Links(config.transport, config.algorithm, config.seed)
+    links = Links(config.transport, config.algorithm, config.seed, Shared.of(config.algorithm, flat))
     first = run(tmp_path, config, rounds=1).history[0]
     assert (first["bytes/up"], first["bytes/down"]) == round_bytes(config, links, server, ref.COHORT)
 

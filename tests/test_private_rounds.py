@@ -156,8 +156,10 @@ def local(r: ref.Reference) -> Tensor:
 
 
 def fedper(r: ref.Reference) -> Tensor:
-    """The head's elements stay as they were: without noise too."""
+    """The head's elements stay as they were, and are not sent: without noise too."""
     x, own = r.w0, dict[int, Tensor]()
+    sends = torch.ones(len(x), dtype=torch.bool)
+    sends[ref.HEAD] = False
     for t, cohort in enumerate(r.cohorts()):
         sent = []
         for k in cohort:
@@ -165,10 +167,9 @@ def fedper(r: ref.Reference) -> Tensor:
             start[ref.HEAD] = own.get(k, x[ref.HEAD])
             y = r.train(start, k)[0]
             own[k] = y[ref.HEAD].clone()
-            y[ref.HEAD] = x[ref.HEAD]
-            sent.append({"update": y - x})
-        mean = noisy_mean(r.config, t, sent, 0.4, 0.8)["update"]
-        mean[ref.HEAD] = 0
+            sent.append({"update": (y - x)[sends]})
+        mean = torch.zeros_like(x)
+        mean[sends] = noisy_mean(r.config, t, sent, 0.4, 0.8)["update"]
         x = x + mean
     return x
 
@@ -494,7 +495,7 @@ def sums(z: float, claimed: float, cohort: int, elements: int = 3, seed: int = 0
     state = ServerState(torch.zeros(elements), torch.empty(0), torch.empty(0, dtype=torch.int64), 10)
     settings = privacy.CentralDP(noise_multiplier=claimed, delta=DELTA, clip=1.0)
     account = settings.account(CohortConfig(size=cohort), 10, 1)
-    protection = CentralProtection(settings, account, Terms(z, 1, 0), state, seed=seed, silent=None)
+    protection = CentralProtection(settings, account, Terms(z, 1, 0), state, seed=seed)
     return PrivateSums(Mean(), {"update": elements, "buffers": 0}, 10, state, protection)
 
 
@@ -530,7 +531,7 @@ def test_a_clip_beyond_exact_sums_is_refused() -> None:
     settings = privacy.CentralDP(noise_multiplier=1.0, delta=1e-9, clip=2.0)
     account = settings.account(CohortConfig(size=10), 10**6, 1)
     with pytest.raises(ValueError, match=r"privacy.clip=2 is more than the 1.049 with which exact sums hold"):
-        CentralProtection(settings, account, Terms(1.0, 1, 0), state, seed=0, silent=None)
+        CentralProtection(settings, account, Terms(1.0, 1, 0), state, seed=0)
 
 
 SEEDS = 2500

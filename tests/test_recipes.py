@@ -12,6 +12,7 @@ import pytest
 from fedddp import Federation, TrackingConfig, load_config
 from fedddp.aggregation import Aggregation, Mean
 from fedddp.algorithms import Algorithm, AsynchronousAlgorithm
+from fedddp.config.baselines import in_effect
 from fedddp.recipes import recipes
 from fedddp.section import choices
 from fedddp.storage.history import main_metric
@@ -52,7 +53,9 @@ def test_recipes_train(name: str) -> None:
     assert row["train/loss"] > 0
     judged = main_metric(row)
     assert judged is not None
-    assert (judged == "eval/accuracy") == (name in ON_DIGITS)
+    on_clients = not in_effect(config).algorithm.has_global_model
+    accuracy = "clients/accuracy_mean" if on_clients else "eval/accuracy"
+    assert (judged == accuracy) == (name in ON_DIGITS)
     assert 0 <= row[judged] <= 1
 
 

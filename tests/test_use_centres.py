@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -121,26 +123,29 @@ def test_each_centre_is_evaluated_on_its_own_test_data_as_the_run_did(
         assert row == pytest.approx(known, abs=1e-5)
     alone = name in ("local", "FedPer")
     assert (found["clients"]["data"], found["clients"]["personalized"]) == ("test", alone)
-    assert bool(found["metrics"]) is (name != "local")
+    assert bool(found["metrics"]) is not alone
     code, text = call(capsys, "eval", folders[name])
     assert code == 0
     lines = [line.split() for line in text.splitlines()]
     assert sorted(words[0] for words in lines if words[:1] in (["east"], ["north"])) == ["east", "north"]
     assert "on its own part of the test data each" in " ".join(text.split())
-    assert ("none: each client has a model of its own alone" in text) is (name == "local")
+    assert ("none: each client has a model of its own" in text) is alone
 
 
 @pytest.mark.parametrize(
     "words",
-    ["eval {} --clients 0", "predict {} a.png", "export {} --format safetensors", "card {}"],
+    ["eval {} --clients 0", "predict {} a.png", "export {} --format safetensors"],
 )
 def test_a_model_of_all_is_refused_where_there_is_none(
     words: str, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("a.png").touch()
-    code, text = call(capsys, *shlex.split(words.format(folders["local"])))
-    assert (code, text.count("\n")) == (2, 1)
-    assert "with baseline=local each client has a model of its own, and there is none of all" in text
+    for name, what in (("local", "baseline=local"), ("FedPer", "algorithm=FedPer")):
+        code, text = call(capsys, *shlex.split(words.format(folders[name])))
+        assert (code, text.count("\n")) == (2, 1)
+        assert f"with {what} there is no global model, each client has its own" in text
+        if "--clients" not in words:
+            assert "choose one with --client (in Python client=): east, north, south (or 0..2)" in text
 
 
 def test_the_card_of_a_pooled_run_does_not_claim_a_federation(
@@ -220,9 +225,9 @@ def test_the_matrix_is_printed_and_written(
         assert title == "accuracy in %, after round 2; model of the row, data of the column"
         content = json.loads((folders[name] / "cross-site.json").read_text())
         assert header.split() == ["model", "\\", "data", "east", "north"]
-        numbers = [*content["matrix"], *([content["global"]] if name == "FedPer" else [])]
-        names = ["east", "north", "global"][: len(numbers)]
-        expected = [[who, *(f"{100 * v:.1f}" for v in row)] for who, row in zip(names, numbers, strict=True)]
+        assert content["global"] is None
+        rows_of = zip(["east", "north"], content["matrix"], strict=True)
+        expected = [[who, *(f"{100 * v:.1f}" for v in row)] for who, row in rows_of]
         assert [row.split() for row in rows[:-1]] == expected
         assert rows[-1] == str(folders[name] / "cross-site.json")
         last = [row for row in read_rows(folders[name] / "clients.jsonl") if row["round"] == 2]
@@ -291,6 +296,67 @@ def test_a_large_matrix_has_a_row_of_means_for_each_client() -> None:
         assert line.split() == [f"c{client}", *(f"{100 * v:.1f}" for v in (*means, row[client]))]
 
 
+# ---- one client's own model ----
+
+
+def test_a_client_s_own_model_is_evaluated_predicted_with_and_exported(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(capsys, "eval", folders["FedPer"], "--cross-site")
+    matrix = json.loads((folders["FedPer"] / "cross-site.json").read_text())["matrix"]
+    for row, (name, number) in zip(matrix, (("east", 0), ("north", 1)), strict=True):
+        found = evaluated(capsys, folders["FedPer"], "--client", name)
+        assert found["client"] == name
+        assert [one["accuracy"] for one in found["clients"]["rows"]] == pytest.approx(row)
+        right = sum(v * one["examples"] for v, one in zip(row, found["clients"]["rows"], strict=True))
+        assert found["metrics"]["accuracy"] == pytest.approx(right / 5), "all five test images"
+        states = load_file(folders["FedPer"] / "checkpoints" / "round-00002" / "clients-00000.safetensors")
+        head = states[f"{number}.layers"]
+        output = tmp_path / f"{name}.safetensors"
+        assert call(capsys, "export", folders["FedPer"], "--client", name, "--output", output)[0] == 0
+        own = load_model(folders["FedPer"], client=number).module.state_dict()
+        assert torch.equal(torch.cat([tensor.flatten() for tensor in own.values()])[-len(head) :], head)
+        exported = load_file(output)
+        assert all(torch.equal(exported[key], tensor) for key, tensor in own.items())
+    Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
+    probabilities = []
+    for client in ("east", "2"):
+        words = ("predict", folders["FedPer"], tmp_path / "a.png", "--client", client, "--json", "-")
+        probabilities.append(call(capsys, *words)[1])
+    assert probabilities[0] != probabilities[1]
+    text = call(capsys, "eval", folders["FedPer"], "--client", "east")[1]
+    assert "(client east, final)" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "client", "message"),
+    [
+        ("FedPer", "west", "client=west is none of the run's; choose one: east, north, south (or 0..2)"),
+        ("FedPer", "3", "client=3 is none of the run's; choose one"),
+        ("best", "east", "with algorithm=FedAvg clients have no models of their own; leave client out"),
+        ("pooled", "0", "with baseline=pooled clients have no models of their own; leave client out"),
+    ],
+)
+def test_a_client_without_a_model_is_refused_in_one_line(
+    name: str, client: str, message: str, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("export", folders[name], "--format", "safetensors", "--client", client)
+    code, text = call(capsys, *words)
+    assert (code, text.count("\n")) == (2, 1)
+    assert message in text
+
+
+def test_the_card_of_a_run_without_a_global_model_says_so(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, trained in (("local", "by each of 3 clients alone"), ("FedPer", "with FedPer on 3 clients")):
+        code, text = call(capsys, "card", folders[name])
+        assert code == 0
+        assert f"trained {trained} in 2 rounds" in text
+        assert "there is no global model: each client has its own" in text
+        assert 'client="east")' in text
+
+
 # ---- the best by a metric ----
 
 
@@ -347,7 +413,7 @@ def test_a_run_without_a_test_of_a_model_of_all_is_judged_by_the_mean_over_clien
         console.print(summary(rows, folders["local"], 2, finished=True))
     assert f"mean accuracy of clients  {100 * value:.2f} %" in capture.get()
     assert "--cross-site" in capture.get()
-    assert "predict" not in capture.get()
+    assert "--client NAME" in capture.get()
 
 
 def test_a_test_of_all_comes_before_clients_and_a_null_does_not_change_that() -> None:
@@ -369,7 +435,7 @@ def test_the_report_has_the_matrix_and_the_names(
     assert f">{100 * content['matrix'][0][1]:.0f}<" in section
     clients = page[page.index("Accuracy of each client") : page.index("Across clients")]
     assert ">north<" in clients
-    assert ">global<" in section
+    assert ">global<" not in section
 
 
 def test_local_runs_beside_others_are_judged_by_clients_on_the_page(folders: dict[str, Path]) -> None:

@@ -161,7 +161,12 @@ class Algorithm(Section, ABC):
     needs_initial_loss: ClassVar[bool] = False
     """Whether F_k(x) is computed for the cohort before it trains (`ClientContext.initial_loss`)."""
     has_global_model: ClassVar[bool] = True
-    """Whether the server's model is trained, so that it is worth an evaluation."""
+    """Whether the server trains a model that is complete, so that it can be evaluated and used.
+
+    Without, as where layers stay at the clients, there are only the clients' own models (`personalize`).
+    """
+    local_buffers: ClassVar[bool] = False
+    """Whether float and integer buffers stay at the clients: `finish` leaves them as they were dispatched."""
     mean_only: ClassVar[bool] = False
     """Whether updates mean something only as a plain mean: no robust rule, no clipped updates."""
     reads_grad: ClassVar[bool] = False
@@ -193,19 +198,16 @@ class Algorithm(Section, ABC):
         return {"update": size}
 
     def silent(self, flat: FlatModel) -> Tensor | None:
-        """Return which elements of "update" every client leaves at 0; (P,) bool; None for none."""
+        """Return which parameters stay at the clients; (P,) bool; None for none.
+
+        Every client leaves these elements of "update" at 0. They do not travel, nor are they summed.
+        """
         return None
 
     def dispatch(self, server: ServerState) -> list[Tensor]:
-        """Return what is sent to a client, in the order in which it travels."""
+        """Return what is sent to the ranks, in the order in which it travels; see `transport.shared`."""
         along = [server.vectors[name] for name in self.sends]
         return [server.params, server.buffers, server.integer_buffers, *along]
-
-    def traffic(self, server: ServerState) -> tuple[int, int]:
-        """Return the bytes that one client sends, and the bytes that it receives."""
-        vectors = sum(self.lengths(server.params.numel()).values()) * server.params.itemsize
-        down = sum(tensor.nbytes for tensor in self.dispatch(server))
-        return vectors + server.buffers.nbytes + server.integer_buffers.nbytes, down
 
     def start(self, server: ServerState) -> None:
         """Put the algorithm's vectors into `server.vectors` before the first round."""
@@ -229,7 +231,12 @@ class Algorithm(Section, ABC):
         return context.share if self.uniform else context.weight
 
     def personalize(self, flat: FlatModel, state: Mapping[str, Tensor]) -> None:
-        """Turn the global model in `flat` into the client's own for its local evaluation, in place."""
+        """Turn the server's model in `flat` into the client's own, in place."""
+
+    @property
+    def personalizes(self) -> bool:
+        """Whether clients have models of their own."""
+        return type(self).personalize is not Algorithm.personalize
 
 
 class SynchronousAlgorithm(Algorithm):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedddp.algorithms.algorithm import ClientContext, ClientUpdate
 from fedddp.algorithms.fedavg import FedAvg
@@ -17,18 +17,21 @@ from fedddp.models.norms import norm_parameters
 from fedddp.models.weights import heads_of
 from fedddp.section import NonNegativeFloat
 
+MOST_NAMES = 3
+"""Names of parameters in a message, at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocalLayers(FedAvg):
     """FedAvg over all parameters but some, which never leave their client.
 
-    The server's values of the local layers keep their initial values; a client begins with them.
+    The server's values of the local layers keep their initial values; a client begins with them. So there is
+    no global model: a client's own is the server's parameters with the client's local layers.
     """
 
     stateful = True
     reads_grad = False
-    local_buffers: ClassVar[bool] = False
-    """Whether float and integer buffers stay local too."""
+    has_global_model = False
 
     @abstractmethod
     def local_names(self, module: nn.Module) -> Set[str]:
@@ -51,6 +54,20 @@ class LocalLayers(FedAvg):
     def silent(self, flat: FlatModel) -> Tensor | None:
         """Return the elements that stay local."""
         return self.mask(flat)
+
+    def staying(self, flat: FlatModel) -> str:
+        """Return which parameters stay local, as words: how many, and the first names."""
+        names = [name for name in flat.slices if name in self.local_names(flat.module)]
+        more = ", ..." if len(names) > MOST_NAMES else ""
+        statistics = ", and all running statistics" if self.local_buffers and len(flat.buffers) else ""
+        return (
+            f"{int(self.mask(flat).sum()):,} of {len(flat.params):,} parameters stay at each client "
+            f"({', '.join(names[:MOST_NAMES])}{more}){statistics}"
+        )
+
+    def doubt(self, module: nn.Module) -> str:
+        """Return a warning where the model is not one that the paper is about; empty where it is."""
+        return ""
 
     def begin(self, context: ClientContext) -> None:
         """Put the client's own layers into the dispatched model."""
@@ -76,13 +93,28 @@ class LocalLayers(FedAvg):
 
 @dataclass(frozen=True, kw_only=True)
 class FedBN(LocalLayers):
-    """Norm layers, with their statistics, stay local (Li et al., 2021, arXiv:2102.07623)."""
+    """Norm layers, with their statistics, stay local (Li et al., 2021, arXiv:2102.07623).
+
+    The paper is about batch norm (`model.norm=batch`). Layer and group norms stay local too, but have no
+    statistics: only their scales and shifts differ between clients, and a warning is logged.
+    """
 
     local_buffers = True
 
     def local_names(self, module: nn.Module) -> Set[str]:
         """Return the scales and shifts of norm layers of any kind."""
         return norm_parameters(module)
+
+    def doubt(self, module: nn.Module) -> str:
+        """Return that there is no batch norm."""
+        if any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+            return ""
+        layers = (module.get_submodule(name.rpartition(".")[0]) for name in norm_parameters(module))
+        kinds = sorted({type(layer).__name__ for layer in layers})
+        return (
+            f"algorithm=FedBN is about batch norm, but the model has {', '.join(kinds)} alone: no statistics "
+            "stay local, only scales and shifts; set model.norm=batch, which replaces group norms"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

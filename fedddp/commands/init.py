@@ -185,11 +185,18 @@ def _training_lines(folder: Folder, choice: Choice) -> Lines:
     others = "lenet, cnn, resnet8-gn, resnet20-gn, resnet18, ... of torchvision"
     others = "lraspp_mobilenet_v3_large, fcn_resnet50, ... of torchvision" if folder.masks else others
     evaluated = "so many on their own held-out images"
-    evaluated = "each centre on its own test images" if folder.centres else evaluated
+    norms = "group: batch norms become group norms, for small batches"
+    algorithms, score = "or FedProx, SCAFFOLD, FedAdam, ...", "iou" if folder.masks else "accuracy"
+    best = f"eval/{score}"
+    if folder.centres:
+        evaluated = "each centre on its own test images"
+        norms = "batch: batch norm, which FedBN leaves at each centre; group: for small batches"
+        algorithms = "or FedBN (set norm: batch), FedPer, FedProx, ..."
+        best = f"clients/{score}_mean"  # which runs without a global model have too
     return [
         ("model:", ""),
         (f"  name: {choice.model}", f"or {others}"),
-        (f"  norm: {choice.norm}", "group: batch norms become group norms, for small batches"),
+        (f"  norm: {choice.norm}", norms),
         ("  # weights: IMAGENET1K_V1", "downloaded; far better with few images")
         if choice.model == "resnet18"
         else None,
@@ -201,15 +208,15 @@ def _training_lines(folder: Folder, choice: Choice) -> Lines:
         ("cohort:", ""),
         (f"  size: {choice.cohort}", f"clients per round, of {choice.clients}"),
         ("algorithm:", ""),
-        ("  name: FedAvg", "or FedProx, SCAFFOLD, FedAdam, ...: fedddp run --help"),
+        ("  name: FedAvg", f"{algorithms}: fedddp run --help"),
         (f"rounds: {choice.rounds}", ""),
         ("evaluation:", ""),
         ("  every: 1", "rounds between evaluations on the test images"),
         (f"  clients: {choice.clients if folder.centres else min(choice.clients, 20)}", evaluated)
         if choice.holdout or folder.centres
         else None,
-        ("checkpoint:", ""),
-        (f"  best: eval/{'iou' if folder.masks else 'accuracy'}", "the best model is kept beside the last"),
+        ("checkpoint:", "the best model is kept beside the last"),
+        (f"  best: {best}", ""),
         ("tracking:", ""),
         ("  trackers: [wandb]", "files in the run, uploaded after `wandb login`; []: none"),
         ("  pictures: true", "wandb gets pictures of test images; false leaves them out"),

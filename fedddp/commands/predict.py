@@ -95,10 +95,8 @@ def _check_options(own: argparse.Namespace, model: TrainedModel) -> None:
     Raises:
         ConfigError: there is one.
     """
-    from fedddp.inference.loading import check_model_of_all
     from fedddp.section import ConfigError
 
-    check_model_of_all(own.run, model.metadata)
     task, target = type(model.task).__name__, model.task.target
     if own.threshold is not None and target not in ("multilabel", "boxes"):
         raise ConfigError(f"--threshold is for labels and boxes, but {own.run} has task={task}; leave it out")

@@ -19,7 +19,7 @@ from fedddp.commands.use_options import (
     write_json,
     writing,
 )
-from fedddp.storage.run_record import CROSS_SITE
+from fedddp.storage.run_record import CLIENT, CROSS_SITE
 
 __all__ = ["card", "evaluate", "export", "predict"]
 
@@ -52,8 +52,8 @@ def evaluate(rest: list[str]) -> None:
     if own.metric is not None and not own.cross_site:
         fail(f"--metric={own.metric} is of a matrix; give --cross-site too")
     if own.cross_site:
-        if own.clients is not None or own.best:
-            fail("--cross-site takes all clients and the final model; leave --clients and --best out")
+        if own.clients is not None or own.best or own.client is not None:
+            fail("--cross-site takes all clients and the final model; leave --client(s) and --best out")
         _cross_site(own, flags)
         return
     from fedddp.commands.use_tables import as_json, evaluation_tables
@@ -61,10 +61,11 @@ def evaluate(rest: list[str]) -> None:
     with one_line(), only_json(own.json):
         from fedddp.inference.metrics import evaluate_run
 
-        model = chosen_model(own)
+        model = chosen_model(own, of_server=True)
         found = evaluate_run(own.run, model, flags, own.clients)
     if own.json:
-        write_json(own.json, {"run": str(own.run), "best": own.best, **as_json(found, model)})
+        chosen = {"run": str(own.run), "best": own.best, "client": model.metadata.get(CLIENT)}
+        write_json(own.json, {**chosen, **as_json(found, model)})
     if own.json != STDOUT:
         show_all(evaluation_tables(found, model, own.run, best=own.best))
 
@@ -79,7 +80,7 @@ def _cross_site(own: argparse.Namespace, flags: list[str]) -> None:
         from fedddp.inference.cross_site import cross_site, write_cross_site
 
         metric = None if own.metric is None else own.metric.removeprefix("eval/")
-        found = cross_site(own.run, chosen_model(own), flags, metric)
+        found = cross_site(own.run, chosen_model(own, of_server=True), flags, metric)
         file = write_cross_site(Path(own.run), found)
     content = of_metric(read_json(file), found.metric)
     if own.json:
@@ -111,10 +112,7 @@ def export(rest: list[str]) -> None:
         fail("give --format pt2, onnx or safetensors")
     output = own.output or str(Path(own.run) / f"exported.{own.format}")
     with one_line():
-        from fedddp.inference.loading import check_model_of_all
-
         model = chosen_model(own)
-        check_model_of_all(own.run, model.metadata)
         with writing(output) as path:
             done = model.export(path, own.format, own.preprocessing)
     taken = {"inside": "takes uint8 images", "beside": "takes normalised images"}[done.preprocessing]

@@ -46,6 +46,11 @@ def command_options(usage: str, description: str, *, loads: bool = True) -> argp
     if loads:
         options.add_argument("--module", metavar="my_lab.Net", help="class of a run of your own module")
         options.add_argument("--device", metavar="cpu|cuda", default="cpu", help="where it computes (cpu)")
+        options.add_argument(
+            "--client",
+            metavar="NAME",
+            help="the own model of one client, by its name or number (FedBN, FedPer, Ditto, baseline=local)",
+        )
     return options
 
 
@@ -92,11 +97,14 @@ def parsed_alone(
     return own
 
 
-def chosen_model(own: argparse.Namespace) -> TrainedModel:
-    """Return the model of the options, on its device."""
+def chosen_model(own: argparse.Namespace, *, of_server: bool = False) -> TrainedModel:
+    """Return the model of the options, on its device.
+
+    `of_server`: where no client is chosen, the server's, also of a run without a global model.
+    """
     import torch
 
-    from fedddp.inference import load_model
+    from fedddp.inference.loading import load_model, server_model
     from fedddp.section import ConfigError
 
     try:
@@ -105,7 +113,9 @@ def chosen_model(own: argparse.Namespace) -> TrainedModel:
         raise ConfigError(f"--device must be cpu, cuda or cuda:N, got {own.device!r}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {own.device}: torch sees {torch.cuda.device_count()} GPUs; use cpu")
-    return load_model(own.run, own.module, own.best).to(device)
+    if of_server and own.client is None:
+        return server_model(own.run, own.module, own.best).to(device)
+    return load_model(own.run, own.module, own.best, own.client).to(device)
 
 
 # ---- output ----

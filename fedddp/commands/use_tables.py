@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fedddp.evaluation import IDENTITY
 from fedddp.inference.card_tasks import class_text
 from fedddp.storage.history import SPREAD, Metric, class_metric, judged_by
+from fedddp.storage.run_record import CLIENT
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -119,17 +120,18 @@ def _summary(found: RunMetrics, model: TrainedModel, run: str, *, best: bool) ->
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    which = (
+    whose = f"client {model.metadata[CLIENT]}, " if CLIENT in model.metadata else ""
+    which = whose + (
         f"best by {model.metadata.get('metric')}, round {model.metadata.get('round')}" if best else "final"
     )
     test = "test data of the run" if found.own else "other data than the run's test data"
     lines = [
         ("model", f"{run} ({which})"),
         ("data", f"{found.dataset}: {found.examples:,} examples, {test}"),
-        ("central", ", ".join(_scores(found.metrics)) or "none: each client has a model of its own alone"),
+        ("central", ", ".join(_scores(found.metrics)) or "none: each client has a model of its own"),
     ]
     if found.clients is not None:
-        lines += _client_lines(found.clients)
+        lines += _client_lines(found.clients, "that model" if whose else "the global model")
     elif found.left_out is not None:
         lines.append(("clients", found.left_out))
     for label, text in lines:
@@ -137,15 +139,11 @@ def _summary(found: RunMetrics, model: TrainedModel, run: str, *, best: bool) ->
     return table
 
 
-def _client_lines(clients: ClientMetrics) -> Iterator[tuple[str, str]]:
+def _client_lines(clients: ClientMetrics, whose: str) -> Iterator[tuple[str, str]]:
     where = "the data that each held out" if clients.held_out else "the training examples of each"
     where = "its own part of the test data each" if clients.tested else where
-    whose = "the global model"
     if clients.personalized:
-        whose = "each client's own model"
-        whose += (
-            f" of round {clients.states_round}" if clients.states_round else ", but no checkpoint has one"
-        )
+        whose = f"each client's own model of round {clients.states_round}"
     yield "clients", f"{len(clients.rows):,}, on {where}, with {whose}"
     if clients.judged is not None:
         metric, spread = Metric(f"eval/{clients.judged}"), clients.spread

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedddp.aggregation import Mean
 from fedddp.algorithms import AsynchronousAlgorithm, FedAvg, LocalOnly
 from fedddp.data.partition import Natural
+from fedddp.evaluation import EVALUATED
 from fedddp.section import ConfigError
 from fedddp.simulation.clock import Virtual, examples_trained
 from fedddp.simulation.cohort import CohortConfig
@@ -60,7 +61,9 @@ def check_baseline(c: Config) -> None:
 
 
 def in_effect(c: Config) -> Config:
-    """Return the configuration whose rounds a baseline trains; `c` itself without one.
+    """Return the configuration whose rounds are trained: `c` itself, unless it has a baseline.
+
+    Where there is no global model, clients are evaluated, also if `evaluation.clients` is 0.
 
     Both baselines train on every client's data in every round: `rounds` times `local.epochs` passes, as the
     federated run does where all clients take part. `local`: a round is one local training of each client,
@@ -69,20 +72,44 @@ def in_effect(c: Config) -> Config:
     late or left out: `cohort` and `clock` have no effect, nor has `algorithm`.
     """
     if c.baseline == "none":
-        return c
+        return c if c.algorithm.has_global_model else on_clients(c)
     local = c.baseline == "local"
-    evaluation = c.evaluation
-    if local and not evaluation.clients:  # there is nothing else to evaluate
-        evaluation = dataclasses.replace(evaluation, clients=c.data.clients)
     return dataclasses.replace(
-        c,
+        on_clients(c) if local else c,
         algorithm=LocalOnly() if local else FedAvg(),
         aggregation=c.aggregation if isinstance(c.aggregation, Mean) else Mean(),
         cohort=CohortConfig(size=c.data.clients if local else 1),
         clock=Virtual(),
         local=dataclasses.replace(c.local, optimizer_state="keep"),
-        evaluation=evaluation,
     )
+
+
+def on_clients(c: Config) -> Config:
+    """Return `c` with an evaluation on clients, of up to `EVALUATED`, where it has none and may have one.
+
+    It may not where clients have no data for it, or where its row would show what is to be hidden.
+    """
+    if c.evaluation.clients:
+        return c
+    clients = min(c.data.clients, EVALUATED)
+    try:
+        return dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, clients=clients))
+    except ConfigError:  # by `data.holdout`, `privacy.strict` or `secure_aggregation`
+        return c
+
+
+def compared_on_clients(configs: dict[str, Config]) -> dict[str, Config]:
+    """Return `configs`, all evaluated on clients if one has no global model, and so no other metric."""
+    if not any(map(without_global_model, configs.values())):
+        return configs
+    return {name: on_clients(config) for name, config in configs.items()}
+
+
+def without_global_model(c: Config) -> str | None:
+    """Return what leaves a run without a global model, as "algorithm=FedBN"; None where it has one."""
+    if c.baseline != "none":
+        return "baseline=local" if c.baseline == "local" else None
+    return None if c.algorithm.has_global_model else f"algorithm={type(c.algorithm).__name__}"
 
 
 def pooled_steps(local: LocalConfig, sizes: NDArray[np.int64]) -> LocalConfig:

@@ -17,10 +17,11 @@ from fedddp.inference.card_tasks import (
     PURPOSES,
     class_text,
     lowest,
+    personal,
     sees,
 )
 from fedddp.inference.card_text import choice, escaped, markdown_table, numbers, read_part, some_names
-from fedddp.inference.loading import check_model_of_all, model_file, read_weights
+from fedddp.inference.loading import client_names, model_file, read_weights
 from fedddp.privacy.statement import statement
 from fedddp.section import ConfigError, local_path
 from fedddp.storage.examined import constant_line
@@ -38,10 +39,7 @@ from fedddp.storage.history import (
     read_config,
     read_rows,
 )
-from fedddp.storage.run_record import EVALUATION, SPLIT, RunRecord, read_record, read_warnings
-
-PERSONAL = {"FedBN": "norm layers", "FedPer": "last layer", "Ditto": "whole model"}
-"""What the clients of these algorithms keep to themselves."""
+from fedddp.storage.run_record import ALONE, EVALUATION, SPLIT, RunRecord, read_record, read_warnings
 
 MOST_CLASSES, MOST_WARNINGS = 50, 5
 """Rows of a table, and warnings that are quoted."""
@@ -78,7 +76,6 @@ class _Card:
         self.directory, self.best = directory, best
         self.file = model_file(directory, best)
         weights, self.header = read_weights(self.file)
-        check_model_of_all(directory, self.header)
         self.parameters = sum(tensor.numel() for tensor in weights.values() if tensor.is_floating_point())
         try:
             self.classes: list[str] = json.loads(self.header["classes"])
@@ -166,7 +163,8 @@ class _Card:
         metric = judged_by(self.rows)
         value, score = None if metric is None else number(self.row, metric.key), ""
         if metric is not None and value is not None and metric.of_clients:
-            score = f" Its {metric.label} is {metric.text(value)}."
+            own = ", each with its own model," if ALONE in self.header else ""
+            score = f" The {metric.title}{own} is {metric.text(value)}."
         elif metric is not None and value is not None and metric.sign > 0:
             score = f" Its {metric.label} on the test data is {metric.text(value)}."
         purpose = PURPOSES[self.target].format(network=self.network, classes=len(self.classes))
@@ -174,6 +172,8 @@ class _Card:
         if self.best:
             chosen = f" It is the best model by {self.header.get('metric')}, of round {self.round}."
         trained = f"with {self.algorithm} on {clients:,} clients"
+        if self.header.get("baseline") == "local":
+            trained = f"by each of {clients:,} clients alone"
         if self.pooled:
             trained = f"on the data of {clients:,} clients in one place,"
         yield (f"{purpose}, trained {trained} in {self.round:,} rounds, by fedddp {version}.{score}{chosen}")
@@ -261,7 +261,7 @@ class _Card:
         """Yield metrics, their spread over clients, and those of each class."""
         metrics = self.metrics()
         if not metrics:
-            yield "The run recorded no metrics on test data."
+            yield "The run recorded no metrics of one model on test data."
         else:
             named = [(Metric(f"eval/{name}"), value) for name, value in metrics.items()]
             rows = [(metric.label, metric.text(value)) for metric, value in named]
@@ -320,11 +320,7 @@ class _Card:
         if judged is not None:
             worst = judged.text(self.row[judged.on_clients("worst10")])
             lines.append(f"For the worst tenth of the evaluated clients the {judged.label} is {worst}.")
-        if self.algorithm in PERSONAL:
-            lines.append(
-                f"With {self.algorithm} each client has its own {PERSONAL[self.algorithm]}. The file has the "
-                "global model; metrics per client are of the clients' own."
-            )
+        lines += personal(self.header, self.algorithm)
         if self._attacked():
             share = 100 * self.config["attacks"]["fraction"]
             lines.append(f"{share:g} % of the clients were malicious ({self.config['attacks']['name']}).")
@@ -336,6 +332,7 @@ class _Card:
         """Yield a program that loads the model, and the commands."""
         run, best = str(self.directory), ", best=True" if self.best else ""
         own = f', module="{self.network}"' if "module" in self.config.get(OBJECTS, {}) else ""
+        own += f", client={json.dumps((client_names(self.directory) or ['0'])[0])}" * (ALONE in self.header)
         yield (
             "```python\n"
             "from fedddp import load_model\n\n"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedddp.storage.history import Metric
+from fedddp.storage.run_record import ALONE
 
 PIPELINES = {
     "Classification": "image-classification",
@@ -86,3 +87,17 @@ def lowest(metric: Metric, values: list[tuple[str, float | None]]) -> Iterator[s
     if known:
         value, name = min(known)
         yield f"The class with the lowest {metric.label} is {name}: {class_text(metric, value)}."
+
+
+def personal(header: Mapping[str, str], algorithm: str) -> Iterator[str]:
+    """Yield whose the model in the file is, where clients have models of their own, as Markdown."""
+    if ALONE in header:
+        yield (
+            f"With {header[ALONE]} there is no global model: each client has its own. What stays at the "
+            "clients has its initial values in the file; that of each client is in the checkpoint."
+        )
+    elif algorithm == "Ditto" and "baseline" not in header:
+        yield (
+            "With Ditto each client has its own model. The file has the global one; metrics per client are "
+            "of the clients' own."
+        )

@@ -12,16 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedddp.algorithms import Algorithm
 from fedddp.config.baselines import in_effect
 from fedddp.config.schema import Config
 from fedddp.data.datasets import Images
 from fedddp.data.loader import ClientLoader
 from fedddp.evaluation import Metrics, measure
 from fedddp.inference.loading import read_run
-from fedddp.inference.metrics import _of_another_round, _PersonalModel, _States
 from fedddp.inference.model import TrainedModel
 from fedddp.inference.other_data import own_data
+from fedddp.inference.own_models import PersonalModel, States, has_own_models
 from fedddp.rng import stream
 from fedddp.section import ConfigError, local_path
 from fedddp.storage.checkpoint import write_text
@@ -66,7 +65,7 @@ class CrossSite:
 
     @property
     def global_row(self) -> NDArray[np.float64] | None:
-        """(C,) the global model on the data of each client; None where each client was trained alone."""
+        """(C,) the global model on the data of each client; None where there is none."""
         return self.measured[self.metric][1]
 
 
@@ -84,7 +83,7 @@ def cross_site(
 
     Args:
         run: the run directory, of FedBN, FedPer, Ditto or `baseline=local`.
-        model: the run's final one, from `load_model`.
+        model: the run's, from `server_model`.
         flags: where the run's data are now, and `evaluation.batch_size`, as on the command line.
         metric: a number that the task measures, for `matrix`; by default that which a run is judged by.
         progress: called with the number of models that are done, and that of all.
@@ -94,10 +93,9 @@ def cross_site(
         ValueError: the data cannot be read.
     """
     config, (train, test) = _run_data(run, model, flags)
-    states = _States(local_path(str(run), "run"))
-    other = _of_another_round(model, states, type(config.algorithm).__name__)
-    if other is not None or states.round is None:
-        raise ConfigError(f"{run}: {other or 'it has no checkpoint with the models of its clients'}")
+    states = States(local_path(str(run), "run"), model)
+    if states.problem is not None or states.round is None:
+        raise ConfigError(f"{run}: {states.problem}")
     clients = clients_of(config, train, test)
     chosen = _chosen(clients, states, config.seed)
     loader = ClientLoader(
@@ -107,21 +105,20 @@ def cross_site(
     def row(module: nn.Module) -> list[Metrics]:
         return [_measured(module, config, loader, clients.evaluated(k), k) for k in chosen]
 
-    of_global = row(model.module)
-    own = _PersonalModel(model, config, states)
+    of_global = row(model.module) if config.algorithm.has_global_model else []
+    own = PersonalModel(model, config, states)
     rows = []
     for done, client in enumerate(chosen):
         own.load(states.of_client(client))
         rows.append(row(own.flat.module))
         names, judged = _named([*of_global, *rows[0]], metric)
         progress(done + 1, len(chosen))
-    whole = of_global if config.algorithm.has_global_model else []
     return CrossSite(
         clients=chosen,
         names=[clients.names[k] if clients.names else str(k) for k in chosen],
         examples=np.array([len(clients.evaluated(k)) for k in chosen]),
         round=states.round,
-        measured={name: _matrices(rows, whole, name) for name in names},
+        measured={name: _matrices(rows, of_global, name) for name in names},
         judged=judged,
         metric=metric or judged,
     )
@@ -138,7 +135,7 @@ def _run_data(
     before, _ = read_run(run)
     config, objects = read_run(run, flags)
     config = in_effect(config)
-    if type(config.algorithm).personalize is Algorithm.personalize:
+    if not has_own_models(config):
         pooled = config.baseline == "pooled"
         trained = "baseline=pooled" if pooled else f"algorithm={type(config.algorithm).__name__}"
         raise ConfigError(
@@ -186,7 +183,7 @@ def write_cross_site(directory: Path, found: CrossSite) -> Path:
     return directory / CROSS_SITE
 
 
-def _chosen(clients: Clients, states: _States, seed: int) -> list[int]:
+def _chosen(clients: Clients, states: States, seed: int) -> list[int]:
     """Return the clients that have a model and data to evaluate on, `MOST` of them if there are more.
 
     Raises:

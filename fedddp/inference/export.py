@@ -24,6 +24,7 @@ from fedddp.inference.model import TrainedModel
 from fedddp.rng import stream
 from fedddp.section import ConfigError
 from fedddp.storage.checkpoint import save_model, share, write_text
+from fedddp.storage.run_record import CLIENT
 
 Format = Literal["pt2", "onnx", "safetensors"]
 Preprocessing = Literal["inside", "beside"]
@@ -43,7 +44,7 @@ SHAPES = {"class": "(n, classes)", "multilabel": "(n, labels)", "mask": "(n, cla
 
 Outputs = dict[str, Tensor]
 
-KEPT = ("task", "fedddp", "config_digest", "round", "metric", "value")
+KEPT = ("task", "fedddp", "config_digest", "round", "metric", "value", CLIENT)
 """Texts of the model's own header that an exported file keeps."""
 
 

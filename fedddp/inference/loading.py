@@ -22,15 +22,18 @@ from fedddp.data.targets import Target
 from fedddp.inference.model import TrainedModel
 from fedddp.section import ConfigError, local_path
 from fedddp.storage.checkpoint import load_into
-from fedddp.storage.history import check_file, parse_json
-from fedddp.storage.run_record import BEST, MODEL, state_of
+from fedddp.storage.history import check_file, parse_json, read_json
+from fedddp.storage.run_record import ALONE, BEST, MODEL, SPLIT, state_of
 from fedddp.training.assembly import outputs_check
 
 
 def load_model(
-    run: str | Path, module: nn.Module | str | None = None, best: bool | str = False
+    run: str | Path,
+    module: nn.Module | str | None = None,
+    best: bool | str = False,
+    client: str | int | None = None,
 ) -> TrainedModel:
-    """Return the final model of a finished run, on the CPU.
+    """Return the final model of a finished run, or that of one of its clients, on the CPU.
 
     Args:
         run: the run directory.
@@ -38,9 +41,27 @@ def load_model(
             the dotted path of what makes it, as for `model.name`.
         best: return the best model by the run's `checkpoint.best` instead, which a run has before its end;
             of several metrics, that by the first, or by the one given here, such as "eval/dice".
+        client: a client by its name, of natural clients, or its number: its own model, of a run whose clients
+            have some (FedBN, FedPer, Ditto, `baseline=local`). None: the global model.
 
     Raises:
         ConfigError: there is no such model, its file is corrupt, or it needs `module`.
+    """
+    model = server_model(run, module, best)
+    if client is None:
+        check_global_model(run, model.metadata)
+        return model
+    from fedddp.inference.own_models import of_client
+
+    return of_client(model, local_path(str(run), "run"), client)
+
+
+def server_model(
+    run: str | Path, module: nn.Module | str | None = None, best: bool | str = False
+) -> TrainedModel:
+    """Return the model of the server; without a global model, what stays at the clients has initial values.
+
+    Arguments and errors as for `load_model`.
     """
     directory = local_path(str(run), "run")
     file = model_file(directory, best)
@@ -173,17 +194,30 @@ def read_header(file: Path) -> dict[str, str]:
         raise _corrupt(file, error) from None
 
 
-def check_model_of_all(run: str | Path, header: Mapping[str, str]) -> None:
-    """Refuse the model of a run that trains each client alone: it is the one before training.
+def check_global_model(run: str | Path, header: Mapping[str, str]) -> None:
+    """Refuse the server's model of a run without a global one: layers, or all, have their initial values.
 
     Raises:
         ConfigError: it is of such a run.
     """
-    if header.get("baseline") == "local":
+    if ALONE in header:
+        from fedddp.inference.own_models import listed
+
+        directory = local_path(str(run), "run")
+        clients = int(read_sections(str(directory / "config.yaml"))["data"]["clients"])
         raise ConfigError(
-            f"{run}: with baseline=local each client has a model of its own, and there is none of all; "
-            f"measure them with `fedddp eval {run} --cross-site`"
+            f"{run}: with {header[ALONE]} there is no global model, each client has its own; choose one with "
+            f"--client (in Python client=): {listed(client_names(directory), clients)}"
         )
+
+
+def client_names(directory: Path) -> list[str]:
+    """Return the names of the clients of a run, by number; empty where they have none, or it is not known."""
+    try:
+        names = read_json(directory / SPLIT).get("client_names", [])
+    except (OSError, ValueError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fedddp.algorithms import Algorithm
 from fedddp.config.baselines import in_effect
 from fedddp.config.schema import Config
 from fedddp.data.datasets import DataConfig, Images, from_dataset
@@ -24,12 +20,10 @@ from fedddp.evaluation import ConfusionMatrix, EvaluationConfig, Metrics, measur
 from fedddp.inference.loading import read_run
 from fedddp.inference.model import BATCH_SIZES, TrainedModel
 from fedddp.inference.other_data import other_data, own_data, trained_on, without_place
-from fedddp.models.flat import FlatModel
+from fedddp.inference.own_models import PersonalModel, States, has_own_models
 from fedddp.section import ConfigError, local_path
-from fedddp.storage.checkpoint import newest_intact
-from fedddp.storage.run_record import read_record
+from fedddp.storage.run_record import ALONE, CLIENT
 from fedddp.training.clients import clients_of
-from fedddp.training.engine import channels_last
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +59,7 @@ class ClientMetrics:
     held_out: bool
     """Whether these examples were held out (`data.holdout`); else the client's own training examples."""
     personalized: bool
-    """Whether each client was evaluated on its own model, as the algorithm makes it."""
+    """Whether each client was evaluated on its own model, as the algorithm makes it; else all on one."""
     states_round: int | None
     """The round of the clients' own layers or models; None where there are none."""
     tested: bool = False
@@ -110,7 +104,7 @@ def evaluate_run(
 
     Args:
         run: the run directory.
-        model: the run's, from `load_model`.
+        model: the run's, from `server_model`, or a client's from `load_model`.
         flags: settings of `data`, and `evaluation.batch_size`, as on the command line. Data that only
             moved are still the run's; other data are evaluated as a whole, and without clients.
         clients: how many clients to evaluate, drawn by the run's seed; None: all.
@@ -135,19 +129,20 @@ def evaluate_run(
     train, test = found or (None, other_data(model, config.data))
     metrics: Metrics = {}
     confusion = per_client = left_out = None
-    if config.algorithm.has_global_model:
+    alone, whose = model.metadata.get(ALONE), model.metadata.get(CLIENT)
+    if alone is None or whose is not None:
         loader = ClientLoader(test, config.data, model.device, seed=config.seed)
         metrics, confusion = _central(model, loader, config.evaluation.batch_size)
     elif train is None or clients == 0:
         raise ConfigError(
-            f"{run}: with baseline=local each client has a model of its own, and there is none of all; "
-            "evaluate it on the clients of its own data"
+            f"{run}: with {alone} there is no global model, each client has its own; evaluate them on their "
+            "own data, or one of them (--client)"
         )
     if train is not None and clients != 0:
         states = None
-        if type(config.algorithm).personalize is not Algorithm.personalize:
-            states = _States(local_path(str(run), "run"))
-            left_out = _of_another_round(model, states, type(config.algorithm).__name__)
+        if whose is None and has_own_models(config):
+            states = States(local_path(str(run), "run"), model)
+            left_out = None if states.problem is None else f"left out: {states.problem}"
         if left_out is None:
             per_client = _evaluate_clients(states, model, config, (train, test), clients)
     data = config.data
@@ -181,28 +176,17 @@ def _central(model: TrainedModel, loader: ClientLoader, batch_size: int) -> tupl
     return totals.summarize(task), confusion.result()
 
 
-def _of_another_round(model: TrainedModel, states: _States, algorithm: str) -> str | None:
-    """Return why `states` do not go with `model`, the best of its run; None where they do."""
-    of_model = model.metadata.get("round")
-    if of_model is None or states.round is None or int(of_model) == states.round:
-        return None
-    return (
-        f"left out: the model is of round {of_model}, but what the clients of {algorithm} keep is there of "
-        f"round {states.round} alone; evaluate the final model for the clients"
-    )
-
-
 def _evaluate_clients(
-    states: _States | None,
+    states: States | None,
     model: TrainedModel,
     config: Config,
     data: tuple[Images, Images],
     wanted: int | None,
 ) -> ClientMetrics:
-    """Evaluate each client: on its own model with its `states`, or else on the global one.
+    """Evaluate each client: on its own model with its `states`, or else on `model`.
 
     Of `data`, training and test images, on its own part of the test set, on what it held out, or else on
-    what it was trained on.
+    what it was trained on. A client that was never trained is left out where there is no global model.
     """
     clients = clients_of(config, *data)
     tested = clients.tests is not None
@@ -210,7 +194,7 @@ def _evaluate_clients(
     chosen = np.arange(len(clients))
     if wanted is not None:
         chosen = EvaluationConfig(clients=wanted).sample(len(clients), config.seed)
-    own = None if states is None else _PersonalModel(model, config, states)
+    own = None if states is None else PersonalModel(model, config, states)
     loader = ClientLoader(data[tested], config.data, model.device, seed=config.seed)
     rows: list[Metrics] = []
     for client in chosen.tolist():
@@ -219,58 +203,13 @@ def _evaluate_clients(
             continue
         module = model.module
         if own is not None and states is not None:
-            own.load(states.of_client(client))
+            state = states.of_client(client)
+            if not state and ALONE in model.metadata:
+                continue
+            own.load(state)
             module = own.flat.module
         totals = measure(module, model.task, loader, indices, config.evaluation.batch_size, client)
         metrics = {n: v for n, v in totals.numbers(model.task).items() if isinstance(v, float)}
         rows.append({"client": client, **clients.label(client), "examples": len(indices), **metrics})
     states_round = states.round if states is not None else None
     return ClientMetrics(rows, held_out, states is not None, states_round, tested)
-
-
-class _PersonalModel:
-    """A copy of the global model that becomes one client's own after the other."""
-
-    def __init__(self, model: TrainedModel, config: Config, states: _States) -> None:
-        module = copy.deepcopy(model.module)
-        # A client's state is a flat vector in the memory layout that the run trained with.
-        last = states.channels_last
-        if last is None:
-            record = read_record(states.directory)
-            trained_on = record.sessions[-1].device.split()[0] if record and record.sessions else "cpu"
-            last = channels_last(config.local, module.cpu(), model.shape, torch.device(trained_on))
-        module.to(model.device).to(memory_format=torch.channels_last if last else torch.contiguous_format)
-        self.algorithm, self.flat = config.algorithm, FlatModel(module)
-        self._global = (
-            self.flat.params.clone(),
-            self.flat.buffers.clone(),
-            self.flat.integer_buffers.clone(),
-        )
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put the global model with what the client keeps into the module."""
-        self.flat.load(*self._global)
-        self.algorithm.personalize(self.flat, state)
-
-
-class _States:
-    """What clients keep, of the newest intact checkpoint; read when it is needed."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        saved = newest_intact(directory / "checkpoints")
-        self.channels_last: bool | None = None if saved is None else saved.metadata.get("channels_last")
-        """The memory layout that the run trained with; None where the checkpoint is older and has none."""
-        self.round = None if saved is None else int(saved.metadata["round"])
-        self._files: dict[int, Path] = {}
-        for path in [] if saved is None else saved.files("clients-*.safetensors"):
-            with safe_open(path, framework="pt") as opened:
-                self._files |= {int(key.split(".", 1)[0]): path for key in opened.keys()}  # noqa: SIM118
-
-    def of_client(self, client: int) -> dict[str, Tensor]:
-        """Return the state of `client`; empty where it has none."""
-        if client not in self._files:
-            return {}
-        with safe_open(self._files[client], framework="pt") as opened:
-            names = [key for key in opened.keys() if key.split(".", 1)[0] == str(client)]  # noqa: SIM118
-            return {key.split(".", 1)[1]: opened.get_tensor(key).clone() for key in names}

@@ -68,14 +68,13 @@ class CentralProtection(ActiveProtection):
         server: ServerState,
         *,
         seed: int,
-        silent: Tensor | None,
     ) -> None:
         """Start with the first C.
 
         Raises:
             ValueError: the noise on the count, or C, does not fit the run.
         """
-        super().__init__(terms, noise=privacy.noise, strict=privacy.strict, silent=silent)
+        super().__init__(terms, noise=privacy.noise, strict=privacy.strict)
         self.privacy, self.account, self.seed = privacy, account, seed
         self.update_noise = privacy.noise_of_update(terms.noise_multiplier, account.cohort)
         """z_Δ, the noise on the sum of updates in C."""
@@ -199,8 +198,6 @@ class PrivateSums(Sums):
             summed = self.sums[name]
             noisy = self.protection.noise_for(name, length, elements, self.server).to(summed.device)
             noisy += summed
-            if name == "update" and self.protection.silent is not None:
-                noisy.masked_fill_(self.protection.silent, 0)
             means[name] = (noisy.double() / (cohort / UNIT)).to(self.like.dtype)
         self.protection.adapt(self.server, int(self.counts[0]), int(self.counts[2]))
         self.integer_buffers.copy_(self.server.integer_buffers)

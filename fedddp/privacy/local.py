@@ -8,7 +8,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedddp.algorithms import ClientUpdate
 from fedddp.privacy.clipping import factor_of, joint_norm, sensitivity
@@ -73,10 +72,9 @@ class LocalProtection(ActiveProtection):
         participations: Participations,
         *,
         seed: int,
-        silent: Tensor | None,
     ) -> None:
         """Start before the first round."""
-        super().__init__(terms, noise=privacy.noise, strict=privacy.strict, silent=silent)
+        super().__init__(terms, noise=privacy.noise, strict=privacy.strict)
         self.privacy, self.participations, self.seed = privacy, participations, seed
 
     def weights(self, weight: float, clients: int) -> tuple[float, float]:
@@ -96,8 +94,6 @@ class LocalProtection(ActiveProtection):
             stream = ("local noise", self.seed, round_index, client, name)
             noise = grid_noise(vector.numel(), sigma, self.privacy.noise, stream).to(vector.device)
             noise += (vector.double() * (factor / UNIT)).round_().to(torch.int64)
-            if name == "update" and self.silent is not None:
-                noise.masked_fill_(self.silent, 0)
             noisy[name] = (noise.double() * UNIT).to(vector.dtype)
         return ClientUpdate(noisy, update.weight)
 

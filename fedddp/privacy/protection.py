@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from fedddp.aggregation import Accumulator, Aggregation
@@ -72,16 +71,15 @@ class Protection:
 class ActiveProtection(Protection):
     """What both kinds of differential privacy share."""
 
-    def __init__(self, terms: Terms, *, noise: str, strict: bool, silent: Tensor | None) -> None:
+    def __init__(self, terms: Terms, *, noise: str, strict: bool) -> None:
         """Keep what the run is held to.
 
         Args:
             terms: computed before the first round.
             noise: "seeded" or "secret".
             strict: whether unprotected metrics are left out.
-            silent: which elements of "update" no client ever changes; (P,) bool; None for none.
         """
-        self.terms, self.noise, self.strict, self.silent = terms, noise, strict, silent
+        self.terms, self.noise, self.strict = terms, noise, strict
         self.last_round = terms.last_round
 
     def buffers(self, change: Tensor, integers: Tensor, server: ServerState) -> tuple[Tensor, Tensor]:
@@ -125,14 +123,8 @@ def check_model(flat: FlatModel, algorithm: Algorithm) -> None:
         for name, layer in flat.module.named_modules()
         if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.running_mean is not None
     ]
-    if layers and not getattr(algorithm, "local_buffers", False):
+    if layers and not algorithm.local_buffers:
         raise ValueError(
             f"privacy: the running statistics of the batch norm {layers[0]!r} would leave clients without "
             "protection; set model.norm=group, or keep them local by algorithm=FedBN"
         )
-
-
-def silent_elements(flat: FlatModel, algorithm: Algorithm) -> Tensor | None:
-    """Return which elements of `params` never leave a client; (P,) bool; None for none."""
-    mask = algorithm.silent(flat)
-    return mask if mask is None or bool(torch.any(mask)) else None

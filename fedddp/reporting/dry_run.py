@@ -28,6 +28,7 @@ from fedddp.training.engine import Place, clients_at_once
 from fedddp.training.exchange import round_bytes
 from fedddp.training.protect import check_library, participations_of
 from fedddp.transport.links import Links
+from fedddp.transport.shared import Shared
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -90,7 +91,7 @@ def dry_run(config: Config, world_size: int) -> Table:
     table.add_row("local training", _engine(config, module, train, groups))
     if config.privacy is not None:
         table.add_row("privacy", privacy_text(config, flat))
-    table.add_row("bytes per round", _traffic(config, server, len(cohort)))
+    table.add_row("bytes per round", _traffic(config, server, flat, len(cohort)))
     if config.secure_aggregation is not None:
         table.add_row("secure aggregation", _secure(config.secure_aggregation, len(cohort)))
     table.add_row("memory per rank", _memory(config, train, test, flat))
@@ -123,9 +124,9 @@ def privacy_text(config: Config, flat: FlatModel) -> str:
     return forecast(privacy, account, participations_of(config, population), config.rounds)
 
 
-def _traffic(config: Config, server: ServerState, clients: int) -> str:
+def _traffic(config: Config, server: ServerState, flat: FlatModel, clients: int) -> str:
     """Return the bytes of a round, as its row of the history will have them without drop-outs."""
-    links = Links(config.transport, config.algorithm, config.seed)
+    links = Links(config.transport, config.algorithm, config.seed, Shared.of(config.algorithm, flat))
     up, most = round_bytes(config, links, server, clients)
     down = f"{_size(most)} down"
     if config.transport.down is not None:

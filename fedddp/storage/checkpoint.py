@@ -45,7 +45,7 @@ class CheckpointConfig(Section):
     """Metric of an evaluation, such as eval/accuracy, by which the best model is kept as best.safetensors;
     the lowest value is the best for a name that ends in loss, else the highest. Of a list, such as
     [eval/iou, eval/dice], the first is that metric; the best by the others are kept beside it, as
-    best-eval-dice.safetensors."""
+    best-eval-dice.safetensors. What clients with models of their own had then is in best-clients."""
 
     @property
     def metrics(self) -> list[str]:

@@ -15,6 +15,9 @@ from fedddp.storage.checkpoint import share
 
 State = dict[str, Tensor]
 
+BEST_CLIENTS = "best-clients"
+"""Folder of a run directory with what clients kept in the rounds of its best models."""
+
 
 class ClientStates:
     """The states of the clients trained so far, each in CPU memory of the leader of its home group.
@@ -79,11 +82,22 @@ class ClientStates:
         """Write the states this rank keeps to `folder`, one file per group; return it, if there are any."""
         if not self.kept:
             return []
-        flat = {f"{client}.{n}": t for client, s in self.kept.items() for n, t in s.items()}
         path = folder / f"clients-{self.world.group:05d}.safetensors"
-        safetensors.torch.save_file(flat, path)
-        share(path)
+        _write(self.kept, path)
         return [path]
+
+    def save_best(self, directory: Path, metric: str, round_number: int, kept: Mapping[int, State]) -> None:
+        """Write the states `kept` by this rank in the best round by `metric`, instead of earlier ones."""
+        if self.world.is_coordinator:
+            (directory / BEST_CLIENTS).mkdir(exist_ok=True)
+        self.world.barrier()
+        if kept:
+            name = _best_name(metric, round_number, f"{self.world.group:05d}")
+            _write(kept, directory / BEST_CLIENTS / name)
+        if self.world.is_coordinator:
+            of_round = {*best_files(directory, metric, round_number)}
+            for path in {*(directory / BEST_CLIENTS).glob(_best_name(metric, None, "*"))} - of_round:
+                path.unlink(missing_ok=True)
 
     def load(self, files: Iterable[Path]) -> None:
         """Restore states saved with any number of groups; client k goes to group k mod G."""
@@ -95,6 +109,22 @@ class ClientStates:
                     self.homes[client] = client % self.world.groups
                     if self.world.leads_group and self.homes[client] == self.world.group:
                         self.kept.setdefault(client, {})[name] = saved.get_tensor(key).clone()
+
+
+def best_files(directory: Path, metric: str, round_number: int) -> list[Path]:
+    """Return the files of a run with what its clients kept in the best round by `metric`."""
+    return sorted((directory / BEST_CLIENTS).glob(_best_name(metric, round_number, "*")))
+
+
+def _best_name(metric: str, round_number: int | None, group: str) -> str:
+    of_round = "*" if round_number is None else f"{round_number:05d}"
+    return f"{metric.replace('/', '-')}-{of_round}-{group}.safetensors"
+
+
+def _write(states: Mapping[int, State], path: Path) -> None:
+    flat = {f"{client}.{n}": t for client, s in states.items() for n, t in s.items()}
+    safetensors.torch.save_file(flat, path)
+    share(path)
 
 
 def _pack(state: Mapping[str, Tensor]) -> Tensor:

@@ -33,6 +33,12 @@ SPLIT, EVALUATION, WRONG = "split.json", "evaluation.json", "wrong.safetensors"
 CROSS_SITE = "cross-site.json"
 """Files of a run directory, beside those of the history and `config.yaml`."""
 
+ALONE, CLIENT = "no_global_model", "client"
+"""In the header of a model: why there is no global one, as "algorithm=FedBN"; the client whose own it is."""
+
+MOST_HEADER = 10**8
+"""Bytes of a model's header, at most, as of the format itself."""
+
 HELD_RECORDS = 1000
 """Log records of the start of a run that are held until it is known that it can start."""
 
@@ -297,3 +303,14 @@ def _device_name(device: torch.device) -> str:
         found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
         name = found[1].strip() if found else name
     return f"{device.type} ({name})"
+
+
+def read_model_header(file: Path) -> dict[str, str]:
+    """Return the texts in the header of a .safetensors file, without torch; empty where it cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = parse_json(opened.read(min(length, MOST_HEADER)))
+        return {str(key): str(value) for key, value in header.get("__metadata__", {}).items()}
+    except (OSError, ValueError, AttributeError):
+        return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fedddp.storage.history import direction, plain, working_seconds
+from fedddp.storage.history import direction, judged_by, plain, working_seconds
 from fedddp.tracking.memory import gpu_bytes, resident_bytes
 
 Row = dict[str, Any]
@@ -21,7 +21,8 @@ class DerivedMetrics:
         """Add up the rows of `earlier` launches of the run."""
         self._totals = {"total/examples": 0, "total/bytes": 0, "total/time": 0.0}
         self.best: dict[str, float] = {}
-        """`best/NAME` for each number `eval/NAME`, and the round of it as `best/NAME_round`."""
+        """`best/NAME` for each number `eval/NAME`, and the round of it as `best/NAME_round`; of a run without
+        a global model for the mean over clients, as `best/clients/NAME_mean`."""
         for row in earlier:
             self._add(plain(row))
 
@@ -46,8 +47,10 @@ class DerivedMetrics:
         self._totals["total/time"] += working_seconds(row)
         if row.get("time/virtual") is not None:
             self._totals["total/virtual"] = self._totals.get("total/virtual", 0.0) + row["time/virtual"]
+        judged = judged_by([row])
+        alone = judged.key if judged is not None and judged.of_clients else None
         for key, value in row.items():
-            if key.startswith("eval/") and isinstance(value, int | float):
+            if (key.startswith("eval/") or key == alone) and isinstance(value, int | float):
                 name = f"best/{key.removeprefix('eval/')}"
                 sign = direction(key)
                 if name not in self.best or sign * value > sign * self.best[name]:

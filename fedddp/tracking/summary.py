@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedddp.storage.history import direction, judged_by, number, read_config
-from fedddp.storage.run_record import BEST
+from fedddp.storage.run_record import ALONE, BEST, MODEL, read_model_header
 from fedddp.tracking.status import Row, label_of, score_text, size_text
 
 if TYPE_CHECKING:
@@ -94,17 +94,10 @@ def next_commands(folder: Path) -> list[str]:
     """Return the commands that come after a finished run; with its best model where it kept that."""
     path = shlex.quote(str(folder))
     best = " --best" if (folder / BEST).exists() else ""
-    if _trained_alone(folder):  # there is no model of all
-        return [f"fedddp report {path}", f"fedddp eval {path} --cross-site"]
+    if ALONE in read_model_header(folder / MODEL):
+        chosen = f"fedddp predict {path} IMAGE --client NAME{best}"
+        return [f"fedddp report {path}", f"fedddp eval {path} --cross-site", chosen]
     return [f"fedddp report {path}", f"fedddp predict {path} IMAGE{best}"]
-
-
-def _trained_alone(folder: Path) -> bool:
-    """Return whether each client of the run has a model of its own alone."""
-    try:
-        return bool(read_config(folder / "config.yaml").get("baseline") == "local")
-    except (OSError, ValueError):
-        return False
 
 
 def phases_text(rows: Sequence[Row]) -> str:

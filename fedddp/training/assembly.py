@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedddp.algorithms import ServerState
-from fedddp.algorithms.personal import LocalLayers
 from fedddp.config.baselines import in_effect
 from fedddp.config.loader import to_dict
 from fedddp.config.schema import Config
@@ -33,8 +32,8 @@ from fedddp.storage.client_states import ClientStates
 from fedddp.storage.history import main_metric, read_text
 from fedddp.storage.run_record import EVALUATION, MODEL, WRONG
 from fedddp.tasks import Task
-from fedddp.tasks.segmentation import background_warning
 from fedddp.tracking.tracker import Tracker
+from fedddp.training.announcements import announce
 from fedddp.training.best import BestModels
 from fedddp.training.clients import Clients, PooledLoader, clients_of, pooled
 from fedddp.training.engine import channels_last, make_trainer
@@ -121,7 +120,7 @@ def assemble(
         world=world,
         flat=flat,
         server=server,
-        links=Links.started(config.transport, config.algorithm, config.seed, server),
+        links=Links.started(config.transport, config.algorithm, config.seed, server, flat),
         trainer=make_trainer(laid_out, world, flat, loader),
         states=ClientStates(world),
         train=loader,
@@ -186,41 +185,16 @@ def _best(s: Session) -> BestModels | None:
         key = f"checkpoint.best={missing}" if metrics else "evaluation.stop_after"
         raise ConfigError(
             f"{key}: the evaluations of this run do not have {missing}; set checkpoint.best to one of "
-            f"{', '.join(names) or 'theirs, and give test data'}"
+            f"{', '.join(names) or 'theirs, and give test data (of clients: data.holdout)'}"
         )
-    # Where each client trains alone, a file would hold the initial model.
-    return BestModels(wanted, kept=bool(metrics) and config.algorithm.has_global_model)
-
-
-def _log_clients(s: Session) -> None:
-    """Log which of the clients to evaluate have no examples for it; on the coordinator."""
-    evaluation = s.config.evaluation
-    if evaluation.clients:
-        chosen = evaluation.sample(len(s.clients), s.config.seed)
-        without = chosen[s.clients.evaluated_sizes()[chosen] == 0].tolist()
-        if without:
-            named = [s.clients.names[client] if s.clients.names else str(client) for client in without[:10]]
-            more = ", ..." if len(without) > len(named) else ""
-            logger.info(
-                "%d of the %d clients to evaluate have no examples to evaluate on, and are left out: %s%s",
-                *(len(without), len(chosen), ", ".join(named), more),
-            )
+    return BestModels(wanted, kept=bool(metrics))
 
 
 def _track(s: Session, record: Mapping[str, Any]) -> None:
     """Start the coordinator's tracker, which resumes the run's history and its wandb run."""
     if not s.world.is_coordinator:
         return
-    _log_clients(s)
-    if isinstance(s.config.algorithm, LocalLayers) and not s.config.evaluation.clients:
-        logger.warning(
-            "algorithm=%s keeps layers at the clients: eval/* is of the global model with the initial ones, "
-            "which no client uses; evaluation.clients measures the clients' own models",
-            type(s.config.algorithm).__name__,
-        )
-    doubt = background_warning(s.config.task, s.train.images.class_names)
-    if doubt:
-        logger.warning(doubt)
+    announce(s)
     run_id = _wandb_run(s) if s.config.resume == "auto" else None
     if s.config.tracking.trackers:
         logger.info("starting %s", ", ".join(s.config.tracking.trackers), extra=STAGE)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedddp.evaluation import Metrics
 from fedddp.storage.checkpoint import distinct_state, save_tensors
+from fedddp.storage.client_states import ClientStates, State
 from fedddp.storage.history import direction
 from fedddp.storage.run_record import BEST
 
@@ -29,6 +30,8 @@ class Best:
     """The round of the last evaluation."""
     state: dict[str, Tensor] | None = None
     """The state dict of the best model, on the CPU, until it is written."""
+    clients: dict[int, State] | None = None
+    """What the clients of this rank kept then, until it is written; None where they have no own models."""
 
     def update(self, metrics: Metrics, round_number: int) -> bool:
         """Take the metrics of an evaluation; return whether they are the best so far."""
@@ -82,6 +85,18 @@ class BestModels:
         state = {n: t.detach().to("cpu", copy=True) for n, t in distinct_state(module).items()}
         for best in better:
             best.state = state
+
+    def keep_clients(self, states: ClientStates, better: Sequence[Best]) -> None:
+        """Remember what clients keep now; a client's next training replaces its tensors, and changes none."""
+        for best in better:
+            best.clients = dict(states.kept)
+
+    def write_clients(self, directory: Path, states: ClientStates) -> None:
+        """Collective. Write what clients kept in the rounds of the best models that are new."""
+        for best in (self.decisive, *self.others):
+            if best.clients is not None:
+                states.save_best(directory, best.metric, best.round, best.clients)
+                best.clients = None
 
     def write(self, directory: Path, metadata: Mapping[str, str]) -> None:
         """Write the models that are new, with `metadata` and their metrics in the headers of the files."""

@@ -84,7 +84,8 @@ def clients_of(config: Config, train: Images, test: Images | None) -> Clients:
         owners = np.unique(train.ids)
         tests = None if test is None or test.ids is None else _of_owners(test.ids, owners)
         clients = dataclasses.replace(clients, tests=tests, names=client_names(config.data, train))
-    if config.evaluation.clients and not clients.evaluated_sizes().any():
+    chosen = config.baseline == "local" or config.algorithm.has_global_model  # else by `in_effect`
+    if config.evaluation.clients and chosen and not clients.evaluated_sizes().any():
         raise ConfigError(
             f"evaluation.clients={config.evaluation.clients} needs local data to evaluate on, but "
             f"data.holdout={config.data.holdout:g} and no example of the test set is known to be a client's "

@@ -27,8 +27,7 @@ def accumulator(s: Session, clients: int) -> Accumulator:
     if s.updates is not None:
         s.updates.reset(clients)
         return s.updates
-    server = s.server
-    lengths = {**s.config.algorithm.lengths(server.params.numel()), "buffers": server.buffers.numel()}
+    server, lengths = s.server, s.links.lengths(s.server)
     if s.config.secure_aggregation is None:
         s.updates = s.protection.accumulator(s.config.aggregation, lengths, clients, server)
     else:
@@ -45,14 +44,14 @@ def received(
         s: the session.
         client: the client; a malicious one sends what it likes, without noise.
         number: the round's index or the dispatch id, which names the random streams.
-        update: what the client computed.
+        update: what the client computed, in its full length; what stays at the client is left out.
         state: the client's own, changed in place.
     """
-    update = s.protection.sent(client, number, update)
+    update = s.protection.sent(client, number, s.links.shared.packed(update))
     if client in s.malicious:
         update = s.config.attacks.corrupt(update, stream("attack", s.config.seed, number, client))
     update, sent = s.links.received(update, state, client=client, number=number)
-    return update, sent + _buffer_bytes(s.server) if s.config.baseline == "none" else 0
+    return update, sent + s.links.buffer_bytes(s.server) if s.config.baseline == "none" else 0
 
 
 def sent_down(s: Session, clients: list[int]) -> int:
@@ -69,9 +68,9 @@ def round_bytes(config: Config, links: Links, server: ServerState, clients: int)
         return 0, 0
     down = clients * links.model_bytes(server)
     if config.secure_aggregation is None:
-        return clients * (links.update_bytes(server.params) + _buffer_bytes(server)), down
-    degree, lengths = config.secure_aggregation.degree(clients), config.algorithm.lengths(len(server.params))
-    length = vector_length(lengths, server.buffers.numel(), server.integer_buffers.numel())
+        return clients * (links.update_bytes(server) + links.buffer_bytes(server)), down
+    degree = config.secure_aggregation.degree(clients)
+    length = vector_length(links.lengths(server), 0, server.integer_buffers.numel())
     # Without `privacy` clients first add up their numbers of examples, by another run of the protocol,
     # and are sent the sum.
     up, more = traffic(length, degree)
@@ -79,7 +78,3 @@ def round_bytes(config: Config, links: Links, server: ServerState, clients: int)
         first = traffic(1, degree)
         up, more = up + first[0], more + first[1] + NUMBER_BYTES
     return clients * up, down + clients * more
-
-
-def _buffer_bytes(server: ServerState) -> int:
-    return server.buffers.nbytes + server.integer_buffers.nbytes

@@ -13,7 +13,7 @@ from fedddp.privacy.accountant import require_library
 from fedddp.privacy.central import CentralProtection, central_terms
 from fedddp.privacy.config import CentralDP, LocalDP
 from fedddp.privacy.local import LocalProtection, Participations, local_terms
-from fedddp.privacy.protection import Protection, Terms, check_model, silent_elements
+from fedddp.privacy.protection import Protection, Terms, check_model
 from fedddp.section import ConfigError
 from fedddp.storage.checkpoint import write_text
 from fedddp.storage.history import HISTORY, read_json, read_rows
@@ -51,7 +51,6 @@ def protect(s: Session, metadata: Mapping[str, Any]) -> Protection:
     if privacy is None:
         return Protection()
     check_model(s.flat, s.config.algorithm)
-    silent = silent_elements(s.flat, s.config.algorithm)
     terms, problem = None, None
     if s.world.is_coordinator:
         try:
@@ -68,10 +67,10 @@ def protect(s: Session, metadata: Mapping[str, Any]) -> Protection:
     seed = s.config.seed
     if isinstance(privacy, CentralDP):
         account = privacy.account(s.config.cohort, len(s.split), s.config.rounds)
-        return CentralProtection(privacy, account, terms, server, seed=seed, silent=silent)
+        return CentralProtection(privacy, account, terms, server, seed=seed)
     assert isinstance(privacy, LocalDP)
     participations = participations_of(s.config, len(s.split))
-    return LocalProtection(privacy, terms, participations, seed=seed, silent=silent)
+    return LocalProtection(privacy, terms, participations, seed=seed)
 
 
 def participations_of(config: Config, population: int) -> Participations:

@@ -21,6 +21,7 @@ from torch import Tensor
 from fedddp.aggregation import Accumulator
 from fedddp.algorithms import ServerState
 from fedddp.callbacks import Callbacks
+from fedddp.config.baselines import without_global_model
 from fedddp.config.loader import digest
 from fedddp.config.schema import Config
 from fedddp.data.loader import ClientLoader
@@ -31,6 +32,7 @@ from fedddp.models.flat import FlatModel
 from fedddp.privacy.protection import Protection
 from fedddp.storage.checkpoint import Checkpoints, Saved, load_into
 from fedddp.storage.client_states import ClientStates
+from fedddp.storage.run_record import ALONE
 from fedddp.tracking.tracker import NullTracker
 from fedddp.training.best import BestModels
 from fedddp.training.client_trainer import ClientJob, ClientTrainer
@@ -99,10 +101,8 @@ class Session:
     @property
     def keeps_state(self) -> bool:
         """Whether clients keep state between rounds."""
-        config = self.config
-        return (
-            config.algorithm.stateful or config.local.optimizer_state == "keep" or config.transport.stateful
-        )
+        c = self.config
+        return c.algorithm.stateful or c.local.optimizer_state == "keep" or c.transport.stateful
 
     def indices(self, client: int) -> Indices:
         """Return the training examples of `client`, without those held out; (n_k,)."""
@@ -182,16 +182,19 @@ class Session:
         metrics = measure(self.flat.module, task, loader, np.arange(1), 1).summarize(task)
         numbers = [name for name, value in metrics.items() if not isinstance(value, list)]
         names = [] if self.central is None else [f"eval/{name}" for name in numbers]
-        if self.config.evaluation.clients:
+        if self.config.evaluation.clients and self.clients.evaluated_sizes().any():
             names += spread([dict.fromkeys(numbers, 0.0)])
         return names
 
     def _compare_with_best(self, row: Metrics, round_number: int) -> None:
         """Keep the model if it is the best so far."""
         better = [] if self.best is None else self.best.update(row, round_number)
-        if self.best is not None and better and self.best.kept and self.world.is_coordinator:
-            self.load_global_model()
-            self.best.keep(self.flat.module, better)
+        if self.best is not None and better and self.best.kept:
+            if self.world.is_coordinator:
+                self.load_global_model()
+                self.best.keep(self.flat.module, better)
+            if self.config.algorithm.personalizes:
+                self.best.keep_clients(self.states, better)
 
     @property
     def complete(self) -> bool:
@@ -211,11 +214,12 @@ class Session:
 
     def _evaluate_clients(self, round_number: int) -> Metrics:
         chosen = self.config.evaluation.sample(len(self.clients), self.config.seed)
-        examples = {}
+        examples, alone = {}, not self.config.algorithm.has_global_model
         for position, client in enumerate(chosen.tolist()):
             home = self.states.homes.get(client)
             rank = position % self.world.size if home is None else self.world.leader(home)
-            if rank == self.world.rank:
+            # One that was never trained has no model, where there is no global one.
+            if rank == self.world.rank and (client in self.states.kept or not alone):
                 examples[client] = self.clients.evaluated(client)
         loader = self.train if self.clients.tests is None else self.test
         assert loader is not None
@@ -326,6 +330,8 @@ class Session:
         line = None if row is None else self._write(row)
         self.tracker.sync()
         with self.timed("checkpoint"):
+            if self.best is not None:
+                self.best.write_clients(self.directory, self.states)
             if self.world.is_coordinator:
                 if self.best is not None:  # before the checkpoint that knows of them
                     self.best.write(self.directory, self.model_metadata())
@@ -354,7 +360,7 @@ class Session:
 
     def model_metadata(self) -> dict[str, str]:
         """Return what a user of a model must know, for the header of its file."""
-        images = self.train.images
+        images, alone = self.train.images, without_global_model(self.config)
         preprocessing = {
             "size": images.shape[1:],
             "channels": images.shape[0],
@@ -368,6 +374,7 @@ class Session:
             "task": type(self.config.task).__name__,
             "target": self.config.task.target,
             **({} if self.config.baseline == "none" else {"baseline": self.config.baseline}),
+            **({} if alone is None else {ALONE: alone}),
             "config_digest": digest(self.config),
             "fedddp": version("fedddp"),
             "torch": torch.__version__,

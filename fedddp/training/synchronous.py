@@ -266,6 +266,7 @@ def take(s: Session, current: Round, job: ClientJob, state: dict[str, Tensor], r
         update, sent = received(s, job.client, s.rounds_done, result.update, state)
         change = buffer_change(result.buffers, s.server.buffers)
         change, integers = s.protection.buffers(change, result.integer_buffers, s.server)
+        change = change if s.links.shared.buffers else change[:0]
         (loss, count), secret = result.loss.tolist(), current.secure is not None
         valid = current.updates.add(
             job.client, update, change, job.weight, integers, loss, (count, result.steps)
@@ -296,7 +297,7 @@ def step(s: Session, current: Round) -> None:
     if s.world.is_coordinator and current.updates.counts[0] < current.updates.min_clients():
         log_abandoned(s, current)
     elif s.world.is_coordinator:
-        aggregated = current.updates.result()
+        aggregated = s.links.unpacked(current.updates.result(), server)
         if "update" in aggregated.vectors:  # else no client had an example
             before = s.links.snapshot(server)
             algorithm.step(server, aggregated)

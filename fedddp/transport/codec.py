@@ -30,8 +30,6 @@ class Codec(Section, ABC):
 
     error_feedback: ClassVar[bool] = False
     """Whether the sender keeps what the codec left out, and adds it to its next vector."""
-    keeps_zeros: ClassVar[bool] = True
-    """Whether elements of 0 decode to 0."""
 
     @abstractmethod
     def pack(self, vector: Tensor, rng: Generator) -> list[Tensor]:

@@ -156,7 +156,6 @@ class Sign(Codec):
     """
 
     error_feedback: ClassVar[bool] = True
-    keeps_zeros: ClassVar[bool] = False
 
     def pack(self, vector: Tensor, rng: Generator) -> list[Tensor]:
         """Return the scale, then a bit for each element below 0."""

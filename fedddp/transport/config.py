@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fedddp.algorithms.algorithm import Algorithm, AsynchronousAlgorithm
-from fedddp.algorithms.personal import LocalLayers
 from fedddp.section import ConfigError, Section
 from fedddp.transport.codecs import Codec
 
@@ -40,12 +39,6 @@ class TransportConfig(Section):
         """
         name = type(algorithm).__name__
         asynchronous = isinstance(algorithm, AsynchronousAlgorithm)
-        for setting, codec in (("up", self.up), ("down", self.down)):
-            if codec is not None and not codec.keeps_zeros and isinstance(algorithm, LocalLayers):
-                raise ConfigError(
-                    f"transport.{setting}={type(codec).__name__} changes elements that are 0, but algorithm="
-                    f"{name} sends zeros for the layers that stay local; use Cast, Int8, QSGD or TopK"
-                )
         if self.up is not None and "update" not in algorithm.lengths(1):
             raise ConfigError(
                 f"transport.up={type(self.up).__name__} compresses updates, but algorithm={name} sends "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -43,8 +43,6 @@ class EDEN(Codec):
     squared norm for 1 to 4 bits, whatever the vector. Bytes: 8, 4 per block, and ⌈bits·d/8⌉ of the filled-up
     d. NaN or infinity makes its block NaN.
     """
-
-    keeps_zeros: ClassVar[bool] = False
 
     bits: Annotated[int, Interval(ge=1, le=4)] = 4
     """Bits per element, in [1, 4]."""

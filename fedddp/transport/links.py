@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fedddp.algorithms.algorithm import Algorithm, ClientUpdate, ServerState
+from fedddp.algorithms.algorithm import AggregatedUpdate, Algorithm, ClientUpdate, ServerState
+from fedddp.models.flat import FlatModel
 from fedddp.rng import stream
 from fedddp.transport.codecs import Codec
 from fedddp.transport.config import TransportConfig
+from fedddp.transport.shared import Shared
 
 ERROR = "error."
 """Prefix, in a client's state, of what its codec left out of each vector."""
@@ -30,15 +32,39 @@ class Links:
     config: TransportConfig
     algorithm: Algorithm
     seed: int
+    shared: Shared = field(default_factory=Shared)
+    """What travels: all, or `Shared.of` the algorithm."""
 
     @classmethod
-    def started(cls, config: TransportConfig, algorithm: Algorithm, seed: int, server: ServerState) -> Links:
+    def started(
+        cls, config: TransportConfig, algorithm: Algorithm, seed: int, server: ServerState, flat: FlatModel
+    ) -> Links:
         """Return the ways of a new run, and put what the coordinator keeps of them into `server`."""
-        links = cls(config, algorithm, seed)
+        links = cls(config, algorithm, seed, Shared.of(algorithm, flat))
         links.start(server)
         return links
 
     # ---- up: a client's update ----
+
+    def lengths(self, server: ServerState) -> dict[str, int]:
+        """Return the length of each vector that a client sends, "buffers" (0: none) among them."""
+        lengths = self.algorithm.lengths(server.params.numel())
+        if "update" in lengths:
+            lengths["update"] = self.shared.length(lengths["update"])
+        return {**lengths, "buffers": server.buffers.numel() if self.shared.buffers else 0}
+
+    def buffer_bytes(self, server: ServerState) -> int:
+        """Return the bytes of the float and integer buffers, as they are sent either way."""
+        return server.buffers.nbytes + server.integer_buffers.nbytes if self.shared.buffers else 0
+
+    def unpacked(self, aggregated: AggregatedUpdate, server: ServerState) -> AggregatedUpdate:
+        """Return the aggregated update in its full length: 0 for what stays at the clients."""
+        vectors = dict(aggregated.vectors)
+        if not self.shared.buffers:
+            vectors.pop("buffers", None)
+        if self.shared.pieces is not None and "update" in vectors:
+            vectors["update"] = self.shared.put(vectors["update"], torch.zeros_like(server.params))
+        return replace(aggregated, vectors=vectors)
 
     def received(
         self, update: ClientUpdate, state: dict[str, Tensor], *, client: int, number: int
@@ -64,10 +90,10 @@ class Links:
             sent += payload
         return replace(update, vectors=vectors), sent
 
-    def update_bytes(self, like: Tensor) -> int:
-        """Return the bytes of a client's vectors, for parameters `like` (P,): those of an update of zeros."""
-        lengths = self.algorithm.lengths(len(like))
-        zeros = {name: like.new_zeros(length) for name, length in lengths.items()}
+    def update_bytes(self, server: ServerState) -> int:
+        """Return the bytes of a client's vectors, but for its buffers: those of an update of zeros."""
+        lengths = {name: length for name, length in self.lengths(server).items() if name != "buffers"}
+        zeros = {name: server.params.new_zeros(length) for name, length in lengths.items()}
         return self.received(ClientUpdate(zeros, 1.0), {}, client=0, number=0)[1]
 
     # ---- down: the model's change ----
@@ -79,14 +105,14 @@ class Links:
         server.vectors[HAD] = torch.full((server.population,), -1)
         server.vectors[SENT] = torch.zeros(1, dtype=torch.int64)
         if self.config.down.error_feedback:
-            for name, vector in self._sent_down(server).items():
-                server.vectors[f"{DOWN}{ERROR}{name}"] = torch.zeros_like(vector)
+            for name, (vector, part) in self._sent_down(server).items():
+                server.vectors[f"{DOWN}{ERROR}{name}"] = torch.zeros_like(part.pack(vector))
 
     def snapshot(self, server: ServerState) -> dict[str, Tensor]:
         """Return copies of what clients hold, before the server steps; empty without a codec."""
         if self.config.down is None:
             return {}
-        return {name: vector.clone() for name, vector in self._sent_down(server).items()}
+        return {name: part.pack(vector).clone() for name, (vector, part) in self._sent_down(server).items()}
 
     def send_change(self, server: ServerState, before: Mapping[str, Tensor], round_index: int) -> None:
         """Let the server's model become what clients decode: the model `before`, and its encoded change.
@@ -98,10 +124,10 @@ class Links:
         if codec is None:
             return
         kept = {n.removeprefix(DOWN): v for n, v in server.vectors.items() if n.startswith(DOWN + ERROR)}
-        for name, vector in self._sent_down(server).items():
-            change = vector - before[name]
+        for name, (vector, part) in self._sent_down(server).items():
+            change = part.pack(vector) - before[name]
             payload, decoded = _through(codec, change, kept, name, (self.seed, round_index, "down", name))
-            vector.copy_(before[name] + decoded)
+            part.put(before[name] + decoded, vector)
             server.vectors[SENT] += payload
         for name, error in kept.items():
             server.vectors[f"{DOWN}{name}"].copy_(error)
@@ -114,7 +140,7 @@ class Links:
         """
         if self.config.down is None:
             return len(clients) * self.model_bytes(server)
-        whole = sum(vector.nbytes for vector in self._sent_down(server).values())
+        whole = self._bytes_of_parameters(server)
         had, sent = server.vectors[HAD], int(server.vectors[SENT])
         chosen = torch.as_tensor(clients, dtype=torch.int64, device=had.device)
         missed = torch.where(had[chosen] < 0, whole, sent - had[chosen]).clamp(max=whole)
@@ -123,19 +149,29 @@ class Links:
 
     def model_bytes(self, server: ServerState) -> int:
         """Return the bytes of the whole model, as a client gets it that has none."""
-        return self.algorithm.traffic(server)[1]
+        return self._bytes_of_parameters(server) + self.buffer_bytes(server)
 
     def change_bytes(self, server: ServerState) -> int:
         """Return the bytes that a client of the round before is sent: an encoded change, and the buffers."""
-        codec, down = self.config.down, self._sent_down(server)
+        codec = self.config.down
         if codec is None:
             return self.model_bytes(server)
-        encoded = [len(codec.encode(torch.zeros(len(v)), stream("plan"))) for v in down.values()]
-        return self.model_bytes(server) - sum(v.nbytes for v in down.values()) + sum(encoded)
+        sizes = (part.length(len(vector)) for vector, part in self._sent_down(server).values())
+        encoded = [len(codec.encode(torch.zeros(size), stream("plan"))) for size in sizes]
+        return self.buffer_bytes(server) + sum(encoded)
 
-    def _sent_down(self, server: ServerState) -> dict[str, Tensor]:
-        """Return the vectors whose change is encoded: the parameters, and what an algorithm sends along."""
-        return {"params": server.params} | {name: server.vectors[name] for name in self.algorithm.sends}
+    def _sent_down(self, server: ServerState) -> dict[str, tuple[Tensor, Shared]]:
+        """Return the vectors whose change is encoded, and what travels of each.
+
+        They are the parameters, and what an algorithm sends along.
+        """
+        along = {name: (server.vectors[name], Shared()) for name in self.algorithm.sends}
+        return {"params": (server.params, self.shared)} | along
+
+    def _bytes_of_parameters(self, server: ServerState) -> int:
+        """Return the bytes of the parameters, and of what an algorithm sends along, as they are."""
+        sent = self._sent_down(server).values()
+        return sum(part.length(len(vector)) * vector.itemsize for vector, part in sent)
 
 
 def _through(

@@ -111,9 +111,9 @@ def results(name: str, seed: int, root: str, output: Path) -> dict[str, list[flo
             except ValueError as error:
                 sys.exit(f"error: {name}: {error}")
         rows = [row for row in rows if "clients/accuracy_mean" in row]
-        found = {short: [row[key] for row in rows] for short, key in KEYS.items()}
+        found = {short: [row[key] for row in rows if key in row] for short, key in KEYS.items()}
         file.write_text(json.dumps(found))
-        print(f"{name}, seed {seed}: {found['global'][-1]:.3f}", flush=True)
+        print(f"{name}, seed {seed}: {found['clients'][-1]:.3f}", flush=True)
     saved: dict[str, list[float]] = json.loads(file.read_text())
     return saved
 
@@ -124,6 +124,9 @@ def table(curves: dict[str, list[dict[str, list[float]]]]) -> str:
     for name, runs in curves.items():
         cells = []
         for key in ("global", "clients", "worst"):
+            if not all(run[key] for run in runs):  # there is no global model
+                cells.append("–")
+                continue
             last = 100 * np.array([run[key][-1] for run in runs])
             cells.append(f"{last.mean():.1f} ± {last.std():.1f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
