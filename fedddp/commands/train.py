@@ -52,7 +52,7 @@ def run(rest: list[str]) -> None:
 
 def _check_folder(words: list[str]) -> None:
     """Refuse a name that another run has, before the seconds that torch takes."""
-    from fedddp.config.files import is_null, read_sections
+    from fedddp.config.files import OBJECTS, is_null, read_sections
     from fedddp.distributed.environment import Launch
     from fedddp.section import ConfigError
     from fedddp.storage.run_folder import find_folder
@@ -65,6 +65,8 @@ def _check_folder(words: list[str]) -> None:
             key, equals, value = word.removeprefix("--").partition("=")
             if word.startswith("--") and key in ("output", "name", "resume"):
                 given[key] = value if equals else "".join(words[place + 1 : place + 2])
+        if OBJECTS in given:  # reported when the configuration is read
+            return
         name = given.get("name")
         name = None if is_null(name) or str(name).lower() in ("null", "none") else str(name)
         find_folder(str(given["output"]), name, "run", str(given["resume"]), Launch.from_environment())

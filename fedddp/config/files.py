@@ -16,6 +16,9 @@ from fedddp.storage.history import read_text
 MOST_VALUES, MOST_LEVELS = 100_000, 50
 
 BEGINNINGS = dict.fromkeys(("quickstart", "start", "demo", "example", "tutorial"), "digits")
+OBJECTS = "objects"
+"""Section of a run's config.yaml that describes the user's own module and datasets."""
+
 NULL = ("null", "none", "~", "")
 
 

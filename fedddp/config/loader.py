@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from fedddp.config.files import Text, is_null, read_sections, read_yaml
+from fedddp.config.files import OBJECTS, Text, is_null, read_sections, read_yaml
 from fedddp.config.schema import Config, fields_with
 from fedddp.section import (
     RENAMED,
@@ -27,9 +27,6 @@ from fedddp.section import (
     settings,
     unknown_key,
 )
-
-OBJECTS = "objects"
-"""Section of a run's config.yaml that describes the user's own module and datasets."""
 
 TRUTH = {"true": True, "false": False}
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedddp.config.loader import OBJECTS, dump_yaml
+from fedddp.config.files import OBJECTS
+from fedddp.config.loader import dump_yaml
 from fedddp.data.catalog import TORCHVISION
 from fedddp.inference.card_clients import client_data, client_table, named_clients
 from fedddp.inference.card_tasks import (

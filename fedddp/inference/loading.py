@@ -14,8 +14,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fedddp.config.files import read_sections
-from fedddp.config.loader import OBJECTS, build
+from fedddp.config.files import OBJECTS, read_sections
+from fedddp.config.loader import build
 from fedddp.config.schema import Config
 from fedddp.data.datasets import Images
 from fedddp.data.targets import Target

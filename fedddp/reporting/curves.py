@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedddp.config.loader import OBJECTS
+from fedddp.config.files import OBJECTS
 from fedddp.config.schema import execution_settings, fields_with
 from fedddp.reporting.labels import distinguish
 from fedddp.reporting.runs import read_settings

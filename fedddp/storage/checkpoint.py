@@ -70,7 +70,7 @@ class Saved:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`; training goes on while the coordinator writes one."""
+    """The checkpoints of one run, in `folder`; training continues while the coordinator writes one."""
 
     def __init__(self, folder: Path, keep: int, world: World) -> None:
         self.folder, self.keep, self.world = folder, keep, world

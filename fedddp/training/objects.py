@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from fedddp.config.loader import OBJECTS, to_dict
+from fedddp.config.files import OBJECTS
+from fedddp.config.loader import to_dict
 from fedddp.config.schema import Config
 from fedddp.data.datasets import Images, from_dataset, load
 from fedddp.rng import drawing_from

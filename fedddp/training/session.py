@@ -228,15 +228,8 @@ class Session:
             self.load_global_model()
             self.config.algorithm.personalize(self.flat, self.states.kept.get(client, {}))
 
-        rows = evaluate_clients(
-            self.world,
-            self.flat.module,
-            self.config.task,
-            loader,
-            examples,
-            self.config.evaluation.batch_size,
-            personalize,
-        )
+        task, batch_size = self.config.task, self.config.evaluation.batch_size
+        rows = evaluate_clients(self.world, self.flat.module, task, loader, examples, batch_size, personalize)
         named = [{"client": row["client"], **self.clients.label(row["client"]), **row} for row in rows]
         known = [{name: value for name, value in row.items() if value is not None} for row in named]
         self.tracker.log_clients([{"round": round_number, **row} for row in known])
