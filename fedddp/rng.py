@@ -63,8 +63,9 @@ def stream(*name: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(stream_seed(*name)))
 
 
-def global_states() -> tuple[bytes, object, str]:
+def global_states() -> tuple[object, ...]:
     """Return the states of the global generators on the CPU: they differ once something is drawn."""
     import torch
 
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state())
+    _, words, *position = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), words.tobytes(), position
