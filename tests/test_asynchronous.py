@@ -28,7 +28,6 @@ from fedddp.data.partition import Dirichlet
 from fedddp.simulation.clock import SpeedTable, Virtual
 from fedddp.testing import run_world
 
-
 ONE_EACH = {type(settings["algorithm"]): name for name, (settings, _) in SETTINGS.items()}.values()
 """Settings of each algorithm, for the worlds in which others would show nothing new."""
 
