@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -67,5 +68,6 @@ def global_states() -> tuple[object, ...]:
     """Return the states of the global generators on the CPU: they differ once something is drawn."""
     import torch
 
-    _, words, *position = np.random.get_state()
+    state: Any = np.random.get_state()
+    _, words, *position = state
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), words.tobytes(), position

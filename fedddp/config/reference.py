@@ -42,8 +42,9 @@ A class that is chosen by name is followed by its own settings, such as
 def documented(cls: Any) -> dict[str, str]:
     """Return the docstring below each field of `cls`, those it inherits included."""
     found: dict[str, str] = {}
+    owner: type
     for owner in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(owner):
+        if hasattr(owner, "__dataclass_fields__"):
             if owner not in _MEANINGS:
                 _MEANINGS[owner] = _documented_in(owner)
             found |= _MEANINGS[owner]

@@ -164,7 +164,8 @@ def encode(figure: Figure, kind: str, dpi: float = 200, **settings: Any) -> byte
     chosen: Any = {**style(), "svg.hashsalt": "fedddp", **settings}
     with rc_context(chosen):
         if kind == "svg" and not isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
-            FigureCanvasSVG(figure).print_svg(file, metadata=metadata)  # `savefig` draws twice, for a layout
+            canvas: Any = FigureCanvasSVG(figure)
+            canvas.print_svg(file, metadata=metadata)  # `savefig` draws twice, for a layout
         else:
             figure.savefig(file, format=kind, metadata=metadata, dpi=dpi if kind == "png" else "figure")
     return file.getvalue()
