@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -63,8 +64,10 @@ def stream(*name: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(stream_seed(*name)))
 
 
-def global_states() -> tuple[bytes, object, str]:
+def global_states() -> tuple[object, ...]:
     """Return the states of the global generators on the CPU: they differ once something is drawn."""
     import torch
 
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state())
+    state: Any = np.random.get_state()
+    _, words, *position = state
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), words.tobytes(), position

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -35,10 +36,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
+@pytest.fixture(scope="session")
+def empty_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Yield empty folders; `tmp_path` searches those of all tests before for each new one."""
+    root = tmp_path_factory.mktemp("empty")
+
+    def made() -> Iterator[Path]:
+        for number in itertools.count():
+            folder = root / str(number)
+            folder.mkdir()
+            yield folder
+
+    return made()
+
+
 @pytest.fixture(autouse=True)
-def no_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_leaks(
+    request: pytest.FixtureRequest, empty_folders: Iterator[Path], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """Run in an empty folder; environment and process group are the same before and after."""
-    monkeypatch.chdir(tmp_path)
+    own = "tmp_path" in request.fixturenames
+    monkeypatch.chdir(request.getfixturevalue("tmp_path") if own else next(empty_folders))
     before = dict(os.environ)
     yield
     changed = {k for k in {*before, *os.environ} if before.get(k) != os.environ.get(k)}

@@ -29,8 +29,11 @@ class Block(NamedTuple):
 
 def blocks(text: str) -> list[Block]:
     """Return the fenced blocks of a page, or of a part of one."""
-    found = re.findall(r"(.*?)^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [Block(language, content, before) for before, language, content in found]
+    found, end = [], 0
+    for block in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        found.append(Block(block[1], block[2], text[end : block.start()]))
+        end = block.end()
+    return found
 
 
 def snippets(text: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from fedddp import load_config
+
 ROOT = Path(__file__).parent.parent
 BENCHMARK = ROOT / "scripts" / "benchmark"
 GPU = torch.cuda.is_available()
-TINY = ("--workloads", "tiny", "--rounds", "4")
+TRIAL = ("--workloads", "trial", "--rounds", "4")
 
 Done = subprocess.CompletedProcess[str]
 Tables = dict[str, list[list[str]]]
@@ -90,13 +93,13 @@ def names(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 @runs(
-    *("speed", *TINY, "--repeat", "1", "--only", "fedddp, 1 rank", "--table", "PAGE"),
+    *("speed", *TRIAL, "--repeat", "1", "--only", "fedddp, 1 rank", "--table", "PAGE"),
     *("--peers", "pfl", "--peer-python", sys.executable),
 )
 def test_speed_compares_with_the_loop_and_writes_its_table(tables: Tables, done: Done, page: Path) -> None:
     note, printed = done.stdout.split("\n", 1)
     assert note == f"pfl is left out: {sys.executable} cannot import pfl; see --peer-python"
-    rows = rows_of(tables, "tiny: 784-200-10 perceptron, 159,010 parameters; 100 of 1,000 clients per round")
+    rows = rows_of(tables, "trial: 784-200-10 perceptron, 159,010 parameters; 10 of 20 clients per round")
     assert names(rows) == ["loop, 1 process", "fedddp, 1 rank"]
     assert rows[0][4:6] == ["1.00", "1.00–1.00"]
     assert all(re.fullmatch(r"[\d.]+–[\d.]+", row[2]) for row in rows)
@@ -114,10 +117,10 @@ def test_a_file_without_marks_is_refused_before_anything_runs(tmp_path: Path) ->
     assert (tmp_path / "page.md").read_text() == "no marks\n"
 
 
-@runs("scaling", "--axes", "clients,ranks", "--clients", "1e3", "--ranks", "1,4096", *TINY)
+@runs("scaling", "--axes", "clients,ranks", "--clients", "1e3", "--ranks", "1,4096", *TRIAL)
 def test_scaling_over_clients_and_ranks_names_what_does_not_fit(tables: Tables, done: Done) -> None:
     assert names(rows_of(tables, "Clients: 100 per round")) == ["1,000"]
-    assert names(rows_of(tables, "Ranks: tiny")) == ["1"]
+    assert names(rows_of(tables, "Ranks: trial")) == ["1"]
     assert re.search("^4096 ranks are left out: each needs a core", done.stdout, re.MULTILINE)
 
 
@@ -129,22 +132,42 @@ def test_scaling_over_parameters(tables: Tables) -> None:
         assert float(row[-1]) > 0, "a model takes memory"
 
 
-@runs("breakdown", "--parts", "round", "--engines", "auto", *TINY)
+@runs("breakdown", "--parts", "round", "--engines", "auto", *TRIAL)
 def test_breakdown_of_a_round_adds_up(tables: Tables) -> None:
-    rows = rows_of(tables, "tiny:")
+    rows = rows_of(tables, "trial:")
     assert {"sample, assign", "send", "batches", "server step", "evaluation", "record"} <= {*names(rows)}
     assert names(rows)[-2:] == ["rest", "round"]
     milliseconds = [float(row[2]) for row in rows]
     assert sum(milliseconds[:-1]) == pytest.approx(milliseconds[-1], abs=0.01 * len(rows))
 
 
-@runs("protection", "--rounds", "4")
+@runs(
+    "protection",
+    *TRIAL,
+    "--only",
+    "CentralDP",
+    "--only",
+    "*7 levels",
+    "--only",
+    "Top*",
+    "--only",
+    "SecAggPlus",
+)
 def test_the_cost_of_protection_is_compared_with_the_plain_round(tables: Tables) -> None:
     (rows,) = tables.values()
-    assert [row[0] for row in rows[1:4]] == ["plain", "CentralDP", "LocalDP"]
+    assert names(rows[1:]) == ["plain", "CentralDP", "QSGD, 7 levels", "TopK, 1 %", "SecAggPlus"]
     up = {row[0]: float(row[4]) for row in rows[1:]}
-    assert up["plain"] == up["CentralDP"] == 63.6
-    assert up["TopK, 1 %"] < up["QSGD, 7 levels"] < 8.1 < 2 * up["plain"] < up["SecAggPlus"]
+    assert up["plain"] == up["CentralDP"] == 6.4
+    assert up["TopK, 1 %"] < up["QSGD, 7 levels"] < 0.9 < 1.9 * up["plain"] < up["SecAggPlus"]
+
+
+def test_every_protection_that_is_compared_has_settings_that_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARK)
+    import protection
+
+    assert len(protection.CONFIGURATIONS) == 7
+    for settings in protection.CONFIGURATIONS.values():
+        load_config("digits", shlex.split(settings))
 
 
 @runs("breakdown", "--parts", "fixed,start", "--ranks", "1", "--repeat", "1", "--fixed-rounds", "10")
@@ -172,10 +195,10 @@ def test_the_benchmark_of_a_gpu_names_what_is_missing(done: Done) -> None:
     assert line.startswith("error: this benchmark needs a GPU")
 
 
-@runs("gpu", *TINY, "--repeat", "1", "--only", "fedddp", *([] if GPU else ["--device", "cpu"]))
+@runs("gpu", *TRIAL, "--repeat", "1", "--only", "fedddp", *([] if GPU else ["--device", "cpu"]))
 def test_the_benchmark_of_a_gpu_compares_with_the_loop(tables: Tables) -> None:
-    assert names(rows_of(tables, "tiny:")) == ["loop", "fedddp"]
+    assert names(rows_of(tables, "trial:")) == ["loop", "fedddp"]
     if GPU:
         ((name, kernels, *_),) = rows_of(tables, "Kernels")
-        assert name == "tiny: fedddp"
+        assert name == "trial: fedddp"
         assert float(kernels) > 0

@@ -301,7 +301,7 @@ def test_a_comparison_is_written_and_read_below_the_home_folder(
     assert capsys.readouterr().out.count(str(tmp_path / "home/runs/comparison.md")) == 2
 
 
-@pytest.mark.parametrize("command", ["--help", "run --help", "run digits --print_config", "compare --help"])
+@pytest.mark.parametrize("command", ["--help", "run --help", "run digits --print_config", "runs --help"])
 def test_a_reader_that_has_left_does_not_fail_a_command(command: str) -> None:
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {sys.executable} -m fedddp {command} | true"],

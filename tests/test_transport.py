@@ -380,11 +380,15 @@ def trained_in_pairs(group: str | None, output: str) -> list[Tensor]:
     return [p.detach().clone() for p in Federation(config).run().model.parameters()]
 
 
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> list[Tensor]:
+    return run_world(trained_in_pairs, None, str(tmp_path_factory.mktemp("exact")), size=2)[0]
+
+
 @pytest.mark.parametrize("group", ["bf16", "fp16", "powersgd"])
 def test_gradients_inside_a_group_are_compressed_and_clients_do_not_see_each_other(
-    group: str, tmp_path: Path
+    group: str, exact: list[Tensor], tmp_path: Path
 ) -> None:
-    exact = run_world(trained_in_pairs, None, str(tmp_path / "exact"), size=2)[0]
     one = run_world(trained_in_pairs, group, str(tmp_path / "one"), size=2)[0]
     two = run_world(trained_in_pairs, group, str(tmp_path / "two"), size=4)[0]
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True)), "for any number of groups"

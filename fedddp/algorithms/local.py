@@ -32,6 +32,10 @@ class PlainSGD(torch.optim.Optimizer):
         """Take the parameters, and `lr` and `weight_decay` as in `torch.optim.SGD`."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take the parameters and the defaults; the parent would import torch's compiler, over a second."""
+        self.param_groups.append(self.defaults | param_group)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Set w to (1 − lr·weight_decay)·w − lr·g."""

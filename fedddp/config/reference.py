@@ -7,6 +7,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import docstring_parser
 
@@ -41,14 +42,25 @@ A class that is chosen by name is followed by its own settings, such as
 def documented(cls: Any) -> dict[str, str]:
     """Return the docstring below each field of `cls`, those it inherits included."""
     found: dict[str, str] = {}
+    owner: type
     for owner in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(owner):
-            try:
-                parsed = docstring_parser.parse_from_object(owner).params
-            except (OSError, TypeError, KeyError):  # a class without a source file, as one that was typed in
-                parsed = []
-            found |= {p.arg_name: " ".join((p.description or "").split()) for p in parsed}
+        if hasattr(owner, "__dataclass_fields__"):
+            if owner not in _MEANINGS:
+                _MEANINGS[owner] = _documented_in(owner)
+            found |= _MEANINGS[owner]
     return found
+
+
+_MEANINGS: WeakKeyDictionary[type, dict[str, str]] = WeakKeyDictionary()
+"""What was read already: all choices of a kind inherit from one class, and to parse its source takes long."""
+
+
+def _documented_in(owner: type) -> dict[str, str]:
+    try:
+        parsed = docstring_parser.parse_from_object(owner).params
+    except (OSError, TypeError, KeyError):  # a class without a source file, as one that was typed in
+        parsed = []
+    return {p.arg_name: " ".join((p.description or "").split()) for p in parsed}
 
 
 def summary(cls: type) -> str:

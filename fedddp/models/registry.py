@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -110,8 +111,8 @@ class ModelConfig(Section):
             if "." in self.name:
                 _materialize(module, self.name, shape)
             self._prepare(module)
-            # A named model is tried without computing; a user's may not work on the meta device.
-            device = None if "." in self.name else torch.device("meta")
+            # Without computing where that saves time; a user's model may not work on the meta device.
+            device = torch.device("meta") if "." not in self.name and _is_slow(module, shape) else None
             _try(module, self.name, shape, device, check or partial(check_logits, classes))
             return synchronized(module, sync)
 
@@ -245,6 +246,12 @@ def _materialize(module: nn.Module, name: str, shape: Shape) -> None:
                 module.eval()(torch.zeros(2, *shape, device=device))
         except (RuntimeError, ValueError, AssertionError) as error:
             raise _cannot_take(name, shape, error) from error
+
+
+def _is_slow(module: nn.Module, shape: Shape) -> bool:
+    """Return whether to compute an image's outputs takes longer than to import what the meta device needs."""
+    multiplications = math.prod(shape[1:]) * sum(parameter.numel() for parameter in module.parameters())
+    return multiplications > 10**10  # at most: strides, pools and linear layers do fewer
 
 
 def _try(module: nn.Module, name: str, shape: Shape, device: torch.device | None, check: Check) -> None:

@@ -156,12 +156,18 @@ def save(figure: Figure, path: Path) -> None:
 def encode(figure: Figure, kind: str, dpi: float = 200, **settings: Any) -> bytes:
     """Return `figure` as a file of that `kind`, one of `KINDS`, with other `settings` of matplotlib."""
     from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     file = io.BytesIO()
-    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    metadata: Any = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     chosen: Any = {**style(), "svg.hashsalt": "fedddp", **settings}
     with rc_context(chosen):
-        figure.savefig(file, format=kind, metadata=metadata, dpi=dpi if kind == "png" else "figure")
+        if kind == "svg" and not isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+            canvas: Any = FigureCanvasSVG(figure)
+            canvas.print_svg(file, metadata=metadata)  # `savefig` draws twice, for a layout
+        else:
+            figure.savefig(file, format=kind, metadata=metadata, dpi=dpi if kind == "png" else "figure")
     return file.getvalue()
 
 

@@ -18,7 +18,7 @@ from statistics import fmean, median
 from processes import LEAST_ROUNDS, Measured, federation, run_fedddp, run_loop, settings
 from report import Table, check_marks, milliseconds, numbers, parser_of, progress, publish, seconds, words
 from timers import REST, parts
-from workloads import WARM_UP, WORKLOADS, describe
+from workloads import MEASURED, WARM_UP, WORKLOADS, describe
 
 ENGINES = {
     # name: further settings of fedddp
@@ -123,7 +123,7 @@ def main() -> None:
     marks = {part: f"breakdown-{part}" for part in PARTS}
     parser = parser_of(__doc__, list(marks.values()))
     parser.add_argument("--parts", type=words, default=list(PARTS), help=f"default: {','.join(PARTS)}")
-    parser.add_argument("--workloads", type=words, default=list(WORKLOADS), help="whose rounds are shown")
+    parser.add_argument("--workloads", type=words, default=list(MEASURED), help="whose rounds are shown")
     parser.add_argument("--engines", type=words, default=list(ENGINES), help=f"default: {','.join(ENGINES)}")
     parser.add_argument("--rounds", type=int, default=8, help="of a workload; default: %(default)s")
     parser.add_argument("--fixed-rounds", type=int, default=300, help="of one client; default: %(default)s")

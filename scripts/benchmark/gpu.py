@@ -26,10 +26,10 @@ from typing import NamedTuple
 
 from processes import LEAST_ROUNDS, Measured, federation, run_fedddp, run_loop
 from report import Table, check_marks, parser_of, progress, publish, seconds, words
-from workloads import WORKLOADS, describe
+from workloads import MEASURED, WORKLOADS, describe
 
 MARK = "gpu"
-ROUNDS = {"cnn": 12, "tiny": 30}
+ROUNDS = {"cnn": 12, "tiny": 30, "trial": 4}
 """Of a run: long enough for nvidia-smi, short enough for ten minutes."""
 
 PROFILE_ROUNDS = 6
@@ -186,7 +186,7 @@ def gpu_name(device: str) -> str | None:
 def main() -> None:
     """Measure all configurations in turn and print the tables."""
     parser = parser_of(__doc__, [MARK])
-    parser.add_argument("--workloads", type=words, default=list(WORKLOADS))
+    parser.add_argument("--workloads", type=words, default=list(MEASURED))
     parser.add_argument("--repeat", type=int, default=3, help="turns; default: %(default)s")
     parser.add_argument("--rounds", type=int, help=f"of a run, at least {LEAST_ROUNDS}; default: {ROUNDS}")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="configurations")

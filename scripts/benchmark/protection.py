@@ -9,6 +9,7 @@ machine changes less.
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from statistics import median
 
 from processes import LEAST_ROUNDS, Measured, federation, run_fedddp
@@ -57,17 +58,25 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=6, help=f"of a run, at least {LEAST_ROUNDS}; default: 6"
     )
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="PATTERN", help="configurations, and the plain one"
+    )
     given = parser.parse_args()
     if wrong := [name for name in given.workloads if name not in WORKLOADS]:
         parser.error(f"unknown: {', '.join(wrong)}")
     if given.rounds < LEAST_ROUNDS:
         parser.error(f"--rounds is at least {LEAST_ROUNDS}")
     check_marks(given.table, [MARK])
+    chosen = [
+        (name, settings)
+        for name, settings in CONFIGURATIONS.items()
+        if not (settings and given.only) or any(fnmatch(name, pattern) for pattern in given.only)
+    ]
     tables = []
     for workload in given.workloads:
         runs = {
             name: run_fedddp(1, federation(workload, "", given.rounds), settings)
-            for name, settings in progress(list(CONFIGURATIONS.items()), workload)
+            for name, settings in progress(chosen, workload)
         }
         tables.append(table(workload, runs))
     publish(tables, given.table, MARK)

@@ -29,7 +29,7 @@ from report import (
     seconds,
     words,
 )
-from workloads import WORKLOADS, describe, exact_size
+from workloads import MEASURED, WORKLOADS, describe, exact_size
 
 COHORT = 100
 """Clients per round on the axis of clients."""
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--clients", type=numbers, default=numbers("1e2,1e3,1e4,1e5,1e6"))
     parser.add_argument("--ranks", type=numbers, default=numbers("1,2,4,8"))
     parser.add_argument("--parameters", type=numbers, default=numbers("1e5,1e6,1e7"))
-    parser.add_argument("--workloads", type=words, default=list(WORKLOADS), help="of the axis of ranks")
+    parser.add_argument("--workloads", type=words, default=list(MEASURED), help="of the axis of ranks")
     parser.add_argument("--rounds", type=int, default=8, help="of a run; default: %(default)s")
     parser.add_argument("--repeat", type=int, default=1, help="turns over the ranks; default: %(default)s")
     parser.add_argument("--root", default="", help="folder with torchvision's MNIST, for the axis of ranks")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from processes import LEAST_ROUNDS, Measured, federation, run_fedddp, run_loop
 from report import Table, check_marks, parser_of, progress, publish, seconds, words
-from workloads import WORKLOADS, describe
+from workloads import MEASURED, WORKLOADS, describe
 
 MARK = "speed"
 EACH = tuple(WORKLOADS)
@@ -123,7 +123,9 @@ def chosen(
 def main() -> None:
     """Measure all configurations in turn and print the tables."""
     parser = parser_of(__doc__, [MARK])
-    parser.add_argument("--workloads", type=words, default=list(EACH), help=f"default: {','.join(EACH)}")
+    parser.add_argument(
+        "--workloads", type=words, default=list(MEASURED), help=f"default: {','.join(MEASURED)}"
+    )
     parser.add_argument("--repeat", type=int, default=3, help="turns; default: %(default)s")
     parser.add_argument(
         "--rounds", type=int, help=f"of a run, at least {LEAST_ROUNDS}; default: 20 of cnn, 10 of tiny"

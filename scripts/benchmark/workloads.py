@@ -33,7 +33,11 @@ class Workload(NamedTuple):
 WORKLOADS = {
     "cnn": Workload("lenet", "lenet, 431,080 parameters", 100, 10, 600, 32, 20),
     "tiny": Workload("inputs.mlp", "784-200-10 perceptron, 159,010 parameters", 1000, 100, 60, 20, 10),
+    "trial": Workload("inputs.mlp", "784-200-10 perceptron, 159,010 parameters", 20, 10, 20, 20, 4),
 }
+
+MEASURED = ("cnn", "tiny")
+"""The workloads of the tables; `trial` tries the scripts."""
 
 
 def describe(name: str) -> str:
