@@ -524,6 +524,22 @@ def test_every_output_is_a_multiple_of_the_unit() -> None:
     assert 25 < int((units % 2 != 0).sum()) < 75
 
 
+def test_noise_beyond_exact_sums_is_refused_before_the_first_round(tmp_path: Path) -> None:
+    for noisy in (
+        dataclasses.replace(CENTRAL, noise_multiplier=1e6),
+        privacy.LocalDP(epsilon=8.0, delta=DELTA, clip=1e6),
+    ):
+        with pytest.raises(ConfigError, match="does not fit into exact sums, which hold 262144; lower"):
+            run(tmp_path, CONFIGS["FedAvg"], privacy=noisy)
+    state = ServerState(torch.zeros(3), torch.empty(0), torch.empty(0), 6)
+    adaptive = dataclasses.replace(ADAPTIVE, noise_multiplier=1.5, count_noise=9.0)
+    account = adaptive.account(CohortConfig(size=3), 6, 1)
+    protection = CentralProtection(adaptive, account, Terms(1.5, 1, 0), state, seed=0, silent=None)
+    state.vectors["privacy.clip"].fill_(protection.largest_clip)
+    assert protection.largest_clip < 2**20 / 6
+    protection.noise_for("update", 3, 3, state)  # C may grow until here, and its noise still fits
+
+
 def test_a_clip_beyond_exact_sums_is_refused() -> None:
     state = ServerState(torch.zeros(3), torch.empty(0), torch.empty(0), 10**6)
     settings = privacy.CentralDP(noise_multiplier=1.0, delta=1e-9, clip=2.0)

@@ -244,7 +244,11 @@ def test_a_part_of_the_clients_is_never_unmasked_apart_from_the_others() -> None
     ring = {k: [(k - 1) % 6, (k + 1) % 6] for k in range(6)}
     settings, vectors = SecAggPlus(neighbours_per_client=2), updates(range(6), 5)
     run = SecureSum(
-        *(ALONE, settings, ring), hosted=range(6), drops={0: Drop.UPDATE, 3: Drop.UPDATE}, context="", length=5
+        *(ALONE, settings, ring),
+        hosted=range(6),
+        drops={0: Drop.UPDATE, 3: Drop.UPDATE},
+        context="",
+        length=5,
     )
     assert run_all(run, vectors) is None
     assert run.problem.startswith("no masks connect all of the 4 clients that sent an update")
