@@ -1,4 +1,4 @@
-"""A rank that is killed within a protected round, by SIGKILL: the run that resumes has the undisturbed bits."""
+"""A rank is killed within a protected round, by SIGKILL: the run that resumes has the undisturbed bits."""
 
 from __future__ import annotations
 

@@ -341,7 +341,7 @@ def test_yaml_flags_and_python_are_one_path(tmp_path: Path) -> None:
         load_config(None, ["--secure_aggregation", "SecAg"])
 
 
-ONE_BY_ONE = "takes in updates one by one"
+ONE_BY_ONE = "steps by each update alone, which no sum hides; use a synchronous"
 ASYNC_LOCAL = LocalConfig(steps=1)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "robust": ({"aggregation": CoordinateMedian()}, "CoordinateMedian must see the updates apart"),
@@ -349,7 +349,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "invalid": ({"aggregation": Mean(on_invalid_update="clip")}, "on_invalid_update=clip changes single"),
     "float32": ({"aggregation": Mean(sums="float32")}, "sums=float32 rounds sums"),
     "FedAsync": ({"algorithm": FedAsync()}, f"algorithm=FedAsync {ONE_BY_ONE}"),
-    "FedBuff": ({"algorithm": FedBuff()}, f"algorithm=FedBuff {ONE_BY_ONE}"),
+    "FedBuff": ({"algorithm": FedBuff()}, "algorithm=FedBuff receives an update as soon as it is trained"),
     "AsyncSGD": ({"algorithm": AsyncSGD(), "local": ASYNC_LOCAL}, f"algorithm=AsyncSGD {ONE_BY_ONE}"),
     "ids": (
         {"evaluation": EvaluationConfig(clients=2), "data": DataConfig(holdout=0.1)},

@@ -80,7 +80,7 @@ class CentralProtection(ActiveProtection):
         self.update_noise = privacy.noise_of_update(terms.noise_multiplier, account.cohort)
         """z_Δ, the noise on the sum of updates in C."""
         check_sigma(self.update_noise * privacy.first_clip)
-        # Adaptive clipping stays below what noise can be added for, with a little left for what rounding adds.
+        # C adapts up to what noise can be added for; a little is left for the sensitivity of rounding.
         noise_bound = 0.999 * LARGEST_SIGMA / self.update_noise
         self.largest_clip = min(largest_clip(account.population), noise_bound)
         if privacy.first_clip > self.largest_clip:

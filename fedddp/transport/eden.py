@@ -19,7 +19,7 @@ from fedddp.transport.codec import Codec, split
 BLOCK = 4096
 """Elements that are rotated together, a power of two."""
 SMALLEST = 128
-"""Elements of the smallest block, zeros included: what is left of a few elements is not Gaussian, and biased."""
+"""Elements of the smallest block, zeros included: a few elements rotated alone are not Gaussian either."""
 ROTATIONS = 2
 """Hadamard transforms, each after random signs. After one alone a vector with few large elements is still
 far from Gaussian, and the decoded vector is biased."""
@@ -40,10 +40,10 @@ class EDEN(Codec):
     """Rotated at random, quantised to 1 to 4 bits, scaled to be unbiased (Vargaftik et al., 2022).
 
     arXiv:2108.08842; with one bit it is DRIVE (arXiv:2105.08339). x̂ = S·R⁻¹Q with S = ‖x‖²/⟨Rx, Q⟩ per block
-    of 4096 elements; zeros fill up the last block to a power of two, 128 or more. R is twice a Hadamard transform after
-    random signs, which follow from a seed in the payload. The error is 0.571, 0.133, 0.0358 or 0.0096 of the
-    squared norm for 1 to 4 bits, whatever the vector. Bytes: 8, 4 per block, and ⌈bits·d/8⌉ of the filled-up
-    d. NaN or infinity makes its block NaN.
+    of 4096 elements; zeros fill up the last block to a power of two, 128 or more. R is twice a Hadamard
+    transform after random signs, which follow from a seed in the payload. The error is 0.571, 0.133, 0.0358
+    or 0.0096 of the squared norm for 1 to 4 bits, whatever the vector. Bytes: 8, 4 per block, and ⌈bits·d/8⌉
+    of the filled-up d. NaN or infinity makes its block NaN.
     """
 
     keeps_zeros: ClassVar[bool] = False
