@@ -64,11 +64,14 @@ NEAREST: dict[str, tuple[tuple[str, ...], str]] = {
     "commands/options": (("progress",), ""),
     "commands": (("runs", "cli"), ""),
     "reporting": (("report", "compare"), ""),
+    "privacy": (("privacy_accounts", "private_rounds"), ONE_WORLD),
+    "secure": (("secure_primitives", "secure_protocol"), ""),
     "storage/run_record": (("run_record",), ""),
     "tracking/derived": (("metrics",), ""),
     "tracking": (("progress", "tracking"), ""),
     "training/best": (("best",), ""),
     "training/profiling": (("profiling",), ""),
+    "transport": (("codecs", "transport"), "not million and not every_algorithm"),
 }
 """Test files by module, and which of their tests; the longest beginning of a module's name counts."""
 
