@@ -116,9 +116,7 @@ _UNSET = "self.ranks, self.size, self.pass_seed = ranks, 1, 0"
 _SHARDED = "loader, num_processes=shard[1], process_index=shard[0], even_batches=False"
 _NO_LIST = "if values is None or callable(values):"
 _HINGE = "return 1.0 if tau <= self.b else 1.0 / (self.a * (tau - self.b) + 1)"
-_FITS = (
-    "-largest_change < int(change.amin()) <= int(change.amax()) < largest_change"  # of integer buffers
-)
+_FITS = "-largest_change < int(change.amin()) <= int(change.amax()) < largest_change"  # of integer buffers
 EXPLAINED = {
     ("SMALLEST_LOSS = 1e-10", "1e-10  ->  1.5e-10"): "any tiny loss keeps the divisions finite",
     (_TRIAL, "0  ->  1"): "a trial of the server's optimizer steps no buffers",

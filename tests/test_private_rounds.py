@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -488,9 +488,11 @@ def test_the_adapted_clip_is_recorded_and_kept_in_checkpoints(tmp_path: Path) ->
 # ---- the release of a round, and an attack on it ----
 
 
-def sums(z: float, claimed: float, cohort: int, elements: int = 3, seed: int = 0) -> PrivateSums:
-    """Return empty sums whose account claims z = `claimed`."""
-    state = ServerState(torch.zeros(elements), torch.empty(0), torch.empty(0, dtype=torch.int64), 10)
+def sums(
+    z: float, claimed: float, cohort: int, elements: int = 3, seed: int = 0, integers: Sequence[int] = ()
+) -> PrivateSums:
+    """Return empty sums whose account claims z = `claimed`, of a server with `integers` as buffers."""
+    state = ServerState(torch.zeros(elements), torch.empty(0), torch.tensor(integers).long(), 10)
     settings = privacy.CentralDP(noise_multiplier=claimed, delta=DELTA, clip=1.0)
     account = settings.account(CohortConfig(size=cohort), 10, 1)
     protection = CentralProtection(settings, account, Terms(z, 1, 0), state, seed=seed, silent=None)
@@ -513,6 +515,12 @@ def test_clipped_updates_are_summed_with_weight_one_over_the_expected_cohort() -
     quiet.reset(3)
     add(quiet, 0.0, 0.0, 0.5)
     torch.testing.assert_close(quiet.result()["update"], torch.tensor([0.0, 0.0, 0.125]))
+
+
+def test_integer_buffers_stay_the_servers_without_a_client_too() -> None:
+    empty = sums(1.0, 1.0, cohort=4, integers=[5, -7])
+    empty.result()
+    assert empty.integer_buffers.tolist() == [5, -7]
 
 
 def test_every_output_is_a_multiple_of_the_unit() -> None:
