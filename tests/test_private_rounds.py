@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -299,7 +300,21 @@ def test_secret_noise_is_drawn_afresh_and_kept_nowhere(tmp_path: Path) -> None:
     state = one.folder / "checkpoints/round-00003/state.json"
     kept = json.loads(state.read_text())["metadata"]["privacy"]
     assert kept == {"noise_multiplier": 0.8, "repeated": 0}
-    assert not (one.folder / LEDGER).exists()
+    assert json.loads((one.folder / LEDGER).read_text()) == kept
+
+
+def test_noise_is_that_of_the_rounds_that_were_lost_before_a_checkpoint(tmp_path: Path) -> None:
+    """More rounds would need more noise for the target, but the lost one was released with less."""
+    target = privacy.CentralDP(target_epsilon=6.0, delta=DELTA, clip=0.4, noise="secret")
+    config = dataclasses.replace(CONFIGS["FedAvg"], privacy=target, name="x")
+    lost = run(tmp_path, config, rounds=4)
+    shutil.rmtree(lost.folder / "checkpoints")
+    (lost.folder / "history.jsonl").write_text(json.dumps(lost.history[0]) + "\n")
+    resumed = run(tmp_path, config, rounds=8, resume="auto")
+    noise, rounds = json.loads((lost.folder / LEDGER).read_text())["noise_multiplier"], len(resumed.history)
+    assert noise == pytest.approx(math.sqrt(4) / privacy.mu_of(6.0, DELTA), rel=1e-6)
+    assert rounds == 3
+    assert resumed.history[-1]["privacy/epsilon"] == pytest.approx(6.0, rel=1e-4)
 
 
 def test_released_rounds_that_are_repeated_are_charged_again(tmp_path: Path) -> None:
@@ -323,7 +338,7 @@ def test_released_rounds_that_are_repeated_are_charged_again(tmp_path: Path) -> 
     (resumed.folder / "checkpoints/round-00003/state.json").write_text("{}")  # corrupt: round 3 is lost too
     again = run(tmp_path, config, rounds=4, resume="auto")
     assert again.history[-1]["privacy/epsilon"] == account.epsilon(0.8, 4 + 4)
-    assert json.loads((again.folder / LEDGER).read_text()) == {"repeated": 4}
+    assert json.loads((again.folder / LEDGER).read_text()) == {"noise_multiplier": 0.8, "repeated": 4}
     # Nothing was lost since: nothing more is charged.
     more = run(tmp_path, config, rounds=5, resume="auto")
     assert more.history[-1]["privacy/epsilon"] == account.epsilon(0.8, 5 + 4)
