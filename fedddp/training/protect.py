@@ -57,9 +57,7 @@ def protect(s: Session, metadata: Mapping[str, Any]) -> Protection:
     if s.world.is_coordinator:
         try:
             terms = _terms(s, metadata)
-            if (
-                privacy.noise == "secret"
-            ):  # a run that is lost before its first checkpoint has released rounds
+            if privacy.noise == "secret":  # rounds may be released and lost before the first checkpoint
                 kept = {"noise_multiplier": terms.noise_multiplier, "repeated": terms.repeated}
                 write_text(s.directory / LEDGER, json.dumps(kept) + "\n")
         except ValueError as error:
