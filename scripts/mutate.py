@@ -67,11 +67,14 @@ NEAREST: dict[str, tuple[tuple[str, ...], str]] = {
     "commands/options": (("progress",), ""),
     "commands": (("runs", "cli"), ""),
     "reporting": (("report", "compare"), ""),
+    "privacy": (("privacy_accounts", "private_rounds"), ONE_WORLD),
+    "secure": (("secure_primitives", "secure_protocol"), ""),
     "storage/run_record": (("run_record",), ""),
     "tracking/derived": (("metrics",), ""),
     "tracking": (("progress", "tracking"), ""),
     "training/best": (("best",), ""),
     "training/profiling": (("profiling",), ""),
+    "transport": (("codecs", "transport"), "not million and not every_algorithm"),
 }
 """Test files by module, and which of their tests; the longest beginning of a module's name counts."""
 
@@ -115,6 +118,8 @@ _UNSET = "self.ranks, self.size, self.pass_seed = ranks, 1, 0"
 _SHARDED = "loader, num_processes=shard[1], process_index=shard[0], even_batches=False"
 _NO_LIST = "if values is None or callable(values):"
 _HINGE = "return 1.0 if tau <= self.b else 1.0 / (self.a * (tau - self.b) + 1)"
+_BYTES_OF_ZEROS = "return self.received(ClientUpdate(zeros, 1.0), {}, client=0, number=0)[1]"
+_FITS = "-largest_change < int(change.amin()) <= int(change.amax()) < largest_change"  # of integer buffers
 EXPLAINED = {
     ("SMALLEST_LOSS = 1e-10", "1e-10  ->  1.5e-10"): "any tiny loss keeps the divisions finite",
     (_TRIAL, "0  ->  1"): "a trial of the server's optimizer steps no buffers",
@@ -133,6 +138,11 @@ EXPLAINED = {
         "an array of either has no length"
     ),
     (_SHARDED, "False  ->  True"): "every rank has its part of every batch: nothing is uneven",
+    (_BYTES_OF_ZEROS, "1.0  ->  1.5"): "bytes do not depend on weights",
+    ("UNMASKING = 3", "3  ->  4"): "only the order of the points counts",
+    (f"not change.numel() or {_FITS}", f"{_FITS}  ->  ({_FITS.replace(' < ', ' <= ', 1)})"): (
+        "sums hold twice the bound"
+    ),
     (_HINGE, "tau <= self.b  ->  (tau < self.b)"): "at τ = b both branches are 1",
 }
 """Mutants that do the same as the package, by line and change, and why; they are left out."""

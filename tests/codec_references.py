@@ -12,7 +12,7 @@ import numpy as np
 from numpy.random import Generator
 
 from fedddp.transport.codecs import EDEN, QSGD, Cast, Codec, Int8, Sign, TopK
-from fedddp.transport.eden import BLOCK, LEVELS, ROTATIONS
+from fedddp.transport.eden import BLOCK, LEVELS, ROTATIONS, SMALLEST
 
 F = np.float32
 Coded = tuple[bytes, list[np.float32]]
@@ -114,7 +114,7 @@ def eden(codec: EDEN, x: list[np.float32], rng: Generator) -> Coded:
     levels = [-level for level in reversed(positive)] + positive
     edges = [(low + high) / F(2) for low, high in itertools.pairwise(levels)]
     assert len(x) <= BLOCK
-    size = 1 << (len(x) - 1).bit_length()
+    size = max(SMALLEST, 1 << (len(x) - 1).bit_length())
     rotated = x + [F(0)] * (size - len(x))
     all_signs = []
     for _ in range(ROTATIONS):

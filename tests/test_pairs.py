@@ -60,6 +60,7 @@ LOCAL_DP = privacy.LocalDP(epsilon=8.0, delta=DELTA, clip=0.3)
 PACKED = TransportConfig(up=codecs.QSGD(levels=16), down=codecs.Int8())
 FED_BACK = TransportConfig(up=codecs.TopK(fraction=0.3), down=codecs.TopK(fraction=0.5))
 DOWN = TransportConfig(down=codecs.Sign())
+ROTATED = TransportConfig(down=codecs.EDEN())
 
 CASES: dict[str, tuple[Algorithm, dict[str, Any]]] = {
     "central": (FedAvg(), {"privacy": CENTRAL}),
@@ -69,6 +70,7 @@ CASES: dict[str, tuple[Algorithm, dict[str, Any]]] = {
     "central, FedPer": (FedPer(), {"privacy": CENTRAL}),
     "central, adaptive": (FedAvg(), {"privacy": ADAPTIVE}),
     "central, down": (FedAvg(), {"privacy": CENTRAL, "transport": DOWN}),
+    "central, SCAFFOLD, down": (SCAFFOLD(), {"privacy": ADAPTIVE, "transport": ROTATED}),
     "local": (FedAvg(), {"privacy": LOCAL_DP}),
     "local, SCAFFOLD": (SCAFFOLD(), {"privacy": LOCAL_DP}),
     "down": (FedAvg(), {"transport": DOWN}),

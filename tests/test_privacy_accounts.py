@@ -30,7 +30,7 @@ from fedddp.privacy import accountant as accountant_module
 from fedddp.privacy.accountant import require_library, step_of
 from fedddp.privacy.clipping import adapted, factor_of, joint_norm, sensitivity
 from fedddp.privacy.local import Participations, composed_epsilon, local_terms
-from fedddp.privacy.noise import UNIT, grid_noise, secret_normal
+from fedddp.privacy.noise import UNIT, grid_noise, secret_dither, secret_normal
 
 
 def phi(x: float) -> float:
@@ -51,6 +51,7 @@ def account(sampling: Any = "poisson", population: int = 100, cohort: int = 10, 
     [
         (0.01, 1.0, 1000, 1e-5, 1.828244),
         (0.01, 4.0, 10_000, 1e-5, 0.946999),
+        (256 / 60000, 1.1, 14063, 1e-5, 2.381779),
         (0.1, 1.0, 100, 1e-5, 7.046603),
         (1.0, 5.0, 30, 1e-5, 4.866083),
         (1.0, 1.0, 1, 1e-5, 4.377178),
@@ -302,6 +303,18 @@ def test_noise_that_does_not_fit_the_grid_is_refused() -> None:
     for sigma in (2.0**18 * 1.01, math.inf, math.nan):
         with pytest.raises(ValueError, match="does not fit into exact sums"):
             grid_noise(1, sigma, "seeded", ("x",))
+
+
+@pytest.mark.parametrize("sigma", [2.0**-30, 1.0, 2.0**18])
+def test_the_last_bits_of_secret_noise_are_uniform(sigma: float) -> None:
+    """As floats of 53 bits, 97 of 100 draws with σ = 2^18 would be multiples of 4."""
+    noise = grid_noise(20_000, sigma, "secret", ()).numpy()
+    counts = np.bincount(noise & 3, minlength=4)
+    assert float(((counts - 5000) ** 2 / 5000).sum()) < 30, "χ², 3 degrees of freedom"
+    assert float(noise.std() * UNIT) == pytest.approx(sigma, rel=0.05)
+    assert abs(float(noise.mean() * UNIT)) < 0.05 * sigma
+    dither = secret_dither(20_000, sigma)
+    assert -(2.0**-21) * sigma <= dither.min() * UNIT <= dither.max() * UNIT < 2.0**-21 * sigma or sigma < 1
 
 
 def test_the_account_follows_from_the_sampling_of_cohorts() -> None:

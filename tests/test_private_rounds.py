@@ -8,7 +8,8 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -300,7 +301,21 @@ def test_secret_noise_is_drawn_afresh_and_kept_nowhere(tmp_path: Path) -> None:
     state = one.folder / "checkpoints/round-00003/state.json"
     kept = json.loads(state.read_text())["metadata"]["privacy"]
     assert kept == {"noise_multiplier": 0.8, "repeated": 0}
-    assert not (one.folder / LEDGER).exists()
+    assert json.loads((one.folder / LEDGER).read_text()) == kept
+
+
+def test_noise_is_that_of_the_rounds_that_were_lost_before_a_checkpoint(tmp_path: Path) -> None:
+    """More rounds would need more noise for the target, but the lost one was released with less."""
+    target = privacy.CentralDP(target_epsilon=6.0, delta=DELTA, clip=0.4, noise="secret")
+    config = dataclasses.replace(CONFIGS["FedAvg"], privacy=target, name="x")
+    lost = run(tmp_path, config, rounds=4)
+    shutil.rmtree(lost.folder / "checkpoints")
+    (lost.folder / "history.jsonl").write_text(json.dumps(lost.history[0]) + "\n")
+    resumed = run(tmp_path, config, rounds=8, resume="auto")
+    noise, rounds = json.loads((lost.folder / LEDGER).read_text())["noise_multiplier"], len(resumed.history)
+    assert noise == pytest.approx(math.sqrt(4) / privacy.mu_of(6.0, DELTA), rel=1e-6)
+    assert rounds == 3
+    assert resumed.history[-1]["privacy/epsilon"] == pytest.approx(6.0, rel=1e-4)
 
 
 def test_released_rounds_that_are_repeated_are_charged_again(tmp_path: Path) -> None:
@@ -324,7 +339,7 @@ def test_released_rounds_that_are_repeated_are_charged_again(tmp_path: Path) -> 
     (resumed.folder / "checkpoints/round-00003/state.json").write_text("{}")  # corrupt: round 3 is lost too
     again = run(tmp_path, config, rounds=4, resume="auto")
     assert again.history[-1]["privacy/epsilon"] == account.epsilon(0.8, 4 + 4)
-    assert json.loads((again.folder / LEDGER).read_text()) == {"repeated": 4}
+    assert json.loads((again.folder / LEDGER).read_text()) == {"noise_multiplier": 0.8, "repeated": 4}
     # Nothing was lost since: nothing more is charged.
     more = run(tmp_path, config, rounds=5, resume="auto")
     assert more.history[-1]["privacy/epsilon"] == account.epsilon(0.8, 5 + 4)
@@ -490,9 +505,11 @@ def test_the_adapted_clip_is_recorded_and_kept_in_checkpoints(tmp_path: Path) ->
 # ---- the release of a round, and an attack on it ----
 
 
-def sums(z: float, claimed: float, cohort: int, elements: int = 3, seed: int = 0) -> PrivateSums:
-    """Return empty sums whose account claims z = `claimed`."""
-    state = ServerState(torch.zeros(elements), torch.empty(0), torch.empty(0, dtype=torch.int64), 10)
+def sums(
+    z: float, claimed: float, cohort: int, elements: int = 3, seed: int = 0, integers: Sequence[int] = ()
+) -> PrivateSums:
+    """Return empty sums whose account claims z = `claimed`, of a server with `integers` as buffers."""
+    state = ServerState(torch.zeros(elements), torch.empty(0), torch.tensor(integers).long(), 10)
     settings = privacy.CentralDP(noise_multiplier=claimed, delta=DELTA, clip=1.0)
     account = settings.account(CohortConfig(size=cohort), 10, 1)
     protection = CentralProtection(settings, account, Terms(z, 1, 0), state, seed=seed)
@@ -517,6 +534,12 @@ def test_clipped_updates_are_summed_with_weight_one_over_the_expected_cohort() -
     torch.testing.assert_close(quiet.result()["update"], torch.tensor([0.0, 0.0, 0.125]))
 
 
+def test_integer_buffers_stay_the_servers_without_a_client_too() -> None:
+    empty = sums(1.0, 1.0, cohort=4, integers=[5, -7])
+    empty.result()
+    assert empty.integer_buffers.tolist() == [5, -7]
+
+
 def test_every_output_is_a_multiple_of_the_unit() -> None:
     noisy = sums(1.0, 1.0, cohort=1, elements=100)
     noisy.like = torch.zeros(100, dtype=torch.float64)
@@ -524,6 +547,22 @@ def test_every_output_is_a_multiple_of_the_unit() -> None:
     units = noisy.result()["update"] * 2.0**40
     assert torch.equal(units, units.round())
     assert 25 < int((units % 2 != 0).sum()) < 75
+
+
+def test_noise_beyond_exact_sums_is_refused_before_the_first_round(tmp_path: Path) -> None:
+    for noisy in (
+        dataclasses.replace(CENTRAL, noise_multiplier=1e6),
+        privacy.LocalDP(epsilon=8.0, delta=DELTA, clip=1e6),
+    ):
+        with pytest.raises(ConfigError, match="does not fit into exact sums, which hold 262144; lower"):
+            run(tmp_path, CONFIGS["FedAvg"], privacy=noisy)
+    state = ServerState(torch.zeros(3), torch.empty(0), torch.empty(0), 6)
+    adaptive = dataclasses.replace(ADAPTIVE, noise_multiplier=1.5, count_noise=9.0)
+    account = adaptive.account(CohortConfig(size=3), 6, 1)
+    protection = CentralProtection(adaptive, account, Terms(1.5, 1, 0), state, seed=0, silent=None)
+    state.vectors["privacy.clip"].fill_(protection.largest_clip)
+    assert protection.largest_clip < 2**20 / 6
+    protection.noise_for("update", 3, 3, state)  # C may grow until here, and its noise still fits
 
 
 def test_a_clip_beyond_exact_sums_is_refused() -> None:

@@ -18,7 +18,7 @@ from fedddp.algorithms import ClientUpdate
 from fedddp.distributed.world import World
 from fedddp.secure import SecAgg, SecAggPlus, SecureAggregation
 from fedddp.secure.client import PublicKeys, RefusedError, SecureClient
-from fedddp.secure.coordinator import Inbox, recoverable, unmask
+from fedddp.secure.coordinator import Inbox, connected, recoverable, unmask
 from fedddp.secure.masked_sums import MaskedSums
 from fedddp.secure.messages import NUMBERS, traffic, vector_length
 from fedddp.secure.protocol import SecureSum
@@ -229,11 +229,31 @@ def test_neighbours_of_secagg_plus_recover_what_enough_of_them_hold() -> None:
         gone = set(drops)
         needs = [k for k in clients if drops.get(k) != Drop.SHARES]  # whose secrets are needed
         enough = all(len(set(run.holders[k]) - gone) >= 2 for k in needs)
-        assert (total is not None) == enough, drops
-        seen.add(enough)
+        # On the ring, two clients that are gone leave two parts, unless they are side by side.
+        late = {k for k in gone if drops[k] != Drop.UNMASKING}
+        whole = len(late) < 2 or bool(late & {o for k in late for o in run.neighbours[k]})
+        assert (total is not None) == (enough and whole), drops
+        seen.add((enough, whole))
         if total is not None:
             assert torch.equal(total, summed(vectors, drops)), drops
-    assert seen == {True, False}
+    assert seen == {(True, True), (True, False), (False, True), (False, False)}
+
+
+def test_a_part_of_the_clients_is_never_unmasked_apart_from_the_others() -> None:
+    """0-1-2-3-4-5 on a ring: without 0 and 3 each of 1, 2 and 4, 5 would be a sum of its own."""
+    ring = {k: [(k - 1) % 6, (k + 1) % 6] for k in range(6)}
+    settings, vectors = SecAggPlus(neighbours_per_client=2), updates(range(6), 5)
+    run = SecureSum(
+        *(ALONE, settings, ring),
+        hosted=range(6),
+        drops={0: Drop.UPDATE, 3: Drop.UPDATE},
+        context="",
+        length=5,
+    )
+    assert run_all(run, vectors) is None
+    assert run.problem.startswith("no masks connect all of the 4 clients that sent an update")
+    assert run.inbox.revealed == {}  # no client answered, so nothing can be unmasked
+    assert [connected(some, ring) for some in ([], [2], [1, 2, 3], [5, 0], [1, 3])] == [*[True] * 4, False]
 
 
 def test_too_few_clients_abandon_the_round_before_they_train() -> None:

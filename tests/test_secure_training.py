@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ from fedddp.config.loader import load_config
 from fedddp.data.partition import IID, Dirichlet, PowerLaw
 from fedddp.reporting.dry_run import dry_run
 from fedddp.secure import SecAgg, SecAggPlus, SecureAggregation
+from fedddp.secure.protocol import SecureSum
 from fedddp.simulation.attacks import SignFlip
 from fedddp.simulation.clock import SpeedTable, Virtual
 from fedddp.storage.history import read_rows
@@ -160,6 +162,21 @@ def test_the_bits_are_the_plain_ones_for_other_topologies(tmp_path: Path, topolo
     config = dataclasses.replace(BASE, topology=topology, algorithm=SCAFFOLD(), output=str(tmp_path))
     (plain, secure), *_ = run_world(train_pair, config, size=2)
     assert all(torch.equal(tensor, secure[name]) for name, tensor in plain.items())
+
+
+def test_every_run_of_the_protocol_has_a_context_of_its_own(tmp_path: Path) -> None:
+    """Keys are derived for it: a message of another round, or of the sum of the n_k, opens nothing."""
+    seen = []
+
+    class Recorded(SecureSum):
+        def __init__(self, *arguments: Any, context: str, **others: Any) -> None:
+            seen.append(context)
+            super().__init__(*arguments, context=context, **others)
+
+    config = dataclasses.replace(BASE, secure_aggregation=SecAgg(), rounds=2, output=str(tmp_path), name="x")
+    with mock.patch("fedddp.secure.protocol.SecureSum", Recorded):
+        run(config)
+    assert seen == ["x|0|n", "x|0", "x|1|n", "x|1"]
 
 
 # ---- resume ----
@@ -341,7 +358,7 @@ def test_yaml_flags_and_python_are_one_path(tmp_path: Path) -> None:
         load_config(None, ["--secure_aggregation", "SecAg"])
 
 
-ONE_BY_ONE = "takes in updates one by one"
+ONE_BY_ONE = "steps by each update alone, which no sum hides; use a synchronous"
 ASYNC_LOCAL = LocalConfig(steps=1)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "robust": ({"aggregation": CoordinateMedian()}, "CoordinateMedian must see the updates apart"),
@@ -349,7 +366,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "invalid": ({"aggregation": Mean(on_invalid_update="clip")}, "on_invalid_update=clip changes single"),
     "float32": ({"aggregation": Mean(sums="float32")}, "sums=float32 rounds sums"),
     "FedAsync": ({"algorithm": FedAsync()}, f"algorithm=FedAsync {ONE_BY_ONE}"),
-    "FedBuff": ({"algorithm": FedBuff()}, f"algorithm=FedBuff {ONE_BY_ONE}"),
+    "FedBuff": ({"algorithm": FedBuff()}, "algorithm=FedBuff receives an update as soon as it is trained"),
     "AsyncSGD": ({"algorithm": AsyncSGD(), "local": ASYNC_LOCAL}, f"algorithm=AsyncSGD {ONE_BY_ONE}"),
     "ids": (
         {"evaluation": EvaluationConfig(clients=2), "data": DataConfig(holdout=0.1)},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedddp.aggregation import Mean
-from fedddp.algorithms import AsynchronousAlgorithm
+from fedddp.algorithms import Algorithm, AsynchronousAlgorithm, FedBuff
 from fedddp.section import ConfigError
 from fedddp.secure.settings import FEWEST
 
@@ -17,6 +17,16 @@ def _name(choice: object) -> str:
     return type(choice).__name__
 
 
+def _why_not(algorithm: Algorithm) -> str:
+    """Return why an asynchronous `algorithm` is refused."""
+    if isinstance(algorithm, FedBuff):
+        return (
+            "receives an update as soon as it is trained, so that its group can train the next, and not when "
+            "the clients of its buffer are known and could share keys"
+        )
+    return "steps by each update alone, which no sum hides"
+
+
 def check_secure(c: Config) -> None:
     """Reject what needs single updates, where the coordinator receives their sum only."""
     if c.secure_aggregation is None:
@@ -24,8 +34,7 @@ def check_secure(c: Config) -> None:
     rule = _name(c.aggregation)
     name = f"secure_aggregation={_name(c.secure_aggregation)}"
     refusals = {
-        f"algorithm={_name(c.algorithm)} takes in updates one by one as they arrive, before it is known "
-        "which clients are summed and could share keys; use a synchronous algorithm": isinstance(
+        f"algorithm={_name(c.algorithm)} {_why_not(c.algorithm)}; use a synchronous algorithm": isinstance(
             c.algorithm, AsynchronousAlgorithm
         ),
         f"aggregation={rule} must see the updates apart; use aggregation=Mean": not isinstance(

@@ -15,7 +15,7 @@ from fedddp.algorithms import AggregatedUpdate, ClientUpdate, ServerState
 from fedddp.privacy.accountant import Account
 from fedddp.privacy.clipping import adapted, factor_of, joint_norm, sensitivity
 from fedddp.privacy.config import CentralDP
-from fedddp.privacy.noise import UNIT, grid_noise
+from fedddp.privacy.noise import LARGEST_SIGMA, UNIT, check_sigma, grid_noise
 from fedddp.privacy.protection import ActiveProtection, Terms
 
 CLIP = "privacy.clip"
@@ -78,11 +78,14 @@ class CentralProtection(ActiveProtection):
         self.privacy, self.account, self.seed = privacy, account, seed
         self.update_noise = privacy.noise_of_update(terms.noise_multiplier, account.cohort)
         """z_Δ, the noise on the sum of updates in C."""
-        self.largest_clip = largest_clip(account.population)
+        check_sigma(self.update_noise * privacy.first_clip)
+        # C adapts up to what noise can be added for; a little is left for the sensitivity of rounding.
+        noise_bound = 0.999 * LARGEST_SIGMA / self.update_noise
+        self.largest_clip = min(largest_clip(account.population), noise_bound)
         if privacy.first_clip > self.largest_clip:
             raise ValueError(
                 f"privacy.clip={privacy.first_clip:g} is more than the {self.largest_clip:.4g} with which "
-                f"exact sums hold {account.population:,} updates; lower it"
+                f"exact sums hold {account.population:,} updates and their noise; lower it"
             )
         if privacy.adaptive:
             server.vectors[CLIP] = server.params.new_full((1,), privacy.first_clip, dtype=torch.float64)

@@ -13,7 +13,7 @@ from fedddp.algorithms import ClientUpdate
 from fedddp.privacy.clipping import factor_of, joint_norm, sensitivity
 from fedddp.privacy.config import LocalDP
 from fedddp.privacy.gaussian import epsilon_of, mu_of
-from fedddp.privacy.noise import UNIT, grid_noise
+from fedddp.privacy.noise import UNIT, check_sigma, grid_noise
 from fedddp.privacy.protection import ActiveProtection, Terms
 
 Sample = Callable[[int], NDArray[np.int64]]
@@ -73,7 +73,12 @@ class LocalProtection(ActiveProtection):
         *,
         seed: int,
     ) -> None:
-        """Start before the first round."""
+        """Start before the first round.
+
+        Raises:
+            ValueError: the noise does not fit the grid.
+        """
+        check_sigma(2 * privacy.clip / terms.noise_multiplier)
         super().__init__(terms, noise=privacy.noise, strict=privacy.strict)
         self.privacy, self.participations, self.seed = privacy, participations, seed
 

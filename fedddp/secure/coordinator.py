@@ -67,6 +67,20 @@ def recoverable(
     return all(len(remaining.intersection(those)) >= needed(len(those)) for those in holders.values())
 
 
+def connected(clients: Collection[int], neighbours: Mapping[int, Collection[int]]) -> bool:
+    """Return whether masks between neighbours connect all `clients`.
+
+    Parts without a mask between them are unmasked one by one with what reveals the sum of all: the
+    coordinator would learn the sum of each part, and a part may be two clients.
+    """
+    left = {*clients}
+    frontier = {left.pop()} if left else set()
+    while frontier:
+        frontier = {other for client in frontier for other in neighbours[client]} & left
+        left -= frontier
+    return not left
+
+
 def unmask(
     inbox: Inbox, context: str, neighbours: Mapping[int, Collection[int]], thresholds: Mapping[int, int]
 ) -> Tensor:

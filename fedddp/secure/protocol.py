@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedddp.distributed.world import World
 from fedddp.secure.client import SecureClient
-from fedddp.secure.coordinator import Inbox, recoverable, unmask
+from fedddp.secure.coordinator import Inbox, connected, recoverable, unmask
 from fedddp.secure.messages import KEY_BYTES, NUMBER_BYTES, SEALED_BYTES, SHARE_BYTES
 from fedddp.secure.settings import FEWEST, Drop, SecureAggregation
 
@@ -123,6 +123,11 @@ class SecureSum:
         self.bytes_up += 8 * inbox.total.numel() * len(inbox.arrived)
         answering = {k for k in inbox.arrived if self.drops.get(k) != Drop.UNMASKING}
         self._check(answering, "remained to unmask the sum")
+        if not self.problem and not connected(inbox.arrived, self.neighbours):
+            self.problem = (
+                f"no masks connect all of the {len(inbox.arrived)} clients that sent an update, so sums of a "
+                "few of them would be revealed"
+            )
         if self.problem:
             return None
         self.world.sum(inbox.total)

@@ -22,7 +22,8 @@ from fedddp.training.session import Session
 logger = logging.getLogger(__name__)
 
 LEDGER = "privacy.json"
-"""File of the run directory with the number of rounds that were released, lost, and released again."""
+"""File of a run with secret noise: its noise multiplier, which no resume may change, and the number of rounds
+that were released, lost, and released again."""
 
 
 def check_library(config: Config) -> None:
@@ -55,6 +56,9 @@ def protect(s: Session, metadata: Mapping[str, Any]) -> Protection:
     if s.world.is_coordinator:
         try:
             terms = _terms(s, metadata)
+            if privacy.noise == "secret":  # rounds may be released and lost before the first checkpoint
+                kept = {"noise_multiplier": terms.noise_multiplier, "repeated": terms.repeated}
+                write_text(s.directory / LEDGER, json.dumps(kept) + "\n")
         except ValueError as error:
             problem = str(error)
     terms, problem = s.world.gather((terms, problem))[0]
@@ -83,6 +87,8 @@ def _terms(s: Session, metadata: Mapping[str, Any]) -> Terms:
     config, privacy = s.config, s.config.privacy
     assert privacy is not None
     earlier = metadata.get("privacy", {})
+    if not earlier and config.resume == "auto":
+        earlier = read_json(s.directory / LEDGER)
     repeated = 0
     if config.resume == "auto" and privacy.noise == "secret":
         repeated = _charge_lost_rounds(

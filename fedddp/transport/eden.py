@@ -18,6 +18,8 @@ from fedddp.transport.codec import Codec, split
 
 BLOCK = 4096
 """Elements that are rotated together, a power of two."""
+SMALLEST = 128
+"""Elements of the smallest block, zeros included: a few elements rotated alone are not Gaussian either."""
 ROTATIONS = 2
 """Hadamard transforms, each after random signs. After one alone a vector with few large elements is still
 far from Gaussian, and the decoded vector is biased."""
@@ -38,10 +40,10 @@ class EDEN(Codec):
     """Rotated at random, quantised to 1 to 4 bits, scaled to be unbiased (Vargaftik et al., 2022).
 
     arXiv:2108.08842; with one bit it is DRIVE (arXiv:2105.08339). x̂ = S·R⁻¹Q with S = ‖x‖²/⟨Rx, Q⟩ per block
-    of 4096 elements; zeros fill up the last block to a power of two. R is twice a Hadamard transform after
-    random signs, which follow from a seed in the payload. The error is 0.571, 0.133, 0.0358 or 0.0096 of the
-    squared norm for 1 to 4 bits, whatever the vector. Bytes: 8, 4 per block, and ⌈bits·d/8⌉ of the filled-up
-    d. NaN or infinity makes its block NaN.
+    of 4096 elements; zeros fill up the last block to a power of two, 128 or more. R is twice a Hadamard
+    transform after random signs, which follow from a seed in the payload. The error is 0.571, 0.133, 0.0358
+    or 0.0096 of the squared norm for 1 to 4 bits, whatever the vector. Bytes: 8, 4 per block, and ⌈bits·d/8⌉
+    of the filled-up d. NaN or infinity makes its block NaN.
     """
 
     bits: Annotated[int, Interval(ge=1, le=4)] = 4
@@ -90,7 +92,7 @@ def _shapes(length: int) -> list[tuple[int, int]]:
     """Return number and size of the full blocks, then of the last one, which is filled up."""
     full, rest = divmod(length, BLOCK)
     shapes = [(full, BLOCK)] if full else []
-    return [*shapes, (1, 1 << (rest - 1).bit_length())] if rest else shapes
+    return [*shapes, (1, max(SMALLEST, 1 << (rest - 1).bit_length()))] if rest else shapes
 
 
 def _blocks(
