@@ -363,7 +363,6 @@ def test_strict_runs_record_nothing_of_single_clients(tmp_path: Path, caplog: An
 
 def stop_after(clients: int, config: Config, directory: Path) -> None:
     """Train until the run is asked to stop, by the update of the client with that number."""
-    config = dataclasses.replace(config, local=dataclasses.replace(config.local, clients_at_once=1))
     add = PrivateSums.add
     with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
         session = rig.session_of(config, world, directory, rig.objects_of("FedAvg", config))

@@ -252,8 +252,9 @@ class Normalizer:
 def _parts(examples: int, batch_size: int, shard: tuple[int, int]) -> Iterator[_Part]:
     """Yield this rank's part of every batch of a pass."""
     rank, ranks = shard
+    rows = np.arange(examples)
     for start in range(0, examples, batch_size):
-        batch = np.arange(start, min(start + batch_size, examples))
+        batch = rows[start : start + batch_size]
         own = batch[rank::ranks]
         yield _Part(own if len(own) else batch[:1], len(own), len(batch))
 

@@ -38,6 +38,18 @@ class Classification(Task):
         """Return the cross entropy of every example, with label smoothing; arguments as for `loss`."""
         return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self.label_smoothing)
 
+    def loss_and_gradient(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `loss`, and its gradient: the softmax less the smoothed targets; arguments as for `loss`."""
+        logs, rows, even = outputs.log_softmax(1), targets[:, None], self.label_smoothing / outputs.shape[1]
+        loss = F.nll_loss(logs, targets, reduction="sum")
+        if self.label_smoothing:
+            loss = (1 - self.label_smoothing) * loss - even * logs.sum()
+        gradient = logs.exp_()
+        if self.label_smoothing:
+            gradient -= even
+        taken = gradient.new_full((len(rows), 1), self.label_smoothing - 1)
+        return loss, gradient.scatter_add_(1, rows, taken)
+
     def predict(self, outputs: Tensor) -> Tensor:
         """Return the softmax of the logits `outputs`, (b, classes), as float32."""
         return outputs.float().softmax(1)

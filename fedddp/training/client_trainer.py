@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -70,8 +70,6 @@ class ClientResult:
 class ClientTrainer:
     """Trains one client after another on this rank's group; the model and the optimizer are reused."""
 
-    clients_at_once = 1
-
     def __init__(
         self,
         world: World,
@@ -109,26 +107,22 @@ class ClientTrainer:
         self.loss, self.stop = torch.zeros(2, dtype=torch.float64), False
         """Of the group, after a pass: sum and count of the training loss; whether a rank is to stop."""
 
-    def train(
-        self, server: ServerState, jobs: Sequence[ClientJob], states: Sequence[dict[str, Tensor]]
-    ) -> Iterator[ClientResult]:
-        """Collective over the group. Train clients from the server's model; yield each one's result.
+    def train(self, server: ServerState, job: ClientJob, state: dict[str, Tensor]) -> ClientResult:
+        """Collective over the group. Train a client from the server's model; return its result.
 
-        A result is to be used before the next one is asked for: it holds views of live state.
+        It is to be used before the next client trains: it holds views of live state.
 
         Args:
             server: the model to start from.
-            jobs: the local trainings, at most `clients_at_once`.
-            states: the clients' own states, changed in place.
+            job: the local training.
+            state: the client's own, changed in place.
         """
-        for job, state in zip(jobs, states, strict=True):
-            with contextlib.ExitStack() as on_exit, self.name_client(job):
-                context = self.context(server, job, state, on_exit)
-                for context.pass_index in range(self.algorithm.passes):
-                    self.algorithm.begin(context)
-                    self._local_sgd(context, job.indices)
-                result = self.result(context)
-            yield result
+        with contextlib.ExitStack() as on_exit, self.name_client(job):
+            context = self.context(server, job, state, on_exit)
+            for context.pass_index in range(self.algorithm.passes):
+                self.algorithm.begin(context)
+                self._local_sgd(context, job.indices)
+            return self.result(context)
 
     def _local_sgd(self, context: ClientContext, indices: NDArray[np.int64]) -> None:
         """The inner loop: every step of a pass of local training, for every algorithm."""
