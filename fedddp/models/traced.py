@@ -191,9 +191,10 @@ class _Other(Operation):
         for number, place in enumerate(self.inputs):
             value = inputs[number]
             if self.needed[number] and isinstance(value, Tensor) and value.is_floating_point():
-                leaf = self.leaves[place] = value.detach().requires_grad_()
-                inputs[number] = leaf.clone() if self.in_place else leaf
+                inputs[number] = self.leaves[place] = value.detach().requires_grad_()
         with torch.set_grad_enabled(bool(self.leaves or self.parameters)):
+            if self.in_place:
+                inputs = [value.clone() for value in inputs]
             self.result = result = self.call(*inputs)
         if isinstance(result, tuple | list) and any(isinstance(part, Tensor) for part in result):
             raise UnsupportedModelError("its forward pass splits a tensor into several")

@@ -40,15 +40,14 @@ class Classification(Task):
 
     def loss_and_gradient(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return `loss`, and its gradient: the softmax less the smoothed targets; arguments as for `loss`."""
-        logs, rows, even = outputs.log_softmax(1), targets[:, None], self.label_smoothing / outputs.shape[1]
-        loss = F.nll_loss(logs, targets, reduction="sum")
-        if self.label_smoothing:
-            loss = (1 - self.label_smoothing) * loss - even * logs.sum()
+        logs, rows, smoothing = outputs.log_softmax(1), targets.unsqueeze(1), self.label_smoothing
+        loss = logs.gather(1, rows).sum() * (smoothing - 1)
+        if smoothing:
+            loss -= logs.mean(1).sum() * smoothing
         gradient = logs.exp_()
-        if self.label_smoothing:
-            gradient -= even
-        taken = gradient.new_full((len(rows), 1), self.label_smoothing - 1)
-        return loss, gradient.scatter_add_(1, rows, taken)
+        if smoothing:
+            gradient -= smoothing / outputs.shape[1]
+        return loss, gradient.scatter_(1, rows, smoothing - 1, reduce="add")
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Return the softmax of the logits `outputs`, (b, classes), as float32."""

@@ -90,7 +90,7 @@ class ClientTrainer:
         self.parameter.grad = flat.grad
         self.optimizer = local.make_optimizer(self.parameter)
         self.autocast, self.make_scaler = _mixed_precision(local, world.device.type)
-        modules = list(flat.module.modules())
+        self.modules = modules = list(flat.module.modules())
         # Layers that weigh a padding example by 0 themselves, and the buffers of all others.
         self.padding_aware = [m for m in modules if hasattr(m, "is_padding")]
         others = (m for m in modules if not hasattr(m, "is_padding"))
@@ -168,7 +168,8 @@ class ClientTrainer:
 
     def begin_pass(self, context: ClientContext) -> None:
         """Load the optimizer's state, and start to count steps and losses."""
-        self.flat.module.train()
+        if not all(module.training for module in self.modules):  # to set it takes a microsecond for each
+            self.flat.module.train()
         self._load_optimizer(context)
         context.steps, context.lr_sum = 0, 0.0
         if not context.examples:  # hooks would find the gradient of another client
@@ -283,16 +284,19 @@ class ClientTrainer:
 
         Float buffers are averaged by examples seen; integer ones have their maximum.
         """
-        count, stop = float(self.loss_count), float(self.world.stop_requested())
-        message = torch.cat([self.loss_sum, self.loss_sum.new_tensor([count, stop])])
-        if self.world.ranks_per_client > 1:
-            # A rank without an example has no weight: zero times an infinite mask would be NaN.
-            buffers = self.flat.buffers.double() * count if count else torch.zeros_like(self.flat.buffers)
-            message = self.world.group_sum(torch.cat([message, buffers.double()]))
-            if message[1] > 0:
-                self.flat.buffers.copy_(message[3:] / message[1])
-            if self.flat.integer_buffers.numel():
-                self.world.group_max(self.flat.integer_buffers)
+        count, stop = float(self.loss_count), self.world.stop_requested()
+        if self.world.ranks_per_client == 1:
+            self.loss = torch.tensor([float(self.loss_sum), count], dtype=torch.float64)
+            self.stop = stop
+            return
+        message = torch.cat([self.loss_sum, self.loss_sum.new_tensor([count, float(stop)])])
+        # A rank without an example has no weight: zero times an infinite mask would be NaN.
+        buffers = self.flat.buffers.double() * count if count else torch.zeros_like(self.flat.buffers)
+        message = self.world.group_sum(torch.cat([message, buffers.double()]))
+        if message[1] > 0:
+            self.flat.buffers.copy_(message[3:] / message[1])
+        if self.flat.integer_buffers.numel():
+            self.world.group_max(self.flat.integer_buffers)
         self.loss, self.stop = message[:2].cpu(), bool(message[2])
 
     # ---- the optimizer's state ----

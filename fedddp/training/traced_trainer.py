@@ -51,11 +51,12 @@ class TracedTrainer(ClientTrainer):
         step = None
         if self.steps_in_backward:
             step = Step(context.lr, keep=1 - context.lr * self.local.weight_decay)
+        loss_sum = 0.0  # as a number of Python's: an operation less per step
         for batch in self.batches(context, indices):
             outputs = self.task.forward(self.model.forward, self._laid_out(batch))
             loss, gradient = self.task.loss_and_gradient(outputs, batch.targets)
             self.model.backward(gradient / batch.count, step)
-            self.loss_sum += loss
+            loss_sum += float(loss)
             self.loss_count += batch.count
             if step is not None:
                 context.steps += 1
@@ -63,6 +64,7 @@ class TracedTrainer(ClientTrainer):
             else:
                 self.algorithm.correct(context)
                 self.step(context)
+        self.loss_sum.fill_(loss_sum)
         self.end_pass(context)
 
 
