@@ -181,6 +181,15 @@ def test_traced_clients_train_as_eager_ones(world: World, name: str, local: Loca
     assert not torch.equal(eager[0][0], eager[2][0])
 
 
+@pytest.mark.parametrize("local", [LOCAL, MOMENTUM], ids=["sgd", "momentum"])
+def test_gradients_are_held_only_where_a_step_needs_them(world: World, local: LocalConfig) -> None:
+    flat = FlatModel(MODELS["mlp"]())
+    loader = ClientLoader(images(), DataConfig(), world.device, seed=3)
+    TracedTrainer(world, flat, Classification(), loader, local, FedAvg(), seed=3)
+    assert (len(flat.grad) == 0) == (local is LOCAL)
+    assert all((p.grad is None) == (local is LOCAL) for p in flat.module.parameters())
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_bits_of_a_client_do_not_depend_on_the_others(world: World, name: str) -> None:
     everyone = trained(world, MODELS[name], TracedTrainer)

@@ -131,7 +131,9 @@ def run_round(s: Session, stop: bool = False) -> Round:
     with s.timed("aggregate"):  # 4. aggregate
         current.updates.reduce(s.world)
         current.stopping += int(s.world.stop_requested())
-        s.world.sum_numbers(*current.updates.numbers(), *current.results, current.busy, current.stopping)
+        # One rank has set each number, and the others have 0: the bits of floats add up, in the same message.
+        bits = [tensor.view(torch.int64) for tensor in (*current.results, current.busy)]
+        s.world.sum_numbers(*current.updates.numbers(), *bits, current.stopping)
     trained = current.results.trained.numpy().astype(bool)
     if trained.all():
         finish_secure(s, current)

@@ -41,6 +41,9 @@ class TracedTrainer(ClientTrainer):
         corrected = local.clip_norm is not None or reads_grad(type(algorithm))
         self.steps_in_backward = local.takes_plain_steps and not corrected
         """Whether a step needs nothing but the gradient, so that the backward pass can take it."""
+        if self.steps_in_backward:
+            flat.drop_gradients()
+            self.parameter.grad = None
 
     @torch.no_grad()
     def _local_sgd(self, context: ClientContext, indices: NDArray[np.int64]) -> None:
