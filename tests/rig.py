@@ -99,8 +99,6 @@ def train(configs: Mapping[str, Config], ranks: int, folder: str, stop: bool = F
 
 def stop_within_a_round(config: Config, topology: TopologyConfig, directory: Path, objects: Objects) -> None:
     """Train until four clients are done; in a world of its own, for which the request to stop holds."""
-    # A run stops between clients that train side by side: two here.
-    config = dataclasses.replace(config, local=dataclasses.replace(config.local, clients_at_once=2))
     with contextlib.closing(connect(topology)) as world:
         session = session_of(config, world, directory, objects)
         stops = mock.patch.object(session.tracker, "client_done", StopsAfter(world, clients=4))

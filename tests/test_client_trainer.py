@@ -142,8 +142,7 @@ def train(trainer: ClientTrainer, server: ServerState, case: Case, state: dict[s
     """Collective over the group. Train the client of the case, which holds half of its cohort's examples."""
     indices = np.arange(case.examples, dtype=np.int64)
     job = ClientJob(client=CLIENT, round=ROUND, indices=indices, weight=0.5, share=0.5, lr=case.local.lr)
-    (result,) = trainer.train(server, [job], [state])
-    return result
+    return trainer.train(server, job, state)
 
 
 def ours(case: Case, world: World) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,16 +26,15 @@ from fedddp import (
     TrackingConfig,
 )
 from fedddp.algorithms import MOON, ClientContext, FedAvg, FedBuff
-from fedddp.models.stacked import StackedModel
+from fedddp.models.traced import TracedModel
 from fedddp.reporting.dry_run import dry_run
 from fedddp.section import ConfigError
 from fedddp.tasks import Classification
 from fedddp.testing import run_world
-from fedddp.training.engine import Place, channels_last, clients_at_once
+from fedddp.training.engine import channels_last, why_eager
 
 MLP = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-PLACE = Place(CPU, groups=2, ranks=1, streamed=False)
 
 
 def federation(output: Path | str, **changes: Any) -> Federation:
@@ -75,54 +73,24 @@ class OwnLoss(Classification):
         ({}, {"device": GPU}, "the clients train on a GPU"),
         ({"local": LocalConfig(precision="bf16")}, {}, "local.precision is bf16"),
         ({"local": LocalConfig(accumulate=2)}, {}, "local.accumulate is 2"),
-        ({"algorithm": FedBuff()}, {}, "asynchronous training hands out one client at a time"),
+        ({"algorithm": FedBuff()}, {}, ""),
         ({"algorithm": MOON()}, {}, "MOON adds a penalty to the loss"),
         ({"algorithm": Own()}, {}, "Own is not one of fedddp's own classes"),
         ({"task": OwnLoss()}, {}, "OwnLoss is not one of fedddp's own classes"),
-        ({"cohort": CohortConfig(size=1)}, {}, "with 10 parameters there is one at a time"),
+        ({"cohort": CohortConfig(size=1)}, {}, ""),
     ],
 )
-def test_what_keeps_clients_from_training_side_by_side(
+def test_what_the_eager_engine_trains_and_why(
     changes: dict[str, Any], place: dict[str, Any], reason: str
 ) -> None:
-    config = Config(**changes)
-    expected = (0, reason) if reason else (5, "")
-    assert clients_at_once(config, MLP, (1, 2, 2), PLACE._replace(**place)) == expected
+    given = {"device": CPU, "ranks": 1, **place}
+    assert why_eager(Config(**changes), MLP, (1, 2, 2), **given) == reason
 
 
-@pytest.mark.parametrize(("hidden", "expected"), [(100, 25), (2000, 24), (24_000, 2), (100_000, 0)])
-def test_the_number_of_copies_follows_from_the_size_of_the_model(hidden: int, expected: int) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(28, hidden), nn.Linear(hidden, 2))
-    config = Config(cohort=CohortConfig(size=100), data=DataConfig(clients=100))
-    found, reason = clients_at_once(config, model, (1, 4, 7), PLACE)
-    assert found == min(expected, 50)
-    assert (reason == "") == (expected > 0)
-    setting = dataclasses.replace(config, local=LocalConfig(clients_at_once=3))
-    assert clients_at_once(setting, model, (1, 4, 7), PLACE)[0] == (3 if expected else 0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "groups", "expected"),
-    [
-        ({"cohort": CohortConfig(size=7, extra=2)}, 2, 5),
-        ({"cohort": CohortConfig(size=100), "data": DataConfig(clients=100)}, 2, 25),
-        ({"local": LocalConfig(clients_at_once=3)}, 1, 3),
-        ({"local": LocalConfig(clients_at_once=1)}, 1, 1),
-    ],
-)
-def test_no_more_copies_are_made_than_a_group_trains_clients(
-    changes: dict[str, Any], groups: int, expected: int
-) -> None:
-    place = PLACE._replace(groups=groups)
-    assert clients_at_once(Config(**changes), MLP, (1, 2, 2), place) == (expected, "")
-    streamed = place._replace(streamed=True)  # of which a rank reads one client's at a time
-    assert clients_at_once(Config(**changes), MLP, (1, 2, 2), streamed) == (1, "")
-
-
-def test_the_plan_says_how_many_clients_train_at_a_time() -> None:
+def test_the_plan_says_which_engine_trains() -> None:
     for local, words in [
-        (LocalConfig(), "up to 5 clients of a rank side by side"),
-        (LocalConfig(accumulate=2), "clients one by one, because local.accumulate is 2"),
+        (LocalConfig(), "traced"),
+        (LocalConfig(accumulate=2), "eager, because local.accumulate is 2"),
     ]:
         config = Config(data=DataConfig(dataset="digits"), model=ModelConfig(name="2nn"), local=local)
         console = Console(width=200, file=io.StringIO())
@@ -171,35 +139,20 @@ def test_channels_last_follows_from_model_image_and_device(
         ({"model": ModelConfig(name="shufflenet_v2_x0_5")}, "its forward pass .*"),
     ],
 )
-def test_stacked_is_refused_in_one_line_where_it_cannot_be_and_auto_trains_one_by_one(
+def test_traced_is_refused_in_one_line_where_it_cannot_be_and_auto_is_eager_then(
     changes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     data = DataConfig(dataset="shapes", clients=4, examples=16, image_size=32)
     options = {**changes, "data": data, "rounds": 1}
-    message = f"^local.engine=stacked cannot train this: {reason}; leave it out$"
+    message = f"^local.engine=traced cannot train this: {reason}; leave it out$"
     with pytest.raises(ConfigError, match=message):
-        federation(tmp_path, local=LocalConfig(engine="stacked"), name="refused", **options).run()
+        federation(tmp_path, local=LocalConfig(engine="traced"), name="refused", **options).run()
     one, two = (
         federation(tmp_path, local=LocalConfig(engine=engine), name=engine, **options).run()
         for engine in ("eager", "auto")
     )
     for name, tensor in one.model.state_dict().items():
         assert torch.equal(tensor, two.model.state_dict()[name])
-
-
-def test_the_number_of_clients_at_once_decides_no_bit(tmp_path: Path) -> None:
-    results = [
-        federation(
-            tmp_path / str(k),
-            local=LocalConfig(batch_size=16, clients_at_once=k, engine="stacked"),
-        ).run()
-        for k in ("auto", 1, 3)
-    ]
-    for other in results[1:]:
-        for name, tensor in results[0].model.state_dict().items():
-            assert torch.equal(tensor, other.model.state_dict()[name])
-        losses = [[row["train/loss"] for row in result.history] for result in (results[0], other)]
-        assert losses[0] == losses[1]
 
 
 # ---- guards: how often ----
@@ -222,12 +175,16 @@ def counting(counts: Counter[str], name: str, real: Callable[..., Any]) -> Calla
     return call
 
 
-def test_one_forward_and_one_backward_pass_serve_all_clients(tmp_path: Path) -> None:
+def test_a_step_takes_one_forward_and_one_backward_pass_without_autograd(tmp_path: Path) -> None:
     counts: Counter[str] = Counter()
     # 4 of 8 clients with 40 examples each: 3 batches of 16 or fewer, twice, in each of two rounds.
-    with counted(counts, StackedModel, "__call__"), counted(counts, torch.Tensor, "backward"):
+    with counted(counts, TracedModel, "forward", "backward"), counted(counts, torch.Tensor, "backward"):
         federation(tmp_path).run()
-    assert counts == {"__call__": 1 + 12, "backward": 3 + 12}  # after a trial of two copies and the model
+    assert counts == {"forward": 2 + 48, "backward": 2 + 2 + 48}  # with a trial of two passes of either kind
+    counts.clear()
+    with counted(counts, torch.autograd, "grad"):
+        federation(tmp_path, name="again").run()
+    assert not counts  # nor does the loss need it
 
 
 def test_only_the_batches_that_local_steps_uses_are_read(tmp_path: Path) -> None:
@@ -259,7 +216,7 @@ def collectives_of_rounds(output: str) -> dict[str, int]:
     return {name: many.get(name, 0) - few.get(name, 0) for name in names}
 
 
-def test_a_round_takes_five_collectives(tmp_path: Path) -> None:
-    # Of each of five rounds: the model; the sums, small numbers of two types, and metrics.
-    expected = {"all_reduce": 20, "broadcast": 5, "all_gather_object": 0, "barrier": 0, "send": 0, "recv": 0}
+def test_a_round_takes_four_collectives(tmp_path: Path) -> None:
+    # Of each of five rounds: the model; the sums, small numbers, and metrics.
+    expected = {"all_reduce": 15, "broadcast": 5, "all_gather_object": 0, "barrier": 0, "send": 0, "recv": 0}
     assert run_world(collectives_of_rounds, str(tmp_path), size=2) == [expected] * 2

@@ -62,10 +62,7 @@ class Faulty(FedAvg):
 """
 """An algorithm that injects the faults in STRIKE, each once: kind, rank and round (from 1)."""
 
-SMALL = (
-    "--rounds 3 --local.epochs 1 --local.clients_at_once 1 --checkpoint.every 1 --tracking.trackers [] "
-    "--algorithm mine.Faulty"
-)
+SMALL = "--rounds 3 --local.epochs 1 --checkpoint.every 1 --tracking.trackers [] --algorithm mine.Faulty"
 INTERRUPTED = f"run digits {SMALL} --name interrupted"
 
 

@@ -379,7 +379,6 @@ def test_strict_runs_record_nothing_of_single_clients(tmp_path: Path, caplog: An
 
 def stop_after(clients: int, config: Config, directory: Path) -> None:
     """Train until the run is asked to stop, by the update of the client with that number."""
-    config = dataclasses.replace(config, local=dataclasses.replace(config.local, clients_at_once=1))
     add = PrivateSums.add
     with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
         session = rig.session_of(config, world, directory, rig.objects_of("FedAvg", config))
@@ -559,7 +558,7 @@ def test_noise_beyond_exact_sums_is_refused_before_the_first_round(tmp_path: Pat
     state = ServerState(torch.zeros(3), torch.empty(0), torch.empty(0), 6)
     adaptive = dataclasses.replace(ADAPTIVE, noise_multiplier=1.5, count_noise=9.0)
     account = adaptive.account(CohortConfig(size=3), 6, 1)
-    protection = CentralProtection(adaptive, account, Terms(1.5, 1, 0), state, seed=0, silent=None)
+    protection = CentralProtection(adaptive, account, Terms(1.5, 1, 0), state, seed=0)
     state.vectors["privacy.clip"].fill_(protection.largest_clip)
     assert protection.largest_clip < 2**20 / 6
     protection.noise_for("update", 3, 3, state)  # C may grow until here, and its noise still fits

@@ -235,17 +235,14 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output, to_resume = tmp_path_factory.mktemp("resumed"), []
     for name, changes in CASES.items():
         draw = random.Random(name)
-        together = dataclasses.replace(BASE, **changes, output=str(output / name), name="uninterrupted")
-        # A run stops between clients that train side by side.
-        local = dataclasses.replace(together.local, clients_at_once=1)
-        config = dataclasses.replace(together, local=local)
+        config = dataclasses.replace(BASE, **changes, output=str(output / name), name="uninterrupted")
         finished, checks = train(config)
         assert finished
         stopped = dataclasses.replace(config, name="resumed", resume="auto")
         # The last checks of a run come too late: after the last client of the last round.
         assert not train(stopped, stop_at=draw.randint(1, max(1, checks.stop - 4)))[0], name
         kill(stopped, at=draw.randint(1, checks.all // 2))
-        to_resume.append(dataclasses.replace(stopped, local=together.local))
+        to_resume.append(stopped)
     run_world(train_all, to_resume, size=2)
     return output
 

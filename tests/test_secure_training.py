@@ -199,10 +199,9 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs that were stopped at every kind of point, and end in a world of two groups."""
     folder, waiting = tmp_path_factory.mktemp("resumed"), []
     for name, changes in RESUMABLE.items():
-        local = dataclasses.replace(LOCALS[0], clients_at_once=1)
         secure: dict[str, Any] = {"secure_aggregation": SecAgg(), **changes}
         config = dataclasses.replace(
-            BASE, **secure, local=local, output=str(folder / name), name="uninterrupted"
+            BASE, **secure, local=LOCALS[0], output=str(folder / name), name="uninterrupted"
         )
         finished, checks = train(config)
         assert finished
@@ -220,9 +219,8 @@ def test_a_stopped_round_is_repeated_and_ends_with_the_same_bits(resumed: Path, 
 
 
 def test_no_checkpoint_of_a_stopped_round_has_its_secrets_or_sums(tmp_path: Path) -> None:
-    local = dataclasses.replace(STEPS, clients_at_once=1)
     config = dataclasses.replace(
-        BASE, algorithm=SCAFFOLD(), local=local, secure_aggregation=SecAgg(), output=str(tmp_path), name="x"
+        BASE, algorithm=SCAFFOLD(), local=STEPS, secure_aggregation=SecAgg(), output=str(tmp_path), name="x"
     )
     with interrupted(stop_at=6):
         assert not run(config).finished

@@ -1,26 +1,17 @@
-"""Models whose copies cannot run side by side, though they look as if they could: each is found out."""
+"""Models of all kinds, traced: their passes are those of autograd, or they are refused with the reason."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fedddp.algorithms import FedAvg
-from fedddp.algorithms.local import LocalConfig
-from fedddp.data.datasets import DataConfig, Images
-from fedddp.data.loader import ClientLoader
-from fedddp.distributed.launch import connect
-from fedddp.distributed.topology import TopologyConfig
-from fedddp.models.flat import FlatModel
-from fedddp.models.stacked import try_side_by_side
 from fedddp.models.trace import UnsupportedModelError
-from fedddp.tasks import Classification
-from fedddp.training.stacked_trainer import StackedTrainer
+from fedddp.models.traced import Step, TracedModel, try_traced
 
 SHAPE = (2, 4, 4)
 
@@ -35,11 +26,6 @@ class Two(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.relu(self.a(x.flatten(1))))  # type: ignore[no-any-return]
-
-
-class Keywords(Two):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(input=self.relu(self.a(x.flatten(1))))  # type: ignore[no-any-return]
 
 
 class Optional(Two):
@@ -69,13 +55,80 @@ class Unread(Two):
         return self.b(self.relu(self.a(x)))  # type: ignore[no-any-return]
 
 
-class Regrouping(Two):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Identity()
+class Drawing(Two):
+    """Skips its layer at random."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x.view(-1, 8))).view(-1, 12)  # type: ignore[no-any-return]
+        return super().forward(x * 2 if random.random() < 0.5 else x)
+
+
+class Remembering(Two):
+    """Counts its calls."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Branching(Two):
+    """Looks at its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+class Scaled(Two):
+    """Has a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.scale
+
+
+class Twice(Two):
+    """Uses a layer twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.b(self.relu(self.a(x.flatten(1))))  # type: ignore[no-any-return]
+
+
+class Unused(Two):
+    """Has a layer that is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(2, 2)
+
+
+class Splitting(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.a(x.flatten(1)).chunk(2, 1)
+        return self.b(torch.cat([one, two], 1))  # type: ignore[no-any-return]
+
+
+class InPlace(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.flatten(1)).mul_(2))  # type: ignore[no-any-return]
+
+
+class Overwriting(Two):
+    """Uses a tensor again that was changed in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x.flatten(1))
+        changed = h
+        changed += 1
+        return self.b(h * changed.relu() + h)  # type: ignore[no-any-return]
+
+
+class Several(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return {"out": super().forward(x)}  # type: ignore[return-value]
 
 
 def with_root_hook() -> nn.Module:
@@ -105,25 +158,33 @@ def with_own_forward() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (Keywords, "calls 'b' with keywords"),
         (Optional, "takes more than the images"),
-        (Checking, "two copies side by side compute something else"),
+        (Checking, "its traced passes compute something else"),
         (Counting, "buffers outside of the layers|uses 'calls' outside of a layer"),
         (Unread, "does not use the result"),
-        (Regrouping, "other rows than the batch"),
+        (Drawing, "draws at random, or counts, outside of layers"),
+        (Remembering, "draws at random, or counts, outside of layers"),
+        (Branching, r"cannot be traced \(symbolically traced variables cannot be used"),
+        (Scaled, "uses 'scale' outside of a layer"),
+        (Twice, "two calls of layers share a parameter"),
+        (Unused, "does not use all parameters"),
+        (Splitting, "splits a tensor into several"),
+        (InPlace, "changes a tensor in place, by 'mul_'"),
+        (Several, "does not return one tensor"),
+        (Overwriting, "its traced passes compute something else"),
         (with_root_hook, "has hooks, or a forward of its own"),
         (with_mixing_hook, "has hooks, or a forward of its own"),
         (with_backward_hook, "has hooks, or a forward of its own"),
         (with_own_forward, "has hooks, or a forward of its own"),
     ],
 )
-def test_a_model_that_only_looks_as_if_its_copies_were_independent_is_refused(
+def test_a_model_whose_traced_passes_would_be_others_is_refused_with_the_reason(
     make: Callable[[], nn.Module], reason: str
 ) -> None:
     model = make()
     before = copy.deepcopy(model.state_dict()), model.training
     with pytest.raises(UnsupportedModelError, match=reason):
-        try_side_by_side(model, SHAPE)
+        try_traced(model, SHAPE)
     assert model.training == before[1]
     assert all(torch.equal(tensor, before[0][name]) for name, tensor in model.state_dict().items())
 
@@ -131,7 +192,7 @@ def test_a_model_that_only_looks_as_if_its_copies_were_independent_is_refused(
 def test_a_trial_draws_nothing_and_changes_nothing() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Dropout(), nn.Linear(12, 3))
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    try_side_by_side(model, SHAPE)
+    try_traced(model, SHAPE)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -149,23 +210,50 @@ class Rows(nn.Module):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_gradients_pass_through_a_linear_layer_on_maps_of_any_layout(layout: torch.memory_format) -> None:
-    try_side_by_side(Rows().to(memory_format=layout), SHAPE)  # which compares them
+    try_traced(Rows().to(memory_format=layout), SHAPE)  # which compares them
 
 
-def test_frozen_parameters_are_shared_with_the_copies() -> None:
-    """A checkpoint is restored into the first copy, after the others were made."""
-    model = Two()
-    model.a.requires_grad_(False)
-    images = Images(
-        torch.zeros(4).long().numpy(), 3, SHAPE, torch.zeros(4, *SHAPE).byte(), None, None, (0, 0), (1, 1)
-    )
-    with contextlib.closing(connect(TopologyConfig(device="cpu"))) as world:
-        loader = ClientLoader(images, DataConfig(), world.device, seed=0)
-        flat = FlatModel(model)
-        parts = (world, flat, Classification(), loader, LocalConfig(), FedAvg())
-        trainer = StackedTrainer(*parts, seed=0, clients_at_once=3)
+class Keywords(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(input=self.relu(self.a(x.flatten(1))))  # type: ignore[no-any-return]
+
+
+class Mixing(Two):
+    """Couples the examples of a batch, scales by a constant, and adds in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a((x - x.mean(0)).flatten(1)) * 0.5
+        h += nn.functional.relu(h, inplace=False)
+        return self.b(nn.functional.gelu(h).view(h.size(0), -1))  # type: ignore[no-any-return]
+
+
+class Activated(Two):
+    """Has layers that change their input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(self.a, nn.Dropout(0.5, inplace=True), nn.Hardswish(inplace=True))
+
+
+@pytest.mark.parametrize("make", [Keywords, Mixing, Activated])
+def test_functions_keywords_and_layers_in_place_are_traced(make: Callable[[], nn.Module]) -> None:
+    try_traced(make(), SHAPE)  # which compares them
+
+
+def test_only_layers_that_may_draw_cost_a_seed() -> None:
+    quiet = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
+    assert not TracedModel(quiet).draws
+    assert TracedModel(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(32, 3))).draws
+
+
+def test_a_step_in_backward_is_that_of_sgd_with_weight_decay() -> None:
+    """Of y = w·x + b with w = 2, b = 1, x = 3, and 1 as the gradient of the loss by y."""
+    layer = nn.Linear(1, 1)
+    traced = TracedModel(nn.Sequential(layer))
     with torch.no_grad():
-        model.get_parameter("a.weight").fill_(7)
-    for slot in trainer.slots[1:]:
-        assert slot.flat.module.get_parameter("a.weight").eq(7).all()
-        assert slot.flat.params.data_ptr() != flat.params.data_ptr()
+        layer.weight.fill_(2.0)
+        layer.bias.fill_(1.0)
+        assert traced.forward(torch.tensor([[3.0]])).item() == 7.0
+        traced.backward(torch.tensor([[1.0]]), Step(0.5, keep=1 - 0.5 * 0.1))
+    assert layer.weight.item() == pytest.approx(0.95 * 2 - 0.5 * 3)
+    assert layer.bias.item() == pytest.approx(0.95 * 1 - 0.5)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,11 +101,17 @@ class Sums(Accumulator):
     def _add_exactly(self, name: str, vector: Tensor, weight: float, *, shiftable: bool) -> None:
         """Add `vector` in fixed point: its bits once `SHIFT` is added, or rounded where it is too large."""
         for piece, summed in self._pieces(vector, self.sums[name]):
-            wide = self._widened(piece)
-            if shiftable:
-                summed.add_(wide.mul_(weight).add_(SHIFT).view(torch.int64))
+            if shiftable and piece.device.type == "cpu":
+                # By NumPy: three passes instead of four, and torch multiplies when it adds integers.
+                values, total, wide = piece.numpy(), summed.numpy(), self._space(piece).numpy()
+                np.multiply(values, weight, out=wide, dtype=np.float64)
+                np.add(wide, SHIFT, out=wide)
+                np.add(total, wide.view(np.int64), out=total)
+            elif shiftable:
+                summed.add_(self._widened(piece).mul_(weight).add_(SHIFT).view(torch.int64))
             else:
-                summed.add_(wide.mul_(weight * 2.0**FRACTION_BITS).round_().to(torch.int64))
+                scaled = self._widened(piece).mul_(weight * 2.0**FRACTION_BITS)
+                summed.add_(scaled.round_().to(torch.int64))
         self.shifts[name] += int(shiftable)
 
     def _pieces(self, first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -112,11 +119,15 @@ class Sums(Accumulator):
         size = CACHED if first.device.type == "cpu" else max(1, first.numel())
         return zip(torch.split(first, size), torch.split(second, size), strict=True)
 
-    def _widened(self, piece: Tensor) -> Tensor:
-        """Copy `piece` into float64, where it stays until the next call."""
+    def _space(self, piece: Tensor) -> Tensor:
+        """Return float64 memory as long as `piece`, of use until the next call."""
         if self.scratch.numel() < piece.numel():
             self.scratch = torch.empty(piece.numel(), dtype=torch.float64, device=piece.device)
-        return self.scratch[: piece.numel()].copy_(piece)
+        return self.scratch[: piece.numel()]
+
+    def _widened(self, piece: Tensor) -> Tensor:
+        """Copy `piece` into float64, where it stays until the next call."""
+        return self._space(piece).copy_(piece)
 
     def _remove_shifts(self) -> None:
         for name, shifts in self.shifts.items():

@@ -170,7 +170,7 @@ class Algorithm(Section, ABC):
     mean_only: ClassVar[bool] = False
     """Whether updates mean something only as a plain mean: no robust rule, no clipped updates."""
     reads_grad: ClassVar[bool] = False
-    """Whether a hook uses `ClientContext.grad`; without, clients train faster side by side (`local.engine`).
+    """Whether a hook uses `ClientContext.grad`; else the traced engine (`local.engine`) need not compute it.
 
     It counts for the hooks of the class that sets it. A class that overrides `begin`, `correct` or `finish`
     and does not set it is taken to use the gradient.

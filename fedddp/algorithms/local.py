@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,7 +11,6 @@ from annotated_types import Interval
 from torch import Tensor
 
 from fedddp.section import (
-    EXECUTION,
     Fraction,
     NonNegativeFloat,
     PositiveFloat,
@@ -98,11 +97,8 @@ class LocalConfig(Section):
     channels_last: bool | Literal["auto"] = "auto"
     """Whether images are stored channels-last; auto: for convolutions on a CPU, where that is faster."""
 
-    engine: Literal["auto", "eager", "stacked"] = "auto"
-    """`stacked`: a rank trains several clients side by side; `eager`: one by one; auto: stacked if it can."""
-
-    clients_at_once: PositiveInt | Literal["auto"] = field(default="auto", metadata=EXECUTION)
-    """Clients that `stacked` trains side by side on a rank, >= 1; auto: by the model's size, 25 or fewer."""
+    engine: Literal["auto", "eager", "traced"] = "auto"
+    """`eager`: passes by autograd; `traced`: without, faster for small networks; auto: traced if it can."""
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

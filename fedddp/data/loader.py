@@ -6,6 +6,7 @@ are held on the device or streamed: everything random is drawn for a pass before
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Batch:
     """Examples of the batch over all ranks of the group, >= 1."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Part:
     """The examples of a pass that this rank takes in one batch."""
 
@@ -158,7 +159,7 @@ class ClientLoader:
         else:
             read = self._streamed(examples, parts, batch_size, shard, pass_seed)
         for some, planes, boxes in read:
-            rows = some[0].rows if len(some) == 1 else np.concatenate([part.rows for part in some])
+            rows = _rows(some)
             of_rows = None if draws is None else draws[torch.from_numpy(rows)].to(self.device)
             images, targets = self._prepare(planes, boxes, examples[rows], of_rows, shift, client or 0)
             if train and isinstance(targets, Boxes):
@@ -207,11 +208,11 @@ class ClientLoader:
     def _held(self, examples: Indices, parts: list[_Part]) -> Iterator[_Read]:
         """Yield several batches at a time with their pixels, taken on the device."""
         assert self._pixels is not None
-        image_bytes = 4 * int(np.prod(self.images.shape))
+        image_bytes = 4 * math.prod(self.images.shape)
         together = max(1, CHUNK_BYTES // (image_bytes * max(len(part.rows) for part in parts)))
         for start in range(0, len(parts), together):
             some = parts[start : start + together]
-            chosen = examples[np.concatenate([part.rows for part in some])]
+            chosen = examples[_rows(some)]
             yield some, self._pixels.index_select(0, torch.from_numpy(chosen).to(self.device)), None
 
     def _streamed(
@@ -254,10 +255,16 @@ class Normalizer:
 def _parts(examples: int, batch_size: int, shard: tuple[int, int]) -> Iterator[_Part]:
     """Yield this rank's part of every batch of a pass."""
     rank, ranks = shard
+    rows = np.arange(examples)
     for start in range(0, examples, batch_size):
-        batch = np.arange(start, min(start + batch_size, examples))
+        batch = rows[start : start + batch_size]
         own = batch[rank::ranks]
         yield _Part(own if len(own) else batch[:1], len(own), len(batch))
+
+
+def _rows(parts: list[_Part]) -> Indices:
+    """Return the positions in the pass of several parts."""
+    return parts[0].rows if len(parts) == 1 else np.concatenate([part.rows for part in parts])
 
 
 _Planes = tuple[Tensor, Boxes | None]

@@ -18,7 +18,7 @@ class FlatModel:
     Attributes:
         module: the module itself; it trains, and works under DDP, as before.
         params: trainable parameters, shape (P,), their common dtype.
-        grad: their gradients, shape (P,); zero it instead of setting gradients to None.
+        grad: their gradients, shape (P,); zero it instead of setting gradients to None. Empty once dropped.
         buffers: floating-point buffers such as running statistics, shape (B,), float32 (float64 in a
             float64 model); those of the vector's dtype are views.
         integer_buffers: integer and bool buffers such as `num_batches_tracked`, int64, shape (I,); int64
@@ -112,6 +112,12 @@ class FlatModel:
         floats = _views(buffers, list(self._floats.values()))
         views += [v.to(b.dtype) for v, b in zip(floats, self._floats.values(), strict=True)]
         return dict(zip([*self._trained, *self._floats], views, strict=True))
+
+    def drop_gradients(self) -> None:
+        """Let go of the gradients, where training takes its steps without them; `grad` is empty then."""
+        self.grad = self.grad.new_empty(0)
+        for parameter in self._trained.values():
+            parameter.grad = None
 
     def mask(self, names: Iterable[str]) -> Tensor:
         """Return which elements of `params` belong to the parameters `names`; (P,) bool."""

@@ -1,27 +1,16 @@
-"""The forward pass of a model as a graph, if copies of it can run side by side (`models.stacked`)."""
+"""The forward pass of a model as a graph, if it is the same in every pass of training."""
 
 from __future__ import annotations
 
 import copy
-import operator
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from fedddp.rng import global_states
 
-FUNCTIONS = {
-    *(torch.flatten, torch.relu, torch.add, operator.add, operator.getitem, getattr),
-    *(F.relu, F.max_pool2d),
-}
-METHODS = {"flatten", "relu", "view", "reshape", "size"}
-"""What a forward pass may call besides layers: what is exact in any place of a batch (see `stacked.WHOLE`).
-Each result is checked for its number of rows."""
-
 
 class UnsupportedModelError(ValueError):
-    """A model whose copies cannot run side by side, and why."""
+    """A model that cannot be traced, and why."""
 
 
 class _Tracer(fx.Tracer):
@@ -35,8 +24,7 @@ def trace(module: nn.Module) -> fx.Graph:
     """Return the forward pass of `module` in training as a graph.
 
     Raises:
-        UnsupportedModelError: it cannot be traced, a trace would not hold for every pass, or it has an
-            operation that may couple examples or round by position.
+        UnsupportedModelError: it cannot be traced, or a trace would not hold for every pass.
     """
     module = copy.deepcopy(module).train()  # what a trace leaves in a module would stay there
     if any(_is_changed(layer) for layer in module.modules()):
@@ -82,25 +70,14 @@ def _plain_attributes(module: nn.Module) -> list[dict[str, object]]:
 
 def _check_node(node: fx.Node) -> None:
     name = getattr(node.target, "__name__", str(node.target))
-    if node.op == "call_module" and (node.kwargs or len(node.args) != 1 or not node.users):
-        raise UnsupportedModelError(
-            f"its forward pass calls {name!r} with keywords, or does not use the result"
-        )
     if node.op == "get_attr":
         raise UnsupportedModelError(f"it uses {name!r} outside of a layer")
-    if (node.op == "call_function" and node.target not in FUNCTIONS) or (
-        node.op == "call_method" and node.target not in METHODS
-    ):
-        raise UnsupportedModelError(f"its forward pass calls {name!r}")
-    if name == "add" and not all(isinstance(argument, fx.Node) for argument in node.args[:2]):
-        raise UnsupportedModelError("its forward pass adds a constant")
-    if name == "getattr" and node.args[1] != "shape":
-        raise UnsupportedModelError(f"its forward pass uses {node.args[1]!r} of a tensor")
-    if name == "getitem":
-        source = node.args[0]
-        shape = isinstance(source, fx.Node) and source.target in (getattr, "size")
-        if not shape:
-            raise UnsupportedModelError("its forward pass indexes a tensor")
+    if node.op not in ("placeholder", "output") and not node.users:
+        raise UnsupportedModelError(f"its forward pass does not use the result of {name!r}")
+    if node.op == "call_method" and name.endswith("_"):
+        raise UnsupportedModelError(f"its forward pass changes a tensor in place, by {name!r}")
+    if node.op == "output" and not isinstance(node.args[0], fx.Node):
+        raise UnsupportedModelError("its forward pass does not return one tensor")
 
 
 def first_line(error: Exception) -> str:

@@ -24,7 +24,7 @@ from fedddp.simulation.clock import examples_trained
 from fedddp.simulation.cohort import assign
 from fedddp.training.assembly import outputs_check
 from fedddp.training.clients import client_names, clients_of, pooled
-from fedddp.training.engine import Place, clients_at_once
+from fedddp.training.engine import why_eager
 from fedddp.training.exchange import round_bytes
 from fedddp.training.protect import check_library, participations_of
 from fedddp.transport.links import Links
@@ -88,7 +88,7 @@ def dry_run(config: Config, world_size: int) -> Table:
         "first round",
         f"clients per group {_list([len(v) for v in assignment])}, examples per group {_list(examples)}",
     )
-    table.add_row("local training", _engine(config, module, train, groups))
+    table.add_row("local training", _engine(config, module, train))
     if config.privacy is not None:
         table.add_row("privacy", privacy_text(config, flat))
     table.add_row("bytes per round", _traffic(config, server, flat, len(cohort)))
@@ -165,14 +165,12 @@ def _world(config: Config, world_size: int, groups: int) -> str:
     return f"{_count(world_size, 'rank')}: {_count(groups, 'client group')} of {ranks}; coordinator: {where}"
 
 
-def _engine(config: Config, module: nn.Module, train: Images, groups: int) -> str:
-    """Return how many clients train at a time, or why one by one."""
+def _engine(config: Config, module: nn.Module, train: Images) -> str:
+    """Return which engine trains the clients, and why the eager one."""
     cpu = config.topology.device == "cpu" or not torch.cuda.is_available()
     device = torch.device("cpu" if cpu else "cuda")
-    place = Place(device, groups, config.topology.ranks_per_client, train.pixels is None)
-    together, reason = clients_at_once(config, module, train.shape, place)
-    ways = f"up to {together} clients of a rank side by side" if together > 1 else "clients one by one"
-    return f"{ways}, because {reason}" if reason else ways
+    reason = why_eager(config, module, train.shape, device, config.topology.ranks_per_client)
+    return f"eager, because {reason}" if reason else "traced"
 
 
 def _count(number: int, noun: str) -> str:

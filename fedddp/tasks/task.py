@@ -64,10 +64,17 @@ class Task(Section, ABC):
     def losses(self, outputs: Any, targets: Any) -> Tensor | None:
         """Return the loss of every image, (b,), or None; their sum is `loss`.
 
-        A class that overrides `loss` overrides this too, or its clients are not trained as fast as they could
-        be side by side (`local.engine`). The value of an image must not depend on its place in the batch.
+        A class that overrides `loss` overrides this too.
         """
         return None
+
+    def loss_and_gradient(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        """Return `loss`, and its gradient by `outputs`, in their shape; arguments as for `loss`."""
+        with torch.enable_grad():
+            outputs = outputs.detach().requires_grad_()
+            loss = self.loss(outputs, targets)
+        (gradient,) = torch.autograd.grad(loss, outputs)
+        return loss.detach(), gradient
 
     @abstractmethod
     def measure(self, outputs: Any, targets: Any) -> dict[str, Tensor]:

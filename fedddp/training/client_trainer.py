@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -70,8 +70,6 @@ class ClientResult:
 class ClientTrainer:
     """Trains one client after another on this rank's group; the model and the optimizer are reused."""
 
-    clients_at_once = 1
-
     def __init__(
         self,
         world: World,
@@ -92,7 +90,7 @@ class ClientTrainer:
         self.parameter.grad = flat.grad
         self.optimizer = local.make_optimizer(self.parameter)
         self.autocast, self.make_scaler = _mixed_precision(local, world.device.type)
-        modules = list(flat.module.modules())
+        self.modules = modules = list(flat.module.modules())
         # Layers that weigh a padding example by 0 themselves, and the buffers of all others.
         self.padding_aware = [m for m in modules if hasattr(m, "is_padding")]
         others = (m for m in modules if not hasattr(m, "is_padding"))
@@ -109,26 +107,22 @@ class ClientTrainer:
         self.loss, self.stop = torch.zeros(2, dtype=torch.float64), False
         """Of the group, after a pass: sum and count of the training loss; whether a rank is to stop."""
 
-    def train(
-        self, server: ServerState, jobs: Sequence[ClientJob], states: Sequence[dict[str, Tensor]]
-    ) -> Iterator[ClientResult]:
-        """Collective over the group. Train clients from the server's model; yield each one's result.
+    def train(self, server: ServerState, job: ClientJob, state: dict[str, Tensor]) -> ClientResult:
+        """Collective over the group. Train a client from the server's model; return its result.
 
-        A result is to be used before the next one is asked for: it holds views of live state.
+        It is to be used before the next client trains: it holds views of live state.
 
         Args:
             server: the model to start from.
-            jobs: the local trainings, at most `clients_at_once`.
-            states: the clients' own states, changed in place.
+            job: the local training.
+            state: the client's own, changed in place.
         """
-        for job, state in zip(jobs, states, strict=True):
-            with contextlib.ExitStack() as on_exit, self.name_client(job):
-                context = self.context(server, job, state, on_exit)
-                for context.pass_index in range(self.algorithm.passes):
-                    self.algorithm.begin(context)
-                    self._local_sgd(context, job.indices)
-                result = self.result(context)
-            yield result
+        with contextlib.ExitStack() as on_exit, self.name_client(job):
+            context = self.context(server, job, state, on_exit)
+            for context.pass_index in range(self.algorithm.passes):
+                self.algorithm.begin(context)
+                self._local_sgd(context, job.indices)
+            return self.result(context)
 
     def _local_sgd(self, context: ClientContext, indices: NDArray[np.int64]) -> None:
         """The inner loop: every step of a pass of local training, for every algorithm."""
@@ -174,7 +168,8 @@ class ClientTrainer:
 
     def begin_pass(self, context: ClientContext) -> None:
         """Load the optimizer's state, and start to count steps and losses."""
-        self.flat.module.train()
+        if not all(module.training for module in self.modules):  # to set it takes a microsecond for each
+            self.flat.module.train()
         self._load_optimizer(context)
         context.steps, context.lr_sum = 0, 0.0
         if not context.examples:  # hooks would find the gradient of another client
@@ -289,16 +284,19 @@ class ClientTrainer:
 
         Float buffers are averaged by examples seen; integer ones have their maximum.
         """
-        count, stop = float(self.loss_count), float(self.world.stop_requested())
-        message = torch.cat([self.loss_sum, self.loss_sum.new_tensor([count, stop])])
-        if self.world.ranks_per_client > 1:
-            # A rank without an example has no weight: zero times an infinite mask would be NaN.
-            buffers = self.flat.buffers.double() * count if count else torch.zeros_like(self.flat.buffers)
-            message = self.world.group_sum(torch.cat([message, buffers.double()]))
-            if message[1] > 0:
-                self.flat.buffers.copy_(message[3:] / message[1])
-            if self.flat.integer_buffers.numel():
-                self.world.group_max(self.flat.integer_buffers)
+        count, stop = float(self.loss_count), self.world.stop_requested()
+        if self.world.ranks_per_client == 1:
+            self.loss = torch.tensor([float(self.loss_sum), count], dtype=torch.float64)
+            self.stop = stop
+            return
+        message = torch.cat([self.loss_sum, self.loss_sum.new_tensor([count, float(stop)])])
+        # A rank without an example has no weight: zero times an infinite mask would be NaN.
+        buffers = self.flat.buffers.double() * count if count else torch.zeros_like(self.flat.buffers)
+        message = self.world.group_sum(torch.cat([message, buffers.double()]))
+        if message[1] > 0:
+            self.flat.buffers.copy_(message[3:] / message[1])
+        if self.flat.integer_buffers.numel():
+            self.world.group_max(self.flat.integer_buffers)
         self.loss, self.stop = message[:2].cpu(), bool(message[2])
 
     # ---- the optimizer's state ----

@@ -1,108 +1,87 @@
-"""Which trainer a run uses: one client at a time, or several side by side."""
+"""Which engine trains the clients of a run, and in which layout of images."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from fedddp.algorithms import Algorithm, AsynchronousAlgorithm
+from fedddp.algorithms import Algorithm
 from fedddp.algorithms.local import LocalConfig
 from fedddp.config.schema import Config
 from fedddp.data.loader import ClientLoader
 from fedddp.distributed.world import World
 from fedddp.models.flat import FlatModel
-from fedddp.models.stacked import try_side_by_side
 from fedddp.models.trace import UnsupportedModelError
+from fedddp.models.traced import try_traced
 from fedddp.section import ConfigError
 from fedddp.training.client_trainer import ClientTrainer
-from fedddp.training.stacked_trainer import StackedTrainer, definer
+from fedddp.training.traced_trainer import TracedTrainer, definer
 
 logger = logging.getLogger(__name__)
 
-ELEMENTS = 1_500_000
-"""Parameters of all copies together, at most, where `local.clients_at_once` is auto: 6 MB in float32. Copies
-that leave the processor's cache cost more than they save."""
 LARGE = 4_000_000
 """Parameters of a network that trains channels-last on images of 64 pixels or more only."""
-MOST = 25
-"""Copies, at most; more gain nothing."""
 
 
 def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLoader) -> ClientTrainer:
     """Collective over the group. Return the trainer of `config.local.engine`.
 
     Raises:
-        ConfigError: `local.engine` is "stacked", and the clients cannot be trained side by side.
+        ConfigError: `local.engine` is "traced", and the model, the algorithm or the place does not allow it.
     """
     parts = (world, flat, config.task, loader, config.local, config.algorithm)
-    place = Place(world.device, world.groups, world.ranks_per_client, loader.images.pixels is None)
-    together, reason = clients_at_once(config, flat.module, loader.images.shape, place)
-    if together:
-        return StackedTrainer(*parts, seed=config.seed, clients_at_once=together)
-    if config.local.engine == "stacked":
-        raise ConfigError(f"local.engine=stacked cannot train this: {reason}; leave it out")
-    if config.local.engine == "auto":
-        logger.debug("local.engine=auto: one client at a time, because %s", reason)
+    reason = why_eager(config, flat.module, loader.images.shape, world.device, world.ranks_per_client)
+    if not reason:
+        logger.debug("local.engine: traced")
+        return TracedTrainer(*parts, seed=config.seed)
+    if config.local.engine == "traced":
+        raise ConfigError(f"local.engine=traced cannot train this: {reason}; leave it out")
+    logger.debug("local.engine: eager, because %s", reason)
     trainer = ClientTrainer(*parts, seed=config.seed)
     if config.transport.group is not None:
         world.compress_gradients(trainer.replica, config.transport.group)
     return trainer
 
 
-class Place(NamedTuple):
-    """Where clients train, and how they get their images."""
+def why_eager(
+    config: Config, module: nn.Module, shape: tuple[int, int, int], device: torch.device, ranks: int
+) -> str:
+    """Return why clients train by the eager engine; empty if by the traced one.
 
-    device: torch.device
-    groups: int
-    """G."""
-    ranks: int
-    """R."""
-    streamed: bool
-    """Whether images are read as they are needed, of which a rank has one stream at a time."""
+    The engine decides bits, so its choice depends on nothing that may change when a run is resumed.
 
-
-def clients_at_once(
-    config: Config, module: nn.Module, shape: tuple[int, int, int], place: Place
-) -> tuple[int, str]:
-    """Return how many clients a rank trains side by side; 0 and the reason if one by one.
-
-    `shape` is that of an image, (C, H, W).
+    Args:
+        config: of the run.
+        module: the model, on the CPU.
+        shape: of an image, (C, H, W).
+        device: where clients train.
+        ranks: R, of a client.
     """
-    local, parameters = config.local, sum(p.numel() for p in module.parameters())
-    copies, cohort = max(1, min(MOST, ELEMENTS // parameters)), config.cohort.size + config.cohort.extra
-    reason = obstacle(config, place)
-    # The engine decides bits, so its choice depends on nothing that may change when a run is resumed.
-    if not reason and min(copies, cohort) == 1 and local.engine == "auto":
-        reason = f"with {parameters:,} parameters there is one at a time"
+    reason = obstacle(config, device, ranks)
     if reason:
-        return 0, reason
+        return reason
     try:
-        try_side_by_side(module, shape)
+        try_traced(module, shape)
     except UnsupportedModelError as error:
-        return 0, str(error)
-    if local.clients_at_once != "auto":
-        copies = local.clients_at_once
-    return 1 if place.streamed else min(copies, -(-cohort // place.groups)), ""
+        return str(error)
+    return ""
 
 
-def obstacle(config: Config, place: Place) -> str:
-    """Return why clients are not trained side by side, whatever the model; empty if they can be."""
+def obstacle(config: Config, device: torch.device, ranks: int) -> str:
+    """Return why the eager engine trains any model of such a run; empty if the traced one can."""
     local, algorithm = config.local, config.algorithm
     owners = [definer(type(algorithm), hook) for hook in ("begin", "correct", "finish")]
-    owners += [definer(type(config.task), name) for name in ("forward", "loss", "losses")]
+    owners += [definer(type(config.task), name) for name in ("forward", "loss", "loss_and_gradient")]
     unknown = [owner.__name__ for owner in owners if not owner.__module__.startswith("fedddp.")]
     reasons = {
         "local.engine is eager": local.engine == "eager",
-        "a client has several ranks": place.ranks > 1,
-        "the clients train on a GPU": place.device.type != "cpu",
+        "a client has several ranks": ranks > 1,
+        "the clients train on a GPU": device.type != "cpu",
         f"local.precision is {local.precision}": local.precision != "fp32",
         f"local.accumulate is {local.accumulate}": local.accumulate > 1,
-        "images differ in their number of boxes": config.task.target == "boxes",
-        "asynchronous training hands out one client at a time": isinstance(algorithm, AsynchronousAlgorithm),
         f"{type(algorithm).__name__} adds a penalty to the loss": (
             type(algorithm).penalty is not Algorithm.penalty
         ),

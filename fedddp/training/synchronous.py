@@ -122,7 +122,7 @@ def run_round(s: Session, stop: bool = False) -> Round:
     assignment = assign(current.waiting, s.sizes[current.waiting], s.world.groups)
     s.send()  # 2. send
     if not s.protection.strict:
-        s.tracker.begin_round(len(current.waiting), s.world.groups * s.trainer.clients_at_once)
+        s.tracker.begin_round(len(current.waiting), s.world.groups)
     open_secure(s, current, assignment)
     with s.timed("train"):  # 3. train
         s.states.move(assignment)
@@ -131,7 +131,9 @@ def run_round(s: Session, stop: bool = False) -> Round:
     with s.timed("aggregate"):  # 4. aggregate
         current.updates.reduce(s.world)
         current.stopping += int(s.world.stop_requested())
-        s.world.sum_numbers(*current.updates.numbers(), *current.results, current.busy, current.stopping)
+        # One rank has set each number, and the others have 0: the bits of floats add up, in the same message.
+        bits = [tensor.view(torch.int64) for tensor in (*current.results, current.busy)]
+        s.world.sum_numbers(*current.updates.numbers(), *bits, current.stopping)
     trained = current.results.trained.numpy().astype(bool)
     if trained.all():
         finish_secure(s, current)
@@ -237,25 +239,21 @@ def train_clients(
     examples = current.secure.examples if current.secure else max(int(s.sizes[cohort].sum()), 1)
     known = torch.empty(0) if losses is None else losses[torch.isfinite(losses)]
     largest = float(known.max()) if len(known) else math.nan  # another loss is its own client's fault
-    clients, together = assignment[s.world.group], s.trainer.clients_at_once
-    for start in range(0, len(clients), together):
+    for client in assignment[s.world.group]:
         if s.world.ranks_per_client == 1:  # ranks of one group must agree, which they do after each client
             current.stopping += int(s.world.stop_requested())
         if current.stopping:
             break
-        jobs, states = [], []
-        for client in clients[start : start + together]:
-            position = int(np.searchsorted(cohort, client))
-            weight, share = s.protection.weights(int(s.sizes[client]) / examples, len(cohort))
-            job = s.job(client, number=s.rounds_done, lr=lr, weight=weight, share=share)
-            if losses is not None:
-                job = replace(job, initial_loss=float(losses[position]), largest_initial_loss=largest)
-            jobs.append(job)
-            states.append(s.states.share(client) if s.keeps_state else {})
+        weight, share = s.protection.weights(int(s.sizes[client]) / examples, len(cohort))
+        job = s.job(client, number=s.rounds_done, lr=lr, weight=weight, share=share)
+        if losses is not None:
+            loss = float(losses[int(np.searchsorted(cohort, client))])
+            job = replace(job, initial_loss=loss, largest_initial_loss=largest)
+        state = s.states.share(client) if s.keeps_state else {}
         s.world.restart_compression()
-        for job, state, result in zip(jobs, states, s.trainer.train(s.server, jobs, states), strict=True):
-            take(s, current, job, state, result)
-            current.stopping += int(result.stop)
+        result = s.trainer.train(s.server, job, state)
+        take(s, current, job, state, result)
+        current.stopping += int(result.stop)
     if s.world.leads_group:
         current.busy[s.world.group] = time.perf_counter() - started
 

@@ -22,15 +22,14 @@ PARTS = (
     ("sample, assign", "fedddp.training.synchronous.assign"),
     ("send", "fedddp.training.session.Session.send"),
     ("around the steps", "fedddp.training.client_trainer.ClientTrainer.train"),
-    ("around the steps", "fedddp.training.stacked_trainer.StackedTrainer.train"),
     ("batches", "fedddp.data.loader.ClientLoader.batches"),
-    ("batches side by side", "fedddp.training.stacked_trainer.StackedTrainer._backward"),
     ("forward, loss", "fedddp.training.client_trainer.ClientTrainer._gradient"),
-    ("forward, loss", "fedddp.models.stacked.StackedModel.__call__"),
-    ("forward, loss", "fedddp.training.stacked_trainer.StackedTrainer._loss_sums"),
+    ("forward, loss", "fedddp.models.traced.TracedModel.forward"),
+    ("forward, loss", "fedddp.tasks.task.Task.loss_and_gradient"),
+    ("forward, loss", "fedddp.tasks.classification.Classification.loss_and_gradient"),
     ("backward", "torch.Tensor.backward"),
+    ("backward", "fedddp.models.traced.TracedModel.backward"),
     ("optimizer step", "fedddp.training.client_trainer.ClientTrainer.step"),
-    ("optimizer step", "fedddp.models.stacked.StackedModel.finish"),
     ("admission check", "fedddp.aggregation.aggregation.Aggregation.admit"),
     ("sums", "fedddp.aggregation.mean.Sums.add"),
     ("aggregate", "fedddp.aggregation.mean.Sums.reduce"),
@@ -39,7 +38,7 @@ PARTS = (
     ("record", "fedddp.training.session.Session.record"),
 )
 """A name that the package no longer has is an error. Where a module imports a function by name, its own name
-is wrapped, since that one is called. Clients side by side take steps of plain SGD in the backward pass."""
+is wrapped, since that one is called. The traced engine takes steps of plain SGD in the backward pass."""
 
 OPAQUE = "evaluation"
 """What it calls counts as its own, batches for example."""

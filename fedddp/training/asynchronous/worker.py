@@ -123,7 +123,7 @@ class Worker:
         lr = config.local.lr_at(round_index, config.rounds)
         job = s.job(order.client, number=order.dispatch_id, lr=lr, weight=1.0, share=1.0)
         s.world.restart_compression()
-        (result,) = s.trainer.train(self.model, [job], [{}])
+        result = s.trainer.train(self.model, job, {})
         s.world.stop_requested()  # announces it to the coordinator when this rank was asked
         names = config.algorithm.lengths(s.server.params.numel())
         vectors = [result.update.vectors[name] for name in names]
