@@ -165,7 +165,7 @@ def test_every_protection_that_is_compared_has_settings_that_load(monkeypatch: p
     monkeypatch.syspath_prepend(BENCHMARK)
     import protection
 
-    assert len(protection.CONFIGURATIONS) == 7
+    assert len(protection.CONFIGURATIONS) == 9
     for settings in protection.CONFIGURATIONS.values():
         load_config("digits", shlex.split(settings))
 
