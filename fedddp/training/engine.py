@@ -17,8 +17,10 @@ from fedddp.distributed.world import World
 from fedddp.models.flat import FlatModel
 from fedddp.models.stacked import try_side_by_side
 from fedddp.models.trace import UnsupportedModelError
+from fedddp.privacy.config import ExampleDP
 from fedddp.section import ConfigError
 from fedddp.training.client_trainer import ClientTrainer
+from fedddp.training.private_trainer import PrivateTrainer
 from fedddp.training.stacked_trainer import StackedTrainer, definer
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLo
         ConfigError: `local.engine` is "stacked", and the clients cannot be trained side by side.
     """
     parts = (world, flat, config.task, loader, config.local, config.algorithm)
+    if isinstance(config.privacy, ExampleDP):
+        return PrivateTrainer(*parts, seed=config.seed, privacy=config.privacy)
     place = Place(world.device, world.groups, world.ranks_per_client, loader.images.pixels is None)
     together, reason = clients_at_once(config, flat.module, loader.images.shape, place)
     if together:
@@ -97,6 +101,7 @@ def obstacle(config: Config, place: Place) -> str:
     unknown = [owner.__name__ for owner in owners if not owner.__module__.startswith("fedddp.")]
     reasons = {
         "local.engine is eager": local.engine == "eager",
+        "ExampleDP takes the gradient of every example": isinstance(config.privacy, ExampleDP),
         "a client has several ranks": place.ranks > 1,
         "the clients train on a GPU": place.device.type != "cpu",
         f"local.precision is {local.precision}": local.precision != "fp32",
