@@ -29,8 +29,8 @@ QUERIES = 8
 ROWS = 8
 """Clipped gradients that are added in float32, without rounding."""
 
-SLACK = 2.0**-12
-"""Relative error of a norm in float32, at most."""
+BLOCK, SLACK = 4096, 2.0**-12
+"""Elements whose squares are added in float32, and the relative error of a norm, at most."""
 
 
 class Cost(NamedTuple):
@@ -257,13 +257,20 @@ def add_clipped(total: Tensor, rows: Tensor, clip: float) -> None:
         rows: gradients of single examples; (b, d), floating; changed in place.
         clip: C.
     """
-    exponent = grid_exponent(clip)
-    lengths = rows.square().sum(1).sqrt_()  # pairwise sums: more accurate than `vector_norm`
-    factors = torch.where(lengths > clip, clip / lengths, 1.0).mul_(2.0**-exponent)
+    exponent, lengths = grid_exponent(clip), _lengths(rows)
+    factors = torch.where(lengths > clip, clip / lengths, 1.0).mul_(2.0**-exponent).to(rows.dtype)
     rows.mul_(factors[:, None]).round_()
     rows[~lengths.isfinite()] = 0
     for start in range(0, len(rows), ROWS):
         total.add_(rows[start : start + ROWS].sum(0).to(torch.int64), alpha=2 ** (exponent + FRACTION_BITS))
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Return the norm of each row, (b,) float64, as exact as `SLACK` says: float32 adds few squares."""
+    blocks = rows.shape[1] // BLOCK
+    many, rest = rows[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)), rows[:, blocks * BLOCK :]
+    parts = [torch.linalg.vector_norm(many, dim=2), torch.linalg.vector_norm(rest, dim=1, keepdim=True)]
+    return torch.linalg.vector_norm(torch.cat(parts, dim=1).double(), dim=1)
 
 
 def step_noise(
