@@ -118,7 +118,7 @@ CASES: dict[str, tuple[Algorithm, LocalConfig, Callable[[Reference], Tensor]]] =
     "Ditto": (Ditto(), STEPS, ditto),
 }
 CONFIGS = {n: rig.config_of(a, local, privacy=EXAMPLES) for n, (a, local, _) in CASES.items()}
-ALL = {"local": LocalConfig(epochs=2, batch_size=40, lr=0.2)}
+ALL: dict[str, Any] = {"local": LocalConfig(epochs=2, batch_size=40, lr=0.2)}
 """Batches of all examples, whose account is a formula: for tests that do not look at ε."""
 
 

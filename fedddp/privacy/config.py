@@ -45,8 +45,8 @@ class Privacy(Section, ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibratedDP(Privacy, ABC):
-    """Privacy whose noise is given, or follows from an ε for the whole run."""
+class CalibratedDP(Section, ABC):
+    """Settings of a noise that is given, or follows from an ε for all rounds together."""
 
     noise_multiplier: PositiveFloat | None = None
     """z, the noise's standard deviation in C, > 0; give this or `target_epsilon`."""
@@ -69,7 +69,7 @@ class CalibratedDP(Privacy, ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CentralDP(CalibratedDP):
+class CentralDP(CalibratedDP, Privacy):
     """Clip each client's update, add noise to the sum (DP-FedAvg; McMahan et al., 2018, arXiv:1710.06963).
 
     mean = [Σ_S Δ_k·min(1, C/‖Δ_k‖) + N(0, (zC)²I)] / (qN), the norm over all vectors that a client sends.
@@ -167,7 +167,7 @@ class LocalDP(Privacy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExampleDP(CalibratedDP):
+class ExampleDP(CalibratedDP, Privacy):
     """Each example is protected, by DP-SGD inside its client (Abadi et al., 2016, arXiv:1607.00133).
 
     g = [Σ_B g_i·min(1, C/‖g_i‖) + N(0, (zC)²I)] / b at every step, b = `local.batch_size`. Batches B are

@@ -147,7 +147,7 @@ class ExampleAccount:
         ]
 
     def _worst(self, noise_multiplier: float, trainings: NDArray[np.int64]) -> tuple[float, Cost | None]:
-        """Return the largest ε of a client, or a little more, and what it is of; 0 if nobody trained."""
+        """Return the largest ε of a client, or a little more, and what it is of; 0 if no client trained."""
         front = _front(self.sizes, self.steps * trainings)
         bounds = self._bounds(noise_multiplier, front)
         largest, worst = 0.0, None
