@@ -56,7 +56,9 @@ class Reference(ref.Reference):
 
     norms: list[float]
 
-    def train(self, w: Tensor, client: int, correct: Any = lambda w: 0.0, **_: Any) -> tuple[Tensor, int]:
+    def train(  # type: ignore[override]
+        self, w: Tensor, client: int, correct: Any = lambda w: 0.0, **_: Any
+    ) -> tuple[Tensor, int]:
         assert isinstance(self.config.privacy, privacy.ExampleDP)
         self.norms = self.__dict__.setdefault("norms", [])
         calls = self.__dict__.setdefault("calls", collections.Counter())

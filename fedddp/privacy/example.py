@@ -268,9 +268,11 @@ def add_clipped(total: Tensor, rows: Tensor, clip: float) -> None:
 def _lengths(rows: Tensor) -> Tensor:
     """Return the norm of each row, (b,) float64, as exact as `SLACK` says: float32 adds few squares."""
     blocks = rows.shape[1] // BLOCK
-    many, rest = rows[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)), rows[:, blocks * BLOCK :]
+    many = rows[:, : blocks * BLOCK].view(len(rows), blocks, BLOCK)
+    rest = rows[:, blocks * BLOCK :]
     parts = [torch.linalg.vector_norm(many, dim=2), torch.linalg.vector_norm(rest, dim=1, keepdim=True)]
-    return torch.linalg.vector_norm(torch.cat(parts, dim=1).double(), dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(torch.cat(parts, dim=1).double(), dim=1)
+    return lengths
 
 
 def step_noise(

@@ -112,7 +112,7 @@ class PrivateTrainer(ClientTrainer):
             part = Batch(batch.images[own], batch.targets[own], own.stop - start, batch.total)
             losses, rows = self.example_gradients(part)
             add_clipped(self.total, rows, self.privacy.clip)
-            # A loss that is no number would tell of its example: the update could be refused for it.
+            # A loss that is no number must not decide about the update, which is refused where its loss is.
             self.loss_sum += losses.double().nan_to_num(0.0, 0.0, 0.0).sum()
             self.loss_count += part.count
         if self.world.data_rank == 0:  # once for the group
