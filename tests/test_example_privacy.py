@@ -237,11 +237,13 @@ def test_no_row_exceeds_the_sensitivity_and_sums_of_the_largest_are_exact(clip: 
         length = float((total.double() * UNIT).norm())
         assert length <= example_sensitivity(clip, rows.shape[1])
         assert length == pytest.approx(clip, rel=3e-4) or clip == 1e-9
-    many = torch.zeros(4, dtype=torch.int64)
-    add_clipped(many, torch.tensor([[5.0, 0, 0, 0]]).repeat(8, 1), clip)
-    one = torch.zeros(4, dtype=torch.int64)
-    add_clipped(one, torch.tensor([[5.0, 0, 0, 0]]), clip)
-    assert torch.equal(many, 8 * one)
+    for _ in range(20):  # the sums with the most bits
+        many, single = torch.zeros(2, 1, dtype=torch.int64)
+        largest = (1 - torch.rand(8, 1) / 50) * clip
+        add_clipped(many, largest.clone(), clip)
+        for row in largest.clone():
+            add_clipped(single, row[None], clip)
+        assert torch.equal(many, single)
 
 
 def test_examples_without_a_finite_gradient_count_as_zero() -> None:
