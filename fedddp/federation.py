@@ -233,6 +233,7 @@ def _result(s: Session, *, finished: bool) -> Result:
     last = {n: v for n, v in (history[-1] if history else {}).items() if n != "cohort"}
     result = Result(s.flat.module.eval(), history, s.directory, finished)
     if s.world.is_coordinator:
+        s.protection.write(s.directory, s.rounds_done)
         s.callbacks("on_run_end", result)
         run_record.end(s.directory, "finished" if finished else "stopped")
         _report(s)

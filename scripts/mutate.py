@@ -57,6 +57,7 @@ NEAREST: dict[str, tuple[tuple[str, ...], str]] = {
     "data/targets": (("labelling", "ignored_boxes"), ""),
     "data/decode": (("decode", "datasets", "loader"), ""),
     "data/loader": (("loader_edges", "loader"), ""),
+    "data/poisson": (("example_privacy",), ""),
     "data": (("datasets", "loader_edges", "loader"), ""),
     "evaluation": (("evaluation",), ""),
     "tasks": (("tasks",), ""),
@@ -66,6 +67,8 @@ NEAREST: dict[str, tuple[tuple[str, ...], str]] = {
     "commands/init": (("init",), ""),
     "commands/options": (("progress",), ""),
     "commands": (("runs", "cli"), ""),
+    "privacy/example": (("example_privacy",), ""),
+    "training/private_trainer": (("example_privacy",), ""),
     "reporting": (("report", "compare"), ""),
     "privacy": (("privacy_accounts", "private_rounds"), ONE_WORLD),
     "secure": (("secure_primitives", "secure_protocol"), ""),
@@ -114,7 +117,7 @@ _LARGEST = "torch.stack(vector.aminmax()).abs().amax().double() * max(abs(weight
 _FLOAT32 = 'fix = f"{fix}, or aggregation.sums=float32" if limit < 2.0**62 else fix'
 _RESHAPED = "pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)"
 _CLOSE = "close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)"
-_UNSET = "self.ranks, self.size, self.pass_seed = ranks, 1, 0"
+_UNSET = "self.ranks, self.pass_seed = ranks, 0"
 _SHARDED = "loader, num_processes=shard[1], process_index=shard[0], even_batches=False"
 _NO_LIST = "if values is None or callable(values):"
 _HINGE = "return 1.0 if tau <= self.b else 1.0 / (self.a * (tau - self.b) + 1)"
@@ -132,8 +135,7 @@ EXPLAINED = {
     (_FLOAT32, "62  ->  63"): "likewise",
     (_RESHAPED, "1  ->  2"): "numpy infers any negative length; with a column less it raises",
     (_CLOSE, "1  ->  2"): "the nearest of two names is the nearest of one",
-    (_UNSET, "1  ->  2"): "a pass sets the size before it is read",
-    (_UNSET, "0  ->  1"): "and the seed",
+    (_UNSET, "0  ->  1"): "a pass sets the seed before it is read",
     (_NO_LIST, "values is None or callable(values)  ->  (values is None and callable(values))"): (
         "an array of either has no length"
     ),

@@ -192,6 +192,17 @@ def test_plan_answers_for_local_privacy(capsys: pytest.CaptureFixture[str]) -> N
     assert f"σ = 7.461 on every element: simulated ε = {epsilon:.4g} at δ = 1e-05 after round 4" in printed
 
 
+def test_plan_answers_for_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    """Batches of all examples: 30 steps with noise multiplier 5."""
+    flags = "--privacy ExampleDP --privacy.noise_multiplier 5 --privacy.delta 1e-5 --privacy.clip 1"
+    flags += " --local.steps 3 --local.batch_size 2000 --cohort.size 20 --rounds 10"
+    shown = planned(flags, capsys)
+    assert (
+        "noise multiplier 5: simulated ε = 4.866 at δ = 1e-05 after round 10 (Poisson batches, q = 1 to 1; "
+        in (shown)
+    )
+
+
 def test_plan_refuses_what_a_run_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model.name", "resnet8-gn", "--model.norm", "batch"]
     with pytest.raises(SystemExit):
@@ -246,7 +257,8 @@ def test_strict_and_secret_runs_make_the_shorter_claim() -> None:
     assert statement({}, []) is None
 
 
-def test_the_recipe_meets_its_target() -> None:
-    config = load_config("digits-dp")
-    assert isinstance(config.privacy, privacy.CentralDP)
+@pytest.mark.parametrize("recipe", ["digits-dp", "digits-dpsgd"])
+def test_the_recipe_meets_its_target(recipe: str) -> None:
+    config = load_config(recipe)
+    assert isinstance(config.privacy, privacy.CentralDP | privacy.ExampleDP)
     assert config.privacy.target_epsilon is not None

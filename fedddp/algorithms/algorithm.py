@@ -178,7 +178,7 @@ class Algorithm(Section, ABC):
     because: ClassVar[str] = ""
     """Why the algorithm requires what it does of `local`: words that follow its name."""
     not_private: ClassVar[str] = ""
-    """Why the algorithm is refused with `privacy`: words that follow its name; empty where it is not.
+    """Why `CentralDP` and `LocalDP` refuse the algorithm: words that follow its name; or empty.
 
     It must be refused where a client's vectors depend on another client's data.
     """

@@ -126,6 +126,12 @@ class LocalConfig(Section):
             )
         return self.lr * factor
 
+    def steps_on(self, examples: int) -> int:
+        """Return the optimizer steps of a local training on so many examples; 0 on none."""
+        if not examples:
+            return 0
+        return self.steps or self.epochs * -(-examples // self.batch_size)
+
     @property
     def takes_plain_steps(self) -> bool:
         """Whether the optimizer is SGD without momentum: w ← w − lr·(g + weight_decay·w)."""

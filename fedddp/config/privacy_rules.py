@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedddp.aggregation import Mean
-from fedddp.algorithms import AsynchronousAlgorithm
-from fedddp.privacy.config import CentralDP, Privacy
+from fedddp.algorithms import Algorithm, AsynchronousAlgorithm
+from fedddp.privacy.config import CentralDP, ExampleDP, LocalDP, Privacy
 
 if TYPE_CHECKING:
     from fedddp.config.schema import Config
@@ -18,8 +18,8 @@ class Rule(NamedTuple):
 
     title: str
     """The feature, for the table of the documentation."""
-    kind: type[Privacy]
-    """The class of `privacy` that it is refused with."""
+    kinds: tuple[type[Privacy], ...]
+    """The classes of `privacy` that it is refused with."""
     strict: bool
     """Whether it is refused under `privacy.strict` only."""
     setting: Callable[[Config], str | None]
@@ -36,38 +36,41 @@ def _name(choice: object) -> str:
     return type(choice).__name__
 
 
+OF_CLIENTS = (CentralDP, LocalDP)
+"""Which protect all of a client's data together; what clients send or keep shows how much data they have."""
+
 RULES = (
     Rule(
         "asynchronous algorithms",
-        Privacy,
+        (Privacy,),
         False,
         lambda c: _named(isinstance(c.algorithm, AsynchronousAlgorithm), f"algorithm={_name(c.algorithm)}"),
         "absorbs updates as they arrive, and no account knows how often a client does; use a synchronous one",
     ),
     Rule(
         "algorithms that need every client's loss",
-        Privacy,
+        (Privacy,),
         False,
         lambda c: _named(c.algorithm.needs_initial_loss, f"algorithm={_name(c.algorithm)}"),
         "shows every client's loss to all others; use another algorithm",
     ),
     Rule(
         "robust aggregation",
-        CentralDP,
+        (CentralDP,),
         False,
         lambda c: _named(not isinstance(c.aggregation, Mean), f"aggregation={_name(c.aggregation)}"),
         "has no bound on what one client changes; use Mean, or LocalDP",
     ),
     Rule(
         "`aggregation.sums=float32`",
-        CentralDP,
+        (CentralDP,),
         False,
         lambda c: _named(getattr(c.aggregation, "sums", "") == "float32", "aggregation.sums=float32"),
         "rounds differently from cohort to cohort, which noise on a grid cannot hide; use exact",
     ),
     Rule(
         "`aggregation.clip_norm`",
-        Privacy,
+        OF_CLIENTS,
         False,
         lambda c: _named(
             c.aggregation.clip_norm is not None, f"aggregation.clip_norm={c.aggregation.clip_norm}"
@@ -76,21 +79,21 @@ RULES = (
     ),
     Rule(
         "`aggregation.on_invalid_update=clip`",
-        Privacy,
+        OF_CLIENTS,
         False,
         lambda c: _named(c.aggregation.on_invalid_update == "clip", "aggregation.on_invalid_update=clip"),
         "would repair an update that has no norm to clip it to; use skip",
     ),
     Rule(
         "`cohort.extra`",
-        CentralDP,
+        (CentralDP,),
         False,
         lambda c: _named(c.cohort.extra > 0, f"cohort.extra={c.cohort.extra}"),
         "lets the amount of data decide who is in a cohort; leave it out",
     ),
     Rule(
         "`clock.deadline_s`",
-        CentralDP,
+        (CentralDP,),
         False,
         lambda c: _named(
             getattr(c.clock, "deadline_s", None) is not None,
@@ -100,7 +103,7 @@ RULES = (
     ),
     Rule(
         "`transport.up`",
-        CentralDP,
+        (CentralDP,),
         False,
         lambda c: _named(c.transport.up is not None, f"transport.up={_name(c.transport.up)}"),
         "decodes to vectors of another norm: clipped before, they would exceed C, and clipped after, C would "
@@ -108,7 +111,7 @@ RULES = (
     ),
     Rule(
         "`secure_aggregation` with amplification by sampling",
-        CentralDP,
+        (CentralDP,),
         False,
         lambda c: _named(
             c.secure_aggregation is not None
@@ -120,8 +123,25 @@ RULES = (
         "privacy.amplification=none",
     ),
     Rule(
+        "algorithms with a penalty on batches",
+        (ExampleDP,),
+        False,
+        lambda c: _named(
+            type(c.algorithm).penalty is not Algorithm.penalty, f"algorithm={_name(c.algorithm)}"
+        ),
+        "adds to the loss what is computed from a batch, without a bound on what one example changes; use "
+        "FedProx or SCAFFOLD",
+    ),
+    Rule(
+        "`model.norm=batch` and `sync`",
+        (ExampleDP,),
+        False,
+        lambda c: _named(c.model.norm in ("batch", "sync"), f"model.norm={c.model.norm}"),
+        "normalises an example by statistics of others; use group",
+    ),
+    Rule(
         "codecs with error feedback",
-        Privacy,
+        OF_CLIENTS,
         True,
         lambda c: _named(c.transport.stateful, f"transport.up={_name(c.transport.up)}"),
         "keeps its error per client in checkpoints, which show who took part; use QSGD, or another that "
@@ -129,21 +149,21 @@ RULES = (
     ),
     Rule(
         "`transport.down`",
-        Privacy,
+        OF_CLIENTS,
         True,
         lambda c: _named(c.transport.down is not None, f"transport.down={_name(c.transport.down)}"),
         "keeps in checkpoints which client was sent which model; leave it out",
     ),
     Rule(
         "`evaluation.clients`",
-        Privacy,
+        (Privacy,),
         True,
         lambda c: _named(c.evaluation.clients > 0, f"evaluation.clients={c.evaluation.clients}"),
         "records numbers of single clients; leave it out",
     ),
     Rule(
         "client state (`SCAFFOLD`, `MOON`, `FedBN`, `FedPer`, `Ditto`, `local.optimizer_state=keep`)",
-        Privacy,
+        OF_CLIENTS,
         True,
         lambda c: _named(
             c.algorithm.stateful or c.local.optimizer_state == "keep",
@@ -153,7 +173,7 @@ RULES = (
     ),
     Rule(
         "`aggregation.on_invalid_update=stop`",
-        Privacy,
+        OF_CLIENTS,
         True,
         lambda c: _named(c.aggregation.on_invalid_update == "stop", "aggregation.on_invalid_update=stop"),
         "ends the run with the name of a client; use skip",
@@ -166,18 +186,37 @@ def refusal(c: Config) -> str | None:
     privacy = c.privacy
     if privacy is None:
         return None
-    if c.algorithm.not_private:
+    if c.algorithm.not_private and isinstance(privacy, OF_CLIENTS):
         return (
             f"algorithm={_name(c.algorithm)} cannot be combined with privacy={_name(privacy)}: it "
             f"{c.algorithm.not_private}; use another algorithm"
         )
     for rule in RULES:
-        applies = isinstance(privacy, rule.kind) and (privacy.strict or not rule.strict)
+        applies = isinstance(privacy, rule.kinds) and (privacy.strict or not rule.strict)
         setting = rule.setting(c) if applies else None
         if setting is not None:
             given = f"privacy={_name(privacy)}{' with privacy.strict' if rule.strict else ''}"
             return f"{setting} cannot be combined with {given}: it {rule.reason}"
+    if isinstance(privacy, ExampleDP):
+        return _training_refusal(c)
     return _sampling_refusal(c, privacy) if isinstance(privacy, CentralDP) else None
+
+
+def _training_refusal(c: Config) -> str | None:
+    """Return which way of training has no exact sum of clipped gradients, and why."""
+    reasons = {
+        "local.precision=fp16": "skips a step where the gradient of one example overflows; use bf16",
+        "local.engine=traced": "adds up gradients of a batch that must be clipped before; leave it out",
+        f"transport.group={c.transport.group}": (
+            "rounds the sum of each rank, but the noise is for one exact sum of the group; leave it out"
+        ),
+    }
+    given = {f"local.precision={c.local.precision}", f"local.engine={c.local.engine}"}
+    given |= {f"transport.group={c.transport.group}"} - {"transport.group=None"}
+    found = next((setting for setting in reasons if setting in given), None)
+    if found is None:
+        return None
+    return f"{found} cannot be combined with privacy=ExampleDP: it {reasons[found]}"
 
 
 def _sampling_refusal(c: Config, privacy: CentralDP) -> str | None:

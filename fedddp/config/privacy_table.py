@@ -23,11 +23,14 @@ SMALL = "--data.examples 120 --data.clients 8 --cohort.size 3 --rounds 1 --aggre
 
 CENTRAL = "--privacy CentralDP --privacy.noise_multiplier 1 --privacy.delta 1e-3 --privacy.clip 1"
 LOCAL = "--privacy LocalDP --privacy.epsilon 4 --privacy.delta 1e-3 --privacy.clip 1"
+EXAMPLE = "--privacy ExampleDP --privacy.noise_multiplier 1 --privacy.delta 1e-2 --privacy.clip 1"
+PROTECTIONS = {"CentralDP": CENTRAL, "LocalDP": LOCAL, "ExampleDP": EXAMPLE}
 
 COLUMNS = {
     "CentralDP": CENTRAL,
     "... `strict`": f"{CENTRAL} --privacy.strict true",
     "LocalDP": LOCAL,
+    "ExampleDP": EXAMPLE,
     "SecAgg": "--secure_aggregation SecAgg",
     "up: QSGD": "--transport.up QSGD",
     "up: TopK": "--transport.up TopK",
@@ -49,6 +52,7 @@ OTHERS = {
     "`privacy=CentralDP` with Poisson cohorts": f"{CENTRAL} --cohort.sampling poisson",
     "`privacy=CentralDP` with `strict`": f"{CENTRAL} --privacy.strict true",
     "`privacy=LocalDP` with `strict`": f"{LOCAL} --privacy.strict true",
+    "`privacy=ExampleDP` with `strict`": f"{EXAMPLE} --privacy.strict true",
     "`transport.down=QSGD`": "--transport.down QSGD",
     "`aggregation.sums=float32`": "--aggregation.sums float32",
     "`aggregation.clip_norm`": "--aggregation.clip_norm 1",
@@ -97,7 +101,7 @@ def features() -> list[Feature]:
     for key, family in families.items():
         for name in sorted(choices(family)):
             if "." not in name and name != class_name(NoAttack):
-                flags = {"CentralDP": CENTRAL, "LocalDP": LOCAL}.get(name, f"--{key} {name}")
+                flags = PROTECTIONS.get(name, f"--{key} {name}")
                 found.append(Feature(f"`{key}={name}`", f"{flags} {NEEDS.get(name, '')}"))
     return [*found, *(Feature(title, flags) for title, flags in OTHERS.items())]
 

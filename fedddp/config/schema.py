@@ -79,7 +79,7 @@ class Config(Section):
     """How client updates become one."""
 
     privacy: Privacy | None = field(default=None, metadata=EXPERIMENT)
-    """How the clients' data are protected, by CentralDP or LocalDP; none: not at all."""
+    """How the clients' data are protected, by CentralDP, LocalDP or ExampleDP; none: not at all."""
     secure_aggregation: SecureAggregation | None = field(default=None, metadata=EXPERIMENT)
     """How the coordinator receives the sum of the updates and no single one; none: it receives them all."""
 

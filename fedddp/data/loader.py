@@ -46,7 +46,7 @@ class Batch:
     count: int
     """Real examples: b, or 0 when this rank has none and holds one padding example of weight 0."""
     total: int
-    """Examples of the batch over all ranks of the group, >= 1."""
+    """Examples of the batch over all ranks of the group, >= 1; 0 for an empty batch of Poisson sampling."""
 
 
 @dataclass(slots=True)
@@ -146,18 +146,34 @@ class ClientLoader:
         if not len(indices):
             return
         examples = indices if rng is None else rng.permutation(indices)
+        whole, rest = divmod(len(examples), batch_size)
+        sizes = [batch_size] * whole + [rest] * (rest > 0)
+        yield from self.take(examples, sizes[:most], client, rng, shard, train=train)
+
+    def take(
+        self,
+        examples: Indices,
+        sizes: Sequence[int],
+        client: int | None,
+        rng: Generator | None,
+        shard: tuple[int, int],
+        *,
+        train: bool,
+    ) -> Iterator[Batch]:
+        """Yield `examples`, (n,), as they are, in batches of `sizes`, each >= 1; others as for `batches`."""
         draws = (
             draw_augmentation(self.data.augment, len(examples), rng) if train and rng is not None else None
         )
         shifts = self.data.feature_shift
         shift = None if shifts is None or client is None else shifts.of_client(client, self.seed)
         pass_seed = 0 if rng is None or self._pixels is not None else int(rng.integers(2**62))
-        examples = examples if most is None else examples[: most * batch_size]
-        parts = list(_parts(len(examples), batch_size, shard))
+        if not sizes:
+            return
+        parts = list(_parts(sizes, shard))
         if self._pixels is not None:
             read = self._held(examples, parts)
         else:
-            read = self._streamed(examples, parts, batch_size, shard, pass_seed)
+            read = self._streamed(examples, parts, sizes, shard, pass_seed)
         for some, planes, boxes in read:
             rows = _rows(some)
             of_rows = None if draws is None else draws[torch.from_numpy(rows)].to(self.device)
@@ -216,7 +232,12 @@ class ClientLoader:
             yield some, self._pixels.index_select(0, torch.from_numpy(chosen).to(self.device)), None
 
     def _streamed(
-        self, examples: Indices, parts: list[_Part], batch_size: int, shard: tuple[int, int], pass_seed: int
+        self,
+        examples: Indices,
+        parts: list[_Part],
+        sizes: Sequence[int],
+        shard: tuple[int, int],
+        pass_seed: int,
     ) -> Iterator[_Read]:
         """Yield batch by batch with its pixels, read by the workers.
 
@@ -226,7 +247,7 @@ class ClientLoader:
         if shard not in self._streams:
             pin = self.device.type == "cuda"
             self._streams[shard] = _Stream(self.images.source, self.data.workers, pin, shard)
-        stream = self._streams[shard].read(examples, batch_size, pass_seed)
+        stream = self._streams[shard].read(examples, sizes, pass_seed)
         for part, (planes, boxes) in zip(parts, stream, strict=True):
             moved = None if boxes is None else boxes.to(self.device)
             yield [part], planes.to(self.device, non_blocking=True), moved
@@ -252,12 +273,13 @@ class Normalizer:
         return ((images - self._offset) / self._byte_factor).round().clamp(0, 255).to(torch.uint8)
 
 
-def _parts(examples: int, batch_size: int, shard: tuple[int, int]) -> Iterator[_Part]:
+def _parts(sizes: Sequence[int], shard: tuple[int, int]) -> Iterator[_Part]:
     """Yield this rank's part of every batch of a pass."""
     rank, ranks = shard
-    rows = np.arange(examples)
-    for start in range(0, examples, batch_size):
-        batch = rows[start : start + batch_size]
+    rows, end = np.arange(sum(sizes)), 0
+    for size in sizes:
+        start, end = end, end + size
+        batch = rows[start:end]
         own = batch[rank::ranks]
         yield _Part(own if len(own) else batch[:1], len(own), len(batch))
 
@@ -296,14 +318,14 @@ class _Stream:
             )
         self._loader = loader
 
-    def read(self, examples: Indices, batch_size: int, pass_seed: int) -> Iterator[_Planes]:
+    def read(self, examples: Indices, sizes: Sequence[int], pass_seed: int) -> Iterator[_Planes]:
         """Yield the planes of this rank's part of every batch, and their boxes.
 
         Raises:
             ValueError: an image cannot be read, or a worker was killed.
         """
         sampler = self._sampler
-        sampler.examples, sampler.size, sampler.pass_seed = examples, batch_size, pass_seed
+        sampler.examples, sampler.sizes, sampler.pass_seed = examples, sizes, pass_seed
         try:
             for batch in self._loader:
                 if isinstance(batch, str):
@@ -328,12 +350,12 @@ class _PartSampler:
     """
 
     def __init__(self, ranks: int) -> None:
-        self.ranks, self.size, self.pass_seed = ranks, 1, 0
+        self.ranks, self.pass_seed = ranks, 0
         self.examples: Indices = np.empty(0, dtype=np.int64)
+        self.sizes: Sequence[int] = ()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        examples, ranks = len(self.examples), range(self.ranks)
-        by_rank = [_parts(examples, self.size, (rank, self.ranks)) for rank in ranks]
+        by_rank = [_parts(self.sizes, (rank, self.ranks)) for rank in range(self.ranks)]
         for parts in zip(*by_rank, strict=True):
             for part in parts:
                 yield [(index, self.pass_seed) for index in self.examples[part.rows].tolist()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,14 @@ class FlatModel:
         self.grad = self.grad.new_empty(0)
         for parameter in self._trained.values():
             parameter.grad = None
+
+    def rows(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return a batch of `values` of every trainable parameter, each (b, ...), as vectors (b, P)."""
+        pieces = [
+            (values[name] if parameter.is_contiguous() else values[name].movedim(2, -1)).flatten(1)
+            for name, parameter in self._trained.items()
+        ]
+        return torch.cat(pieces, dim=1)
 
     def mask(self, names: Iterable[str]) -> Tensor:
         """Return which elements of `params` belong to the parameters `names`; (P,) bool."""

@@ -27,36 +27,6 @@ def largest_clip(population: int) -> float:
     return 2.0 ** (60 - FRACTION_BITS) / population
 
 
-def central_terms(
-    privacy: CentralDP, account: Account, rounds: int, kept: float | None, repeated: int
-) -> Terms:
-    """Return what a run of `rounds` rounds is held to; a query of the account takes up to a second.
-
-    Args:
-        privacy: the settings.
-        account: how it is accounted.
-        rounds: rounds of the run.
-        kept: z of a run that is resumed: more rounds must not change it.
-        repeated: rounds that are charged again.
-
-    Raises:
-        ValueError: the budget does not allow a first round.
-    """
-    noise = kept or privacy.noise_multiplier
-    if noise is None:
-        assert privacy.target_epsilon is not None
-        noise = account.noise_multiplier(privacy.target_epsilon, rounds)
-    last = rounds
-    if privacy.budget < math.inf:
-        last = account.most_rounds(noise, privacy.budget, rounds + repeated) - repeated
-        if last + repeated < 1:
-            raise ValueError(
-                f"privacy.stop_at_epsilon={privacy.budget:g} is less than the first round costs "
-                f"(ε = {account.epsilon(noise, 1):.4g} with noise multiplier {noise:.4g}); raise one of them"
-            )
-    return Terms(noise, last, repeated)
-
-
 class CentralProtection(ActiveProtection):
     """Clips what every client sends, and adds noise to the sum of the cohort."""
 

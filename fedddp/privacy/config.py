@@ -24,13 +24,17 @@ COUNT_SHARE = 1 / 20
 
 @dataclass(frozen=True, kw_only=True)
 class Privacy(Section, ABC):
-    """How the clients' data are protected; a client's data are protected together, all examples at once."""
+    """How the clients' data are protected: all of a client's together, or (ExampleDP) each example."""
 
     key: ClassVar[str] = "privacy"
     chosen_by_name: ClassVar[bool] = True
 
+    weighs_equally: ClassVar[bool] = True
+    """Whether all clients weigh the same: their numbers of examples are protected too."""
+
     delta: Probability
-    """δ, in (0, 1): the probability with which ε may fail; below 1 / data.clients, such as 1e-5."""
+    """δ, in (0, 1): the probability with which ε may fail; below 1 / data.clients (ExampleDP: below one over
+    a client's examples), such as 1e-5."""
 
     noise: Literal["seeded", "secret"] = "seeded"
     """`seeded`: noise that follows from `seed`, for research: with the seed it can be removed, so every ε
@@ -41,13 +45,8 @@ class Privacy(Section, ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CentralDP(Privacy):
-    """Clip each client's update, add noise to the sum (DP-FedAvg; McMahan et al., 2018, arXiv:1710.06963).
-
-    mean = [Σ_S Δ_k·min(1, C/‖Δ_k‖) + N(0, (zC)²I)] / (qN), the norm over all vectors that a client sends.
-    Every client weighs 1, and qN is `cohort.size`, in every round. The coordinator sees the updates; what it
-    publishes, the models of all rounds, is (ε, δ)-differentially private for each client.
-    """
+class CalibratedDP(Section, ABC):
+    """Settings of a noise that is given, or follows from an ε for all rounds together."""
 
     noise_multiplier: PositiveFloat | None = None
     """z, the noise's standard deviation in C, > 0; give this or `target_epsilon`."""
@@ -57,6 +56,26 @@ class CentralDP(Privacy):
 
     stop_at_epsilon: PositiveFloat | None = None
     """End the run before the round that would exceed this ε, > 0; by default `target_epsilon`, if any."""
+
+    def __post_init__(self) -> None:
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            raise ValueError("noise_multiplier or target_epsilon must be given, and not both")
+
+    @property
+    def budget(self) -> float:
+        """The ε that the run may not exceed; infinite where there is none."""
+        given = [bound for bound in (self.stop_at_epsilon, self.target_epsilon) if bound is not None]
+        return min(given, default=math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentralDP(CalibratedDP, Privacy):
+    """Clip each client's update, add noise to the sum (DP-FedAvg; McMahan et al., 2018, arXiv:1710.06963).
+
+    mean = [Σ_S Δ_k·min(1, C/‖Δ_k‖) + N(0, (zC)²I)] / (qN), the norm over all vectors that a client sends.
+    Every client weighs 1, and qN is `cohort.size`, in every round. The coordinator sees the updates; what it
+    publishes, the models of all rounds, is (ε, δ)-differentially private for each client.
+    """
 
     clip: PositiveFloat | None = None
     """C, the largest norm of what a client sends, > 0; with `adaptive` of the first round, by default 0.1."""
@@ -79,8 +98,7 @@ class CentralDP(Privacy):
     size, by Rényi divergences for one client in another's place."""
 
     def __post_init__(self) -> None:
-        if (self.noise_multiplier is None) == (self.target_epsilon is None):
-            raise ValueError("noise_multiplier or target_epsilon must be given, and not both")
+        super().__post_init__()
         if self.clip is None and not self.adaptive:
             raise ValueError("clip has no default; give a value, such as the median norm of the updates")
 
@@ -88,12 +106,6 @@ class CentralDP(Privacy):
     def first_clip(self) -> float:
         """C of the first round."""
         return FIRST_CLIP if self.clip is None else self.clip
-
-    @property
-    def budget(self) -> float:
-        """The ε that the run may not exceed; infinite where there is none."""
-        given = [bound for bound in (self.stop_at_epsilon, self.target_epsilon) if bound is not None]
-        return min(given, default=math.inf)
 
     def sampling(self, cohorts: str) -> Sampling:
         """Return what the account knows of cohorts that are sampled by `cohorts`, of `cohort.sampling`."""
@@ -152,3 +164,18 @@ class LocalDP(Privacy):
 
     stop_at_epsilon: PositiveFloat | None = None
     """End the run before a client's ε, over all its local trainings, would exceed this, > 0; none: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleDP(CalibratedDP, Privacy):
+    """Each example is protected, by DP-SGD inside its client (Abadi et al., 2016, arXiv:1607.00133).
+
+    g = [Σ_B g_i·min(1, C/‖g_i‖) + N(0, (zC)²I)] / b at every step, b = `local.batch_size`. Batches B are
+    drawn by Poisson sampling, each example with probability q_k = min(1, b/n_k): `local.steps` of them, or
+    `local.epochs` times ⌈n_k/b⌉. ε is the largest of all clients. Numbers of examples n_k are public.
+    """
+
+    weighs_equally: ClassVar[bool] = False
+
+    clip: PositiveFloat
+    """C, the largest norm of an example's gradient, over all trainable parameters, > 0."""

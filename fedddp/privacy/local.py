@@ -27,12 +27,18 @@ class Participations:
         """Start before the first round."""
         self.counts, self.sample, self.rounds = np.zeros(population, dtype=np.int64), sample, 0
 
-    def most(self, rounds: int) -> int:
-        """Return the most local trainings of a client in the first `rounds` rounds, which may only grow."""
+    def after(self, rounds: int) -> NDArray[np.int64]:
+        """Return the local trainings of every client in the first `rounds` rounds; (population,)."""
+        if rounds < self.rounds:
+            self.counts, self.rounds = np.zeros_like(self.counts), 0
         while self.rounds < rounds:
             self.counts[self.sample(self.rounds)] += 1
             self.rounds += 1
-        return int(self.counts.max(initial=0))
+        return self.counts.copy()
+
+    def most(self, rounds: int) -> int:
+        """Return the most local trainings of a client in the first `rounds` rounds."""
+        return int(self.after(rounds).max(initial=0))
 
 
 def composed_epsilon(privacy: LocalDP, trainings: int) -> float:

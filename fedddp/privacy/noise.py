@@ -59,6 +59,11 @@ def check_sigma(sigma: float) -> None:
         )
 
 
+def secret_seed() -> int:
+    """Return 63 bits from the operating system's random source, to name streams by that are kept nowhere."""
+    return int.from_bytes(os.urandom(8), "little") >> 1
+
+
 def secret_normal(length: int) -> Floats:
     """Return N(0, 1) from the operating system's random source; (length,) float64. No key is kept.
 

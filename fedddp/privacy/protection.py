@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from fedddp.aggregation import Accumulator, Aggregation
 from fedddp.algorithms import Algorithm, ClientUpdate, ServerState
 from fedddp.models.flat import FlatModel
+from fedddp.privacy.config import CalibratedDP, ExampleDP, Privacy
 from fedddp.section import LARGEST
 
 KEPT = ("round", "privacy/", "eval/", "bytes/", "time/round", "time/evaluate", "time/checkpoint")
@@ -20,11 +23,54 @@ class Terms(NamedTuple):
     """What a run is held to, which the coordinator computes before the first round."""
 
     noise_multiplier: float
-    """z of central, μ of local differential privacy."""
+    """z, of local differential privacy μ."""
     last_round: int
     """The round after which the budget ends the run; the run's rounds where it does not."""
     repeated: int
     """Rounds that were released, lost with a process, and released again with other noise."""
+
+
+class RunAccount(Protocol):
+    """What the rounds of a run cost."""
+
+    def epsilon(self, noise_multiplier: float, rounds: int) -> float:
+        """Return ε after so many `rounds` with that noise."""
+
+    def noise_multiplier(self, epsilon: float, rounds: int) -> float:
+        """Return the smallest noise multiplier with which `rounds` rounds cost `epsilon`."""
+
+    def most_rounds(self, noise_multiplier: float, budget: float, limit: int) -> int:
+        """Return how many rounds, at most `limit`, cost no more than ε = `budget`."""
+
+
+def calibrated_terms(
+    privacy: CalibratedDP, account: RunAccount, rounds: int, kept: float | None, repeated: int
+) -> Terms:
+    """Return what a run of `rounds` rounds is held to; a query of the account takes up to a second.
+
+    Args:
+        privacy: the settings.
+        account: how it is accounted.
+        rounds: rounds of the run.
+        kept: z of a run that is resumed: more rounds must not change it.
+        repeated: rounds that are charged again.
+
+    Raises:
+        ValueError: the budget does not allow a first round.
+    """
+    noise = kept or privacy.noise_multiplier
+    if noise is None:
+        assert privacy.target_epsilon is not None
+        noise = account.noise_multiplier(privacy.target_epsilon, rounds)
+    last = rounds
+    if privacy.budget < math.inf:
+        last = account.most_rounds(noise, privacy.budget, rounds + repeated) - repeated
+        if last + repeated < 1:
+            raise ValueError(
+                f"privacy.stop_at_epsilon={privacy.budget:g} is less than the first round costs "
+                f"(ε = {account.epsilon(noise, 1):.4g} with noise multiplier {noise:.4g}); raise one of them"
+            )
+    return Terms(noise, last, repeated)
 
 
 class Protection:
@@ -62,6 +108,9 @@ class Protection:
     def metadata(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
         return {}
+
+    def write(self, directory: Path, rounds: int) -> None:
+        """Write what a run that ends after `rounds` rounds says of single clients; on the coordinator."""
 
     def released(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return what is recorded of a round's line."""
@@ -112,12 +161,16 @@ class ActiveProtection(Protection):
         return {"noise_multiplier": self.terms.noise_multiplier, "repeated": self.terms.repeated}
 
 
-def check_model(flat: FlatModel, algorithm: Algorithm) -> None:
+def check_model(flat: FlatModel, algorithm: Algorithm, privacy: Privacy) -> None:
     """Refuse running statistics, which would leave the clients unprotected.
 
     Raises:
-        ValueError: the model has some, and the algorithm does not keep them local.
+        ValueError: the model has some, and the algorithm does not keep them local; or, with ExampleDP, the
+            model mixes the examples of a batch.
     """
+    if isinstance(privacy, ExampleDP):
+        _check_examples_apart(flat)
+        return
     layers = [
         name
         for name, layer in flat.module.named_modules()
@@ -128,3 +181,19 @@ def check_model(flat: FlatModel, algorithm: Algorithm) -> None:
             f"privacy: the running statistics of the batch norm {layers[0]!r} would leave clients without "
             "protection; set model.norm=group, or keep them local by algorithm=FedBN"
         )
+
+
+def _check_examples_apart(flat: FlatModel) -> None:
+    """Refuse a model that mixes the examples of a batch, or keeps statistics of them.
+
+    Raises:
+        ValueError: it has batch norm, or instance norm with running statistics.
+    """
+    for name, layer in flat.module.named_modules():
+        mixes = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        kept = isinstance(layer, nn.modules.batchnorm._NormBase) and layer.running_mean is not None
+        if mixes or kept:
+            raise ValueError(
+                f"privacy: {name!r} normalises by statistics of other examples, but ExampleDP bounds what a "
+                "single one changes; set model.norm=group"
+            )

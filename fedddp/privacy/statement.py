@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedddp.privacy.central import central_terms
-from fedddp.privacy.config import CentralDP, LocalDP, Privacy
+from fedddp.privacy.config import CalibratedDP, CentralDP, ExampleDP, LocalDP, Privacy
 from fedddp.privacy.local import Participations, composed_epsilon, local_terms
+from fedddp.privacy.protection import calibrated_terms
 from fedddp.storage.history import number
 
 OUTSIDE = "losses, cohorts and clients' numbers and states in the run's files are not protected"
+OUTSIDE_EXAMPLES = "losses, and metrics on clients' data, in the run's files are not protected"
+"""With ExampleDP, where what clients keep is protected."""
 OUTSIDE_SECURE = "losses, summed over clients, and clients' states in the run's files are not protected"
 """With secure aggregation, where no file names a cohort."""
 
@@ -22,14 +24,20 @@ def statement(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> s
     if not isinstance(privacy, Mapping) or last is None:
         return None
     simulated = "simulated " if last.get("privacy/simulated") else ""
+    of_examples = privacy.get("name") == ExampleDP.__name__
+    whom = "each example of a client" if of_examples else "each client"
     text = (
-        f"{simulated}ε = {last['privacy/epsilon']:.4g} at δ = {privacy.get('delta')} for each client, "
+        f"{simulated}ε = {last['privacy/epsilon']:.4g} at δ = {privacy.get('delta')} for {whom}, "
         f"{privacy.get('name')}, after round {last['round']}"
     )
     if simulated:
         text += "; its noise follows from the seed"
+    if of_examples:
+        text += "; numbers of examples count as public"
     if privacy.get("strict"):
         return text
+    if of_examples:
+        return f"{text}; {OUTSIDE_EXAMPLES}"
     return f"{text}; {OUTSIDE if config.get('secure_aggregation') is None else OUTSIDE_SECURE}"
 
 
@@ -38,7 +46,7 @@ def forecast(privacy: Privacy, account: Any, participations: Participations, rou
 
     Args:
         privacy: the settings.
-        account: of the rounds (`CentralDP.account`); not used for LocalDP.
+        account: of the rounds (`Account`, or for ExampleDP `ExampleAccount`); not used for LocalDP.
         participations: how often clients are sampled, before the first round; for LocalDP.
         rounds: rounds of the run.
 
@@ -46,10 +54,11 @@ def forecast(privacy: Privacy, account: Any, participations: Participations, rou
         ValueError: the budget does not allow a first round.
     """
     simulated = "simulated " if privacy.noise == "seeded" else ""
-    if isinstance(privacy, CentralDP):
-        terms = central_terms(privacy, account, rounds, None, 0)
+    if isinstance(privacy, CalibratedDP):
+        terms = calibrated_terms(privacy, account, rounds, None, 0)
         epsilon = account.epsilon(terms.noise_multiplier, terms.last_round)
-        privacy.noise_of_update(terms.noise_multiplier, account.cohort)
+        if isinstance(privacy, CentralDP):
+            privacy.noise_of_update(terms.noise_multiplier, account.cohort)
         text = f"noise multiplier {terms.noise_multiplier:.5g}: {simulated}ε = {epsilon:.4g}"
         ends = f"at δ = {privacy.delta:g} after round {terms.last_round} ({account.words})"
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from fedddp.config.schema import Config
 from fedddp.data.datasets import Images, load
 from fedddp.data.partition import Split, holdout_sizes
 from fedddp.models.flat import FlatModel
-from fedddp.privacy.config import CentralDP
+from fedddp.privacy.config import CentralDP, ExampleDP
 from fedddp.privacy.protection import check_model
 from fedddp.privacy.statement import forecast
 from fedddp.secure import SecureAggregation
@@ -26,7 +26,7 @@ from fedddp.training.assembly import outputs_check
 from fedddp.training.clients import client_names, clients_of, pooled
 from fedddp.training.engine import why_eager
 from fedddp.training.exchange import round_bytes
-from fedddp.training.protect import check_library, participations_of
+from fedddp.training.protect import check_library, example_account, participations_of
 from fedddp.transport.links import Links
 from fedddp.transport.shared import Shared
 
@@ -67,7 +67,7 @@ def dry_run(config: Config, world_size: int) -> Table:
     cohort = config.cohort.sample(len(split), config.seed, 0)
     assignment = assign(cohort, sizes[cohort], groups)
     examples = [int(sizes[clients].sum()) for clients in assignment]
-    steps = config.local.steps or config.local.epochs * float(np.ceil(sizes / config.local.batch_size).mean())
+    steps = np.mean([config.local.steps_on(examples) for examples in sizes.tolist()])
 
     table = Table("", "", box=None, show_header=False)
     table.add_row("world", _world(config, world_size, groups))
@@ -90,7 +90,7 @@ def dry_run(config: Config, world_size: int) -> Table:
     )
     table.add_row("local training", _engine(config, module, train))
     if config.privacy is not None:
-        table.add_row("privacy", privacy_text(config, flat))
+        table.add_row("privacy", privacy_text(config, flat, sizes))
     table.add_row("bytes per round", _traffic(config, server, flat, len(cohort)))
     if config.secure_aggregation is not None:
         table.add_row("secure aggregation", _secure(config.secure_aggregation, len(cohort)))
@@ -108,8 +108,8 @@ def _split(config: Config, train: Images, test: Images | None) -> tuple[Config, 
     return config, clients.split, sizes - holdout_sizes(sizes, config.data.holdout)
 
 
-def privacy_text(config: Config, flat: FlatModel) -> str:
-    """Return the noise and the ε that the section `privacy` asks for.
+def privacy_text(config: Config, flat: FlatModel, sizes: NDArray[np.int64]) -> str:
+    """Return the noise and the ε that the section `privacy` asks for, of clients with `sizes` examples.
 
     Raises:
         ValueError: the model, or the budget, does not allow a run.
@@ -117,10 +117,12 @@ def privacy_text(config: Config, flat: FlatModel) -> str:
     privacy, population = config.privacy, config.data.clients
     assert privacy is not None
     check_library(config)
-    check_model(flat, config.algorithm)
-    account = None
+    check_model(flat, config.algorithm, privacy)
+    account: Any = None
     if isinstance(privacy, CentralDP):
         account = privacy.account(config.cohort, population, config.rounds)
+    if isinstance(privacy, ExampleDP):
+        account = example_account(config, privacy, sizes)
     return forecast(privacy, account, participations_of(config, population), config.rounds)
 
 

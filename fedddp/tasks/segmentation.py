@@ -155,7 +155,8 @@ def _cross_entropies(outputs: Tensor, targets: Tensor) -> Tensor:
 def _dice_losses(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return 1 - the mean soft Dice over the classes in each image's mask, (b,); 0 for a mask without any."""
     valid = (targets != IGNORED)[:, None]
-    truth = F.one_hot(targets.masked_fill(~valid[:, 0], 0), outputs.shape[1]).movedim(-1, 1) * valid
+    classes = torch.arange(outputs.shape[1], device=outputs.device)
+    truth = targets[:, None] == classes[:, None, None]  # not `one_hot`, which `vmap` does not know
     chances = outputs.softmax(1) * valid
     true_sizes = truth.flatten(2).sum(2)
     sizes = chances.flatten(2).sum(2) + true_sizes

@@ -85,7 +85,7 @@ class ClientTrainer:
         self.world, self.flat, self.task, self.loader = world, flat, task, loader
         self.local, self.algorithm, self.seed = local, algorithm, seed
         self.shard = (world.data_rank, world.ranks_per_client)
-        self.replica = replicate(world, flat.module, task, blank_batch(loader.images, world.device))
+        self.replica = self._replica()
         self.parameter = nn.Parameter(flat.params)
         self.parameter.grad = flat.grad
         self.optimizer = local.make_optimizer(self.parameter)
@@ -274,6 +274,12 @@ class ClientTrainer:
         return stream_seed(DROPOUT, self.seed, context.round, context.client, self.world.data_rank)
 
     # ---- DDP ----
+
+    def _replica(self) -> nn.Module:
+        """Collective over the group. Return the model as the group trains it."""
+        return replicate(
+            self.world, self.flat.module, self.task, blank_batch(self.loader.images, self.world.device)
+        )
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         no_sync = getattr(self.replica, "no_sync", None)

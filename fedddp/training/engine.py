@@ -16,8 +16,10 @@ from fedddp.distributed.world import World
 from fedddp.models.flat import FlatModel
 from fedddp.models.trace import UnsupportedModelError
 from fedddp.models.traced import try_traced
+from fedddp.privacy.config import ExampleDP
 from fedddp.section import ConfigError
 from fedddp.training.client_trainer import ClientTrainer
+from fedddp.training.private_trainer import PrivateTrainer
 from fedddp.training.traced_trainer import TracedTrainer, definer
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLo
         ConfigError: `local.engine` is "traced", and the model, the algorithm or the place does not allow it.
     """
     parts = (world, flat, config.task, loader, config.local, config.algorithm)
+    if isinstance(config.privacy, ExampleDP):
+        return PrivateTrainer(*parts, seed=config.seed, privacy=config.privacy)
     reason = why_eager(config, flat.module, loader.images.shape, world.device, world.ranks_per_client)
     if not reason:
         logger.debug("local.engine: traced")
@@ -78,6 +82,7 @@ def obstacle(config: Config, device: torch.device, ranks: int) -> str:
     unknown = [owner.__name__ for owner in owners if not owner.__module__.startswith("fedddp.")]
     reasons = {
         "local.engine is eager": local.engine == "eager",
+        "ExampleDP takes the gradient of every example": isinstance(config.privacy, ExampleDP),
         "a client has several ranks": ranks > 1,
         "the clients train on a GPU": device.type != "cpu",
         f"local.precision is {local.precision}": local.precision != "fp32",

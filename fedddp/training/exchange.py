@@ -71,10 +71,10 @@ def round_bytes(config: Config, links: Links, server: ServerState, clients: int)
         return clients * (links.update_bytes(server) + links.buffer_bytes(server)), down
     degree = config.secure_aggregation.degree(clients)
     length = vector_length(links.lengths(server), 0, server.integer_buffers.numel())
-    # Without `privacy` clients first add up their numbers of examples, by another run of the protocol,
-    # and are sent the sum.
+    # Weighed by examples, clients first add up their numbers of them, by another run of the protocol, and
+    # are sent the sum.
     up, more = traffic(length, degree)
-    if config.privacy is None:
+    if config.privacy is None or not config.privacy.weighs_equally:
         first = traffic(1, degree)
         up, more = up + first[0], more + first[1] + NUMBER_BYTES
     return clients * up, down + clients * more

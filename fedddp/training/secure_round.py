@@ -44,8 +44,8 @@ class SecureRound:
         """Collective. Add up n_k over the cohort, then exchange the keys and shares of the round.
 
         n_k is a client's own, but each needs their sum for its weight p_k. So a first run of the protocol,
-        with its own keys, sums vectors of length 1; drop-outs are simulated in the second. With `privacy` all
-        clients weigh the same, and no sum of the n_k, which has no noise, is formed.
+        with its own keys, sums vectors of length 1; drop-outs are simulated in the second. Where `privacy`
+        weighs all clients equally, no sum of the n_k, which has no noise, is formed.
 
         Args:
             sums: the round's.
@@ -62,7 +62,8 @@ class SecureRound:
         ]
         neighbours = self.settings.neighbours(self.cohort.tolist(), seed, index)
         context = f"{s.directory.name}|{index}"
-        if s.config.privacy is None:
+        privacy = s.config.privacy
+        if privacy is None or not privacy.weighs_equally:
             first = SecureSum(
                 *(s.world, self.settings, neighbours), hosted=here, drops={}, context=f"{context}|n", length=1
             )
