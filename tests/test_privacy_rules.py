@@ -196,11 +196,8 @@ def test_plan_answers_for_examples(capsys: pytest.CaptureFixture[str]) -> None:
     """Batches of all examples: 30 steps with noise multiplier 5."""
     flags = "--privacy ExampleDP --privacy.noise_multiplier 5 --privacy.delta 1e-5 --privacy.clip 1"
     flags += " --local.steps 3 --local.batch_size 2000 --cohort.size 20 --rounds 10"
-    shown = planned(flags, capsys)
-    assert (
-        "noise multiplier 5: simulated ε = 4.866 at δ = 1e-05 after round 10 (Poisson batches, q = 1 to 1; "
-        in (shown)
-    )
+    expected = "noise multiplier 5: simulated ε = 4.866 at δ = 1e-05 after round 10 (Poisson batches, q = 1"
+    assert expected in planned(flags, capsys)
 
 
 def test_plan_refuses_what_a_run_refuses(capsys: pytest.CaptureFixture[str]) -> None:

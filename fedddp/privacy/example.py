@@ -264,7 +264,7 @@ def add_clipped(total: Tensor, rows: Tensor, clip: float) -> None:
 
 
 def _lengths(rows: Tensor) -> Tensor:
-    """Return the norm of each row, (b,) float64, as exact as `SLACK` says: float32 adds few squares."""
+    """Return the norm of each row, (b,) float64, exact to `SLACK`: float32 adds few squares."""
     blocks = rows.shape[1] // BLOCK
     many = rows[:, : blocks * BLOCK].view(len(rows), blocks, BLOCK)
     rest = rows[:, blocks * BLOCK :]

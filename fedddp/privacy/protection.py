@@ -110,7 +110,7 @@ class Protection:
         return {}
 
     def write(self, directory: Path, rounds: int) -> None:
-        """Write what a run that ends after `rounds` rounds says of single clients; on the coordinator."""
+        """Write what a run of `rounds` rounds has on single clients, at its end; on the coordinator."""
 
     def released(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return what is recorded of a round's line."""
