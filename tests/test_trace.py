@@ -240,6 +240,17 @@ def test_functions_keywords_and_layers_in_place_are_traced(make: Callable[[], nn
     try_traced(make(), SHAPE)  # which compares them
 
 
+def test_a_pass_keeps_what_its_way_back_takes_and_no_more() -> None:
+    layers = [nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)]
+    traced = TracedModel(nn.Sequential(*layers))
+    with torch.no_grad():
+        outputs = traced.forward(torch.rand(2, *SHAPE))
+        kept = [place for place, value in enumerate(traced._values) if value is not None]
+        traced.backward(outputs, Step(0.1, keep=1.0))
+    assert kept == [2, 3, 4]  # of the ReLU and the flattening; and the outputs
+    assert not any(value is not None for value in traced._values[1:])
+
+
 def test_only_layers_that_may_draw_cost_a_seed() -> None:
     quiet = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
     assert not TracedModel(quiet).draws
