@@ -33,7 +33,7 @@ def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLo
         ConfigError: `local.engine` is "traced", and the model, the algorithm or the place does not allow it.
     """
     parts = (world, flat, config.task, loader, config.local, config.algorithm)
-    reason = why_eager(config, flat.module, loader.images.shape, world.device, world.ranks_per_client)
+    reason = why_eager(config, flat, loader.images.shape, world.device, world.ranks_per_client)
     if not reason:
         logger.debug("local.engine: traced")
         return TracedTrainer(*parts, seed=config.seed)
@@ -47,7 +47,7 @@ def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLo
 
 
 def why_eager(
-    config: Config, module: nn.Module, shape: tuple[int, int, int], device: torch.device, ranks: int
+    config: Config, flat: FlatModel, shape: tuple[int, int, int], device: torch.device, ranks: int
 ) -> str:
     """Return why clients train by the eager engine; empty if by the traced one.
 
@@ -55,7 +55,7 @@ def why_eager(
 
     Args:
         config: of the run.
-        module: the model, on the CPU.
+        flat: the model, which is tried and put back.
         shape: of an image, (C, H, W).
         device: where clients train.
         ranks: R, of a client.
@@ -64,7 +64,7 @@ def why_eager(
     if reason:
         return reason
     try:
-        try_traced(module, shape)
+        try_traced(flat, shape)
     except UnsupportedModelError as error:
         return str(error)
     return ""
