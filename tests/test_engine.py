@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from fedddp import (
     TrackingConfig,
 )
 from fedddp.algorithms import MOON, ClientContext, FedAvg, FedBuff
+from fedddp.models.flat import FlatModel
 from fedddp.models.traced import TracedModel
 from fedddp.reporting.dry_run import dry_run
 from fedddp.section import ConfigError
@@ -84,7 +86,7 @@ def test_what_the_eager_engine_trains_and_why(
     changes: dict[str, Any], place: dict[str, Any], reason: str
 ) -> None:
     given = {"device": CPU, "ranks": 1, **place}
-    assert why_eager(Config(**changes), MLP, (1, 2, 2), **given) == reason
+    assert why_eager(Config(**changes), FlatModel(copy.deepcopy(MLP)), (1, 2, 2), **given) == reason
 
 
 def test_the_plan_says_which_engine_trains() -> None:

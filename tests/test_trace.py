@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedddp.models.flat import FlatModel
 from fedddp.models.trace import UnsupportedModelError
 from fedddp.models.traced import Step, TracedModel, try_traced
 
@@ -184,7 +185,7 @@ def test_a_model_whose_traced_passes_would_be_others_is_refused_with_the_reason(
     model = make()
     before = copy.deepcopy(model.state_dict()), model.training
     with pytest.raises(UnsupportedModelError, match=reason):
-        try_traced(model, SHAPE)
+        try_traced(FlatModel(model), SHAPE)
     assert model.training == before[1]
     assert all(torch.equal(tensor, before[0][name]) for name, tensor in model.state_dict().items())
 
@@ -192,7 +193,7 @@ def test_a_model_whose_traced_passes_would_be_others_is_refused_with_the_reason(
 def test_a_trial_draws_nothing_and_changes_nothing() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Dropout(), nn.Linear(12, 3))
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    try_traced(model, SHAPE)
+    try_traced(FlatModel(model), SHAPE)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -210,7 +211,7 @@ class Rows(nn.Module):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_gradients_pass_through_a_linear_layer_on_maps_of_any_layout(layout: torch.memory_format) -> None:
-    try_traced(Rows().to(memory_format=layout), SHAPE)  # which compares them
+    try_traced(FlatModel(Rows().to(memory_format=layout)), SHAPE)  # which compares them
 
 
 class Keywords(Two):
@@ -237,7 +238,18 @@ class Activated(Two):
 
 @pytest.mark.parametrize("make", [Keywords, Mixing, Activated])
 def test_functions_keywords_and_layers_in_place_are_traced(make: Callable[[], nn.Module]) -> None:
-    try_traced(make(), SHAPE)  # which compares them
+    try_traced(FlatModel(make()), SHAPE)  # which compares them
+
+
+def test_a_pass_keeps_what_its_way_back_takes_and_no_more() -> None:
+    layers = [nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)]
+    traced = TracedModel(nn.Sequential(*layers))
+    with torch.no_grad():
+        outputs = traced.forward(torch.rand(2, *SHAPE))
+        kept = [place for place, value in enumerate(traced._values) if value is not None]
+        traced.backward(outputs, Step(0.1, keep=1.0))
+    assert kept == [2, 3, 4]  # of the ReLU and the flattening; and the outputs
+    assert not any(value is not None for value in traced._values[1:])
 
 
 def test_only_layers_that_may_draw_cost_a_seed() -> None:

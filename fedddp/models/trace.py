@@ -26,7 +26,8 @@ def trace(module: nn.Module) -> fx.Graph:
     Raises:
         UnsupportedModelError: it cannot be traced, or a trace would not hold for every pass.
     """
-    module = copy.deepcopy(module).train()  # what a trace leaves in a module would stay there
+    # In a copy, as what a trace leaves in a module would stay there; it leaves parameters alone.
+    module = copy.deepcopy(module, {id(p): p for p in module.parameters()}).train()
     if any(_is_changed(layer) for layer in module.modules()):
         raise UnsupportedModelError("a layer has hooks, or a forward of its own")
     before, draws = _plain_attributes(module), global_states()

@@ -6,7 +6,6 @@ layer takes the step of SGD within its matrix product, so that no gradient is wr
 
 from __future__ import annotations
 
-import copy
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
@@ -34,6 +34,10 @@ QUIET = (
     *(nn.Flatten, nn.Identity),
 )
 """Layers that draw nothing from the global generators; a user's subclass may."""
+
+
+PIECE = 1 << 20
+"""Elements of a vector that a trial compares at a time."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,12 @@ class TracedModel:
         self.draws = any(isinstance(op, _Other) and not op.quiet for op in self.operations)
         """Whether an operation may draw from the global generators, as dropout does."""
         self._values: list[Any] = [None] * len(places)
-        """The images and the results of all operations, from a forward pass to its backward pass."""
+        """The images and the results of operations, from a forward pass to its backward pass."""
+        kept = {place for operation in self.operations for place in operation.kept()} | {self._result}
+        last_use = {place: operation for operation in self.operations for place in operation.inputs}
+        for place, operation in last_use.items():
+            if place not in kept:
+                operation.frees.append(place)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the outputs for `images` (b, C, H, W)."""
@@ -80,6 +89,8 @@ class TracedModel:
         values[0] = images
         for operation in self.operations:
             operation.forward(values)
+            for place in operation.frees:
+                values[place] = None
         return values[self._result]  # type: ignore[no-any-return]
 
     def backward(self, gradient: Tensor, step: Step | None) -> None:
@@ -110,6 +121,14 @@ class Operation(ABC):
     trains = False
     """Whether it has parameters that train."""
 
+    def __init__(self) -> None:
+        self.frees: list[int] = []
+        """Places of what no later operation takes, and no backward pass."""
+
+    def kept(self) -> Sequence[int]:
+        """Return the places of what `backward` takes."""
+        return ()
+
     @abstractmethod
     def forward(self, values: list[Any]) -> None:
         """Put the result in its place."""
@@ -129,11 +148,15 @@ class _Linear(Operation):
 
     def __init__(self, layer: nn.Linear, needed: bool) -> None:
         """`needed`: whether the gradient of its input is."""
+        super().__init__()
         self.layer, self.needed = layer, needed
         self.weight, self.bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
         self.trains_weight = layer.weight.requires_grad
         self.trains_bias = layer.bias is not None and layer.bias.requires_grad
         self.trains = self.trains_weight or self.trains_bias
+
+    def kept(self) -> Sequence[int]:
+        return (self.input,)
 
     def forward(self, values: list[Any]) -> None:
         values[self.output] = F.linear(values[self.input], self.weight, self.bias)
@@ -153,6 +176,9 @@ class _Linear(Operation):
 
 
 class _Relu(Operation):
+    def kept(self) -> Sequence[int]:
+        return (self.output,)
+
     def forward(self, values: list[Any]) -> None:
         values[self.output] = torch.relu(values[self.input])
 
@@ -165,13 +191,15 @@ class _Reshape(Operation):
     """A view, or a copy, of the same values in another shape."""
 
     def __init__(self, call: Callable[..., Tensor]) -> None:
+        super().__init__()
         self.call = call
 
     def forward(self, values: list[Any]) -> None:
+        self.shape = values[self.input].shape
         values[self.output] = self.call(*[values[place] for place in self.inputs])
 
     def backward(self, values: list[Any], gradients: list[Any], step: Step | None) -> None:
-        _add(gradients, self.input, gradients[self.output].reshape(values[self.input].shape))
+        _add(gradients, self.input, gradients[self.output].reshape(self.shape))
 
 
 class _Other(Operation):
@@ -179,6 +207,7 @@ class _Other(Operation):
 
     def __init__(self, call: Callable[..., Any], layer: nn.Module | None, needed: list[bool]) -> None:
         """`needed`: whether the gradient of each input is."""
+        super().__init__()
         self.call, self.needed = call, needed
         self.parameters = [] if layer is None else [p for p in layer.parameters() if p.requires_grad]
         self.trains = bool(self.parameters)
@@ -195,19 +224,22 @@ class _Other(Operation):
         with torch.set_grad_enabled(bool(self.leaves or self.parameters)):
             if self.in_place:
                 inputs = [value.clone() for value in inputs]
-            self.result = result = self.call(*inputs)
+            result = self.call(*inputs)
         if isinstance(result, tuple | list) and any(isinstance(part, Tensor) for part in result):
             raise UnsupportedModelError("its forward pass splits a tensor into several")
-        values[self.output] = result.detach() if isinstance(result, Tensor) else result
+        if isinstance(result, Tensor) and result.requires_grad:
+            self.edge: Any = get_gradient_edge(result)  # not the result, which need not stay in memory
+            result = result.detach()
+        values[self.output] = result
 
     def backward(self, values: list[Any], gradients: list[Any], step: Step | None) -> None:
         wanted = [*self.leaves.values(), *self.parameters]
-        found = torch.autograd.grad(self.result, wanted, gradients[self.output])
+        found = torch.autograd.grad(self.edge, wanted, gradients[self.output])
         for place, gradient in zip(self.leaves, found, strict=False):
             _add(gradients, place, gradient)
         for parameter, gradient in zip(self.parameters, found[len(self.leaves) :], strict=True):
             _update(parameter, gradient, step)
-        self.result, self.leaves = None, {}
+        self.edge, self.leaves = None, {}
 
 
 def _update(parameter: nn.Parameter, gradient: Tensor, step: Step | None) -> None:
@@ -253,35 +285,52 @@ def _call(node: fx.Node, layer: nn.Module | None) -> Callable[..., Any]:
     return call
 
 
-def try_traced(module: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Check, in copies of `module`, that its traced passes do what its own do.
+def try_traced(flat: FlatModel, shape: tuple[int, int, int]) -> None:
+    """Check that the traced passes of a model do what its own do; gradients end at zero, all else as it was.
 
     Args:
-        module: the model, on the CPU.
+        flat: the model, on the CPU.
         shape: of an image, (C, H, W).
 
     Raises:
         UnsupportedModelError: they do not, and why.
     """
+    module, training = flat.module, flat.module.training
+    traced = TracedModel(module)
+    buffers = flat.buffers.clone(), flat.integer_buffers.clone()
     with generators_kept(), torch.no_grad():
-        one, two = (FlatModel(copy.deepcopy(module).train()) for _ in range(2))
-        traced = TracedModel(two.module)
-        for count in (3, 2):
-            images = torch.rand(count, *shape, generator=torch.Generator().manual_seed(count))
-            seed_global(count)
-            with torch.enable_grad():
-                outputs = one.module(images)
-                one.grad.zero_()
-                outputs.backward(gradient := torch.linspace(-1, 1, outputs.numel()).view_as(outputs))
-            seed_global(count)
-            try:
-                found = traced.forward(images)
-                traced.backward(gradient, None)
-            except UnsupportedModelError:
-                raise
-            except Exception as error:
-                raise UnsupportedModelError(f"its traced passes fail ({first_line(error)})") from error
-            for mine, other in [(found, outputs), (two.grad, one.grad), (two.buffers, one.buffers)]:
-                scale = max(float(other.abs().max()), 1e-6) if other.numel() else 0.0
-                if mine.shape != other.shape or not torch.allclose(mine, other, rtol=1e-3, atol=1e-4 * scale):
-                    raise UnsupportedModelError("its traced passes compute something else")
+        try:
+            for count in (3, 2):
+                images = torch.rand(count, *shape, generator=torch.Generator().manual_seed(count))
+                _compare(flat, traced, images, buffers)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(f"its traced passes fail ({first_line(error)})") from error
+        finally:
+            flat.load(flat.params, *buffers)
+            flat.grad.zero_()
+            module.train(training)
+
+
+def _compare(flat: FlatModel, traced: TracedModel, images: Tensor, buffers: tuple[Tensor, Tensor]) -> None:
+    """Compare outputs, gradients and buffers after a pass of either kind from `buffers`."""
+    flat.load(flat.params, *buffers)
+    flat.grad.zero_()
+    seed_global(0)
+    with torch.enable_grad():
+        expected = flat.module.train()(images)
+        expected.backward(gradient := torch.linspace(-1, 1, expected.numel()).view_as(expected))
+    flat.read_buffers()
+    results = [expected.detach(), flat.grad.clone(), flat.buffers.clone()]
+    flat.load(flat.params, *buffers)
+    seed_global(0)
+    found = traced.forward(images)
+    traced.backward(gradient, None)
+    flat.read_buffers()
+    for mine, other in zip([found, flat.grad, flat.buffers], results, strict=True):
+        scale = max(float(other.abs().max()), 1e-6) if other.numel() else 0.0
+        # In pieces: what a comparison takes in between would be as large as the model.
+        pieces = zip(*(torch.split(v.flatten(), PIECE) for v in (mine, other)), strict=True)
+        if not all(torch.allclose(one, two, rtol=1e-3, atol=1e-4 * scale) for one, two in pieces):
+            raise UnsupportedModelError("its traced passes compute something else")

@@ -32,7 +32,6 @@ from fedddp.transport.shared import Shared
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from torch import nn
 
 OPTIMIZER_VECTORS = {"sgd": 0, "adam": 2, "adamw": 2}
 SHOWN = 8
@@ -88,7 +87,7 @@ def dry_run(config: Config, world_size: int) -> Table:
         "first round",
         f"clients per group {_list([len(v) for v in assignment])}, examples per group {_list(examples)}",
     )
-    table.add_row("local training", _engine(config, module, train))
+    table.add_row("local training", _engine(config, flat, train))
     if config.privacy is not None:
         table.add_row("privacy", privacy_text(config, flat, sizes))
     table.add_row("bytes per round", _traffic(config, server, flat, len(cohort)))
@@ -167,11 +166,11 @@ def _world(config: Config, world_size: int, groups: int) -> str:
     return f"{_count(world_size, 'rank')}: {_count(groups, 'client group')} of {ranks}; coordinator: {where}"
 
 
-def _engine(config: Config, module: nn.Module, train: Images) -> str:
+def _engine(config: Config, flat: FlatModel, train: Images) -> str:
     """Return which engine trains the clients, and why the eager one."""
     cpu = config.topology.device == "cpu" or not torch.cuda.is_available()
     device = torch.device("cpu" if cpu else "cuda")
-    reason = why_eager(config, module, train.shape, device, config.topology.ranks_per_client)
+    reason = why_eager(config, flat, train.shape, device, config.topology.ranks_per_client)
     return f"eager, because {reason}" if reason else "traced"
 
 

@@ -37,7 +37,7 @@ def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLo
     parts = (world, flat, config.task, loader, config.local, config.algorithm)
     if isinstance(config.privacy, ExampleDP):
         return PrivateTrainer(*parts, seed=config.seed, privacy=config.privacy)
-    reason = why_eager(config, flat.module, loader.images.shape, world.device, world.ranks_per_client)
+    reason = why_eager(config, flat, loader.images.shape, world.device, world.ranks_per_client)
     if not reason:
         logger.debug("local.engine: traced")
         return TracedTrainer(*parts, seed=config.seed)
@@ -51,7 +51,7 @@ def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLo
 
 
 def why_eager(
-    config: Config, module: nn.Module, shape: tuple[int, int, int], device: torch.device, ranks: int
+    config: Config, flat: FlatModel, shape: tuple[int, int, int], device: torch.device, ranks: int
 ) -> str:
     """Return why clients train by the eager engine; empty if by the traced one.
 
@@ -59,7 +59,7 @@ def why_eager(
 
     Args:
         config: of the run.
-        module: the model, on the CPU.
+        flat: the model, which is tried and put back.
         shape: of an image, (C, H, W).
         device: where clients train.
         ranks: R, of a client.
@@ -68,7 +68,7 @@ def why_eager(
     if reason:
         return reason
     try:
-        try_traced(module, shape)
+        try_traced(flat, shape)
     except UnsupportedModelError as error:
         return str(error)
     return ""

@@ -254,6 +254,7 @@ def train_clients(
         result = s.trainer.train(s.server, job, state)
         take(s, current, job, state, result)
         current.stopping += int(result.stop)
+        del result  # its update is as large as the model, and so is the next one's
     if s.world.leads_group:
         current.busy[s.world.group] = time.perf_counter() - started
 
