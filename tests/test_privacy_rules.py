@@ -86,6 +86,10 @@ class Losses(FedAvg):
             r"privacy.delta=0.05 must be below 1 / data.clients = 0.05",
         ),
         (
+            {"privacy": privacy.LocalDP(delta=0.05, epsilon=1.0, clip=1.0)},
+            r"privacy.delta=0.05 must be below 1 / data.clients = 0.05",
+        ),
+        (
             {
                 "privacy": dataclasses.replace(CENTRAL, amplification="without_replacement"),
                 "cohort": CohortConfig(sampling="poisson"),

@@ -199,7 +199,7 @@ def refusal(c: Config) -> str | None:
             return f"{setting} cannot be combined with {given}: it {rule.reason}"
     if isinstance(privacy, ExampleDP):
         return _training_refusal(c)
-    return _sampling_refusal(c, privacy) if isinstance(privacy, CentralDP) else None
+    return _population_refusal(c, privacy)
 
 
 def _training_refusal(c: Config) -> str | None:
@@ -219,13 +219,15 @@ def _training_refusal(c: Config) -> str | None:
     return f"{found} cannot be combined with privacy=ExampleDP: it {reasons[found]}"
 
 
-def _sampling_refusal(c: Config, privacy: CentralDP) -> str | None:
-    """Return what is wrong with δ or the account of the cohorts."""
+def _population_refusal(c: Config, privacy: Privacy) -> str | None:
+    """Return what is wrong with δ for so many clients, or with the account of their cohorts."""
     if privacy.delta >= 1 / c.data.clients:
         return (
             f"privacy.delta={privacy.delta:g} must be below 1 / data.clients = {1 / c.data.clients:.3g}: a "
             "larger δ allows to publish a client as it is; lower privacy.delta"
         )
+    if not isinstance(privacy, CentralDP):
+        return None
     if privacy.amplification == "without_replacement" and c.cohort.sampling != "fixed":
         return (
             f"privacy.amplification=without_replacement is of cohorts of fixed size, but cohort.sampling="
