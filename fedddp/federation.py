@@ -310,7 +310,9 @@ def _recording_failure(s: Session) -> Iterator[None]:
     except BaseException as error:
         s.world.report_failure()
         if s.world.is_coordinator:
-            s.checkpoints.wait()
+            unwritten = s.checkpoints.wait()
+            if unwritten is not None:
+                error.add_note(unwritten)
             lines = [f"{error}" or type(error).__name__, *getattr(error, "__notes__", [])]
             run_record.end(s.directory, "failed", " ".join("; ".join(lines).split()))
         s.tracker.finish(failed=True)

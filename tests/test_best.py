@@ -32,9 +32,13 @@ from fedddp import (
 )
 from fedddp.algorithms import FedBuff
 from fedddp.config.loader import to_yaml
+from fedddp.distributed.launch import connect
+from fedddp.distributed.topology import TopologyConfig
+from fedddp.storage.checkpoint import save_tensors
+from fedddp.storage.client_states import ClientStates
 from fedddp.storage.history import read_rows
 from fedddp.testing import run_world
-from fedddp.training.best import Best
+from fedddp.training.best import Best, BestModels, drop_newer
 
 DRAW = torch.Generator().manual_seed(3)
 TRAIN, TEST = (
@@ -354,3 +358,35 @@ def test_without_test_data_there_is_nothing_to_stop_by(tmp_path: Path) -> None:
     config = dataclasses.replace(config, evaluation=EvaluationConfig(stop_after=2))
     with pytest.raises(ConfigError, match=r"evaluation.stop_after: .* give test data"):
         Federation(config, module=net(), train=TRAIN).run()
+
+
+def test_best_models_of_rounds_that_the_run_lost_are_deleted(tmp_path: Path) -> None:
+    """A process that is killed may have written the best model, but not the checkpoint of its round."""
+    for lost, metadata in ((False, {"round": "3"}), (True, {"round": "4"})):
+        save_tensors({"x": torch.zeros(1)}, tmp_path / "best.safetensors", metadata)
+        drop_newer(tmp_path, 3)
+        assert (tmp_path / "best.safetensors").exists() is not lost
+
+
+def test_a_best_model_has_its_clients_beside_it_whenever_the_process_ends(tmp_path: Path) -> None:
+    written: list[set[str]] = []
+    world = connect(TopologyConfig())
+    world.close()
+    states, models = ClientStates(world), BestModels(["clients/a_mean"], kept=True)
+    for number in (1, 2):
+        states.kept = {0: {"x": torch.full((2,), float(number))}}
+        better = models.update({"clients/a_mean": float(number)}, number)
+        models.keep(nn.Linear(1, 1), better)
+        models.keep_clients(states, better)
+        with pytest.MonkeyPatch.context() as patch:
+
+            def watched(*arguments: Any) -> None:
+                written.append({path.name for path in (tmp_path / "best-clients").iterdir()})
+                save_tensors(*arguments)
+
+            patch.setattr("fedddp.training.best.save_tensors", watched)
+            models.write(tmp_path, states, {})
+    of_round = [f"clients-a_mean-0000{number}-00000.safetensors" for number in (1, 2)]
+    assert written == [{of_round[0]}, {*of_round}], "the first is there until the second model is"
+    assert [path.name for path in (tmp_path / "best-clients").iterdir()] == of_round[1:]
+    assert load_file(tmp_path / "best-clients" / of_round[1])["0.x"].eq(2).all()

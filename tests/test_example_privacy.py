@@ -442,7 +442,7 @@ def test_secret_noise_batches_and_repeated_rounds(tmp_path: Path) -> None:
     (one.folder / "model.safetensors").unlink()
     again = run(tmp_path, config, name="x", rounds=5, resume="auto")
     assert again.history[-1]["privacy/repeated"] == 1
-    assert json.loads((one.folder / LEDGER).read_text()) == {"repeated": 1}
+    assert json.loads((one.folder / LEDGER).read_text()) == {"repeated": 1, "noise_multiplier": 1.0}
 
 
 def trained_by_a_group(config: Config, folder: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,6 +46,9 @@ def train_until_killed(name: str, config: Config, folder: str) -> None:
         calls += 1
         result = real(*arguments)
         if calls == last and os.environ["RANK"] == str(rank):
+            # The checkpoint of round 1 is written while round 2 trains.
+            while not Path(folder, name, "checkpoints", "round-00001").exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 

@@ -28,9 +28,11 @@ from fedddp import (
 from fedddp.algorithms import Ditto, FedAvg, FedBN, FedPer
 from fedddp.config.baselines import compared_on_clients, in_effect
 from fedddp.federation import Result
+from fedddp.inference.own_models import _number
 from fedddp.models.flat import FlatModel
 from fedddp.models.norms import convert_norm
 from fedddp.models.zoo import SMALL_MODELS
+from fedddp.privacy import CentralDP
 from fedddp.secure import SecAgg
 from fedddp.storage.history import read_rows
 from fedddp.transport.shared import Shared
@@ -53,7 +55,7 @@ def run(folder: Path, **changes: Any) -> Result:
 # ---- what is evaluated ----
 
 
-def test_trained_clients_are_evaluated_by_themselves_and_nothing_else_is(
+def test_clients_are_evaluated_by_themselves_and_nothing_else_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "fedddp"):
@@ -61,8 +63,10 @@ def test_trained_clients_are_evaluated_by_themselves_and_nothing_else_is(
     (row,) = result.history
     assert not any(key.startswith("eval/") for key in row)
     rows = read_rows(result.folder / "clients.jsonl")
-    assert [one["client"] for one in rows] == row["cohort"]
-    assert row["clients/accuracy_mean"] == pytest.approx(sum(one["accuracy"] for one in rows) / 2)
+    # Two of four have trained: rounds are judged by the same clients.
+    assert [one["client"] for one in rows] == [0, 1, 2, 3]
+    assert len(row["cohort"]) == 2
+    assert row["clients/accuracy_mean"] == pytest.approx(sum(one["accuracy"] for one in rows) / 4)
     # The head of the 2nn has 200 * 10 + 10 of its 64 * 200 + 200 + 200 * 200 + 200 + 2010 parameters.
     assert "2,010 of 55,210 parameters stay at each client" in caplog.text
     assert "no global model, so no eval/*; 4 of 4 clients are evaluated" in caplog.text
@@ -79,6 +83,8 @@ def test_of_many_clients_fifty_are_evaluated_unless_their_number_is_set() -> Non
     assert (evaluated(), evaluated(data=many), evaluated(data=many, baseline="local")) == (4, 50, 50)
     assert evaluated(data=many, evaluation=EvaluationConfig(clients=70)) == 70
     assert evaluated(algorithm=FedAvg()) == evaluated(algorithm=Ditto()) == 0
+    private = CentralDP(noise_multiplier=1.0, delta=1e-3, clip=1.0)
+    assert evaluated(privacy=private) == 0, "no numbers of single clients unless asked for"
     masked: dict[str, Any] = {"secure_aggregation": SecAgg(), "cohort": CohortConfig(size=4)}
     assert evaluated(**masked) == 0, "no metrics of single clients"
     assert evaluated(data=dataclasses.replace(BASE.data, holdout=0.0)) == 0, "they have no data for it"
@@ -97,6 +103,15 @@ def test_without_data_of_the_clients_nothing_is_evaluated_and_a_warning_says_why
     assert "set data.holdout" in caplog.text
     with pytest.raises(ConfigError, match="do not have clients/accuracy_mean; .*data.holdout"):
         run(tmp_path, data=data, checkpoint=CheckpointConfig(best="clients/accuracy_mean"))
+
+
+def test_names_that_are_numbers_are_names() -> None:
+    """Owners 1, 2 and 10 are the clients 0, 1 and 2."""
+    names = ["1", "2", "10"]
+    assert [_number(name, names, 3) for name in ("1", 2, "10")] == [0, 1, 2]
+    with pytest.raises(ConfigError, match="client=0 is none of the run's; choose one: 1, 2, 10$"):
+        _number("0", names, 3)
+    assert [_number(client, ["east", "west"], 2) for client in ("west", "0", 1)] == [1, 0, 1]
 
 
 @pytest.mark.parametrize("changes", [{}, {"algorithm": Ditto()}, {"baseline": "local"}], ids=str)

@@ -328,6 +328,7 @@ def test_the_record_of_the_split_holds_what_each_client_holds(finished: Result) 
         labels = train_images.labels[clients.indices(client)].tolist()
         assert share == {
             "client": client,
+            "name": None,
             "size": len(labels),
             "histogram": [labels.count(c) for c in range(10)],
         }

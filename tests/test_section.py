@@ -218,7 +218,7 @@ def test_a_range_in_the_documentation_of_a_setting_is_checked() -> None:
         (
             lambda: make(TrackingConfig, zebra=1),
             "unknown key 'tracking.zebra'; tracking has trackers, project, group, tags, mode, report, "
-            "progress, profile",
+            "pictures, progress, profile",
         ),
         (lambda: make(LocalConfig, 3), "LocalConfig takes keywords only, got 3; write LocalConfig(...=...)"),
         (lambda: make(Config, "digits"), "Config takes keywords only, got 'digits'; write Config(...=...)"),

@@ -111,7 +111,8 @@ VARIANTS = {
         local=LocalConfig(epochs=1, batch_size=20, lr=0.01, momentum=0.5, optimizer_state="keep"),
         rounds=4,
     ),
-    "clipped updates, feature shift": small(
+    "clipped updates, feature shift, traced": small(
+        model=ModelConfig(name="resnet8-gn"),
         aggregation=Mean(clip_norm=0.05),
         data=dataclasses.replace(BASE.data, feature_shift=FeatureShift(noise=0.1)),
     ),

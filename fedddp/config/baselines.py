@@ -89,7 +89,7 @@ def on_clients(c: Config) -> Config:
 
     It may not where clients have no data for it, or where its row would show what is to be hidden.
     """
-    if c.evaluation.clients:
+    if c.evaluation.clients or c.privacy is not None:  # no numbers of single clients unless asked for
         return c
     clients = min(c.data.clients, EVALUATED)
     try:

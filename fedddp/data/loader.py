@@ -61,12 +61,9 @@ class _Part:
 
 def blank_batch(images: Images, device: torch.device) -> Batch:
     """Return a batch of two blank images of the shape of `images`, to try a model with."""
-    height, width = images.shape[1:]
-    targets: Targets = torch.zeros(2, dtype=torch.int64)
-    if images.target == "multilabel":
-        targets = torch.zeros(2, images.classes)
-    if images.target == "mask":
-        targets = torch.zeros(2, height, width, dtype=torch.int64)
+    shape = {"multilabel": (images.classes,), "mask": images.shape[1:]}.get(images.target, ())
+    kind = torch.float32 if images.target == "multilabel" else torch.int64
+    targets: Targets = torch.zeros(2, *shape, dtype=kind)
     if images.target == "boxes":
         targets = Boxes.join([(torch.empty(0, 4), torch.empty(0, dtype=torch.int64))] * 2)
     return Batch(torch.zeros(2, *images.shape, device=device), targets.to(device), 2, 2)

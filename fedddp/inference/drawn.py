@@ -90,7 +90,8 @@ class BoxesOfFile:
     @property
     def cut(self) -> bool:
         """Whether the model did not see all of the file."""
-        return self.seen != (0.0, 0.0, *map(float, self.size[::-1]))
+        whole = (0.0, 0.0, *map(float, self.size[::-1]))
+        return any(abs(edge - end) > 0.01 for edge, end in zip(self.seen, whole, strict=True))  # of float32
 
     @property
     def names(self) -> list[str]:

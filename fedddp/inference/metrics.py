@@ -186,7 +186,8 @@ def _evaluate_clients(
     """Evaluate each client: on its own model with its `states`, or else on `model`.
 
     Of `data`, training and test images, on its own part of the test set, on what it held out, or else on
-    what it was trained on. A client that was never trained is left out where there is no global model.
+    what it was trained on. A client that was never trained has the
+    initial values of what stays local.
     """
     clients = clients_of(config, *data)
     tested = clients.tests is not None
@@ -203,13 +204,10 @@ def _evaluate_clients(
             continue
         module = model.module
         if own is not None and states is not None:
-            state = states.of_client(client)
-            if not state and ALONE in model.metadata:
-                continue
-            own.load(state)
+            own.load(states.of_client(client))
             module = own.flat.module
         totals = measure(module, model.task, loader, indices, config.evaluation.batch_size, client)
-        metrics = {n: v for n, v in totals.numbers(model.task).items() if isinstance(v, float)}
-        rows.append({"client": client, **clients.label(client), "examples": len(indices), **metrics})
+        numbers = totals.numbers(model.task)
+        rows.append({"client": client, **clients.label(client), "examples": len(indices), **numbers})
     states_round = states.round if states is not None else None
     return ClientMetrics(rows, held_out, states is not None, states_round, tested)

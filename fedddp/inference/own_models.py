@@ -71,9 +71,10 @@ def _number(client: str | int, names: Sequence[str], clients: int) -> int:
         ConfigError: there is none.
     """
     given = str(client)
-    if isinstance(client, str) and given in names:
+    if given in names:
         return list(names).index(given)
-    if given.isdecimal() and int(given) < clients:
+    named_by_number = any(name.isdecimal() for name in names)
+    if given.isdecimal() and int(given) < clients and not named_by_number:
         return int(given)
     raise ConfigError(f"client={given} is none of the run's; choose one: {listed(names, clients)}")
 
@@ -83,7 +84,8 @@ def listed(names: Sequence[str], clients: int) -> str:
     if not names:
         return f"0..{clients - 1}"
     more = ", ..." if len(names) > MOST_NAMES else ""
-    return f"{', '.join(names[:MOST_NAMES])}{more} (or 0..{clients - 1})"
+    numbers = "" if any(name.isdecimal() for name in names) else f" (or 0..{clients - 1})"
+    return f"{', '.join(names[:MOST_NAMES])}{more}{numbers}"
 
 
 class PersonalModel:

@@ -156,7 +156,7 @@ class Checkpoints:
     ) -> None:
         aside, final = self.folder / f".{name}.part", self.folder / name
         for file, tensors in files.items():
-            _write_tensors(tensors, aside / file)
+            write_tensors(tensors, aside / file)
             metadata["files"][file] = _digest(aside / file)
         content = {"digest": _digest_json(metadata), "metadata": metadata}
         write_text(aside / METADATA, json.dumps(content, indent=1))
@@ -263,7 +263,7 @@ def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write `tensors` to the .safetensors file `path`, atomically, with texts for its header."""
-    _write_tensors(_copied(tensors), path, metadata)
+    write_tensors(_copied(tensors), path, metadata)
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -271,9 +271,14 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 
-def _write_tensors(
+def write_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
+    """Write dense `tensors` without shared memory, as `save_tensors` does, but without copies.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     aside = path.with_name(f".{path.name}.part")
     try:
         safetensors.torch.save_file(dict(tensors), aside, None if metadata is None else dict(metadata))
@@ -290,14 +295,12 @@ def _write_tensors(
 
 
 def share(path: Path) -> None:
-    """Give a file the rights that the umask leaves; safetensors makes it readable for the owner only."""
-    path.chmod(0o666 & ~_umask())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    """Give a file the rights of any new file; safetensors makes it readable for the owner only."""
+    # To ask for the umask means to change it, for all threads.
+    new = path.with_name(f".{path.name}.rights")
+    new.touch()
+    path.chmod(new.stat().st_mode & 0o777)
+    new.unlink()
 
 
 def _order_metadata(path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedddp.distributed.world import World
-from fedddp.storage.checkpoint import share
+from fedddp.storage.checkpoint import write_tensors
 
 State = dict[str, Tensor]
 
@@ -87,17 +87,13 @@ class ClientStates:
         return [path]
 
     def save_best(self, directory: Path, metric: str, round_number: int, kept: Mapping[int, State]) -> None:
-        """Write the states `kept` by this rank in the best round by `metric`, instead of earlier ones."""
+        """Collective. Write the states `kept` by this rank in the best round by `metric`."""
         if self.world.is_coordinator:
             (directory / BEST_CLIENTS).mkdir(exist_ok=True)
         self.world.barrier()
         if kept:
             name = _best_name(metric, round_number, f"{self.world.group:05d}")
             _write(kept, directory / BEST_CLIENTS / name)
-        if self.world.is_coordinator:
-            of_round = {*best_files(directory, metric, round_number)}
-            for path in {*(directory / BEST_CLIENTS).glob(_best_name(metric, None, "*"))} - of_round:
-                path.unlink(missing_ok=True)
 
     def load(self, files: Iterable[Path]) -> None:
         """Restore states saved with any number of groups; client k goes to group k mod G."""
@@ -116,6 +112,13 @@ def best_files(directory: Path, metric: str, round_number: int) -> list[Path]:
     return sorted((directory / BEST_CLIENTS).glob(_best_name(metric, round_number, "*")))
 
 
+def prune_best(directory: Path, metric: str, round_number: int) -> None:
+    """Delete the states of other rounds than `round_number`, that of the best model by `metric`."""
+    of_round = {*best_files(directory, metric, round_number)}
+    for path in {*(directory / BEST_CLIENTS).glob(_best_name(metric, None, "*"))} - of_round:
+        path.unlink(missing_ok=True)
+
+
 def _best_name(metric: str, round_number: int | None, group: str) -> str:
     of_round = "*" if round_number is None else f"{round_number:05d}"
     return f"{metric.replace('/', '-')}-{of_round}-{group}.safetensors"
@@ -123,8 +126,7 @@ def _best_name(metric: str, round_number: int | None, group: str) -> str:
 
 def _write(states: Mapping[int, State], path: Path) -> None:
     flat = {f"{client}.{n}": t for client, s in states.items() for n, t in s.items()}
-    safetensors.torch.save_file(flat, path)
-    share(path)
+    write_tensors(flat, path)
 
 
 def _pack(state: Mapping[str, Tensor]) -> Tensor:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fedddp.evaluation import Metrics
 from fedddp.storage.checkpoint import distinct_state, save_tensors
-from fedddp.storage.client_states import ClientStates, State
+from fedddp.storage.client_states import ClientStates, State, prune_best
 from fedddp.storage.history import direction
 from fedddp.storage.run_record import BEST
 
@@ -91,15 +92,31 @@ class BestModels:
         for best in better:
             best.clients = dict(states.kept)
 
-    def write_clients(self, directory: Path, states: ClientStates) -> None:
-        """Collective. Write what clients kept in the rounds of the best models that are new."""
-        for best in (self.decisive, *self.others):
-            if best.clients is not None:
-                states.save_best(directory, best.metric, best.round, best.clients)
-                best.clients = None
+    def write(self, directory: Path, states: ClientStates, metadata: Mapping[str, str]) -> None:
+        """Collective. Write the models that are new, and what clients kept in their rounds.
 
-    def write(self, directory: Path, metadata: Mapping[str, str]) -> None:
-        """Write the models that are new, with `metadata` and their metrics in the headers of the files."""
+        Whenever it is interrupted, each model has its clients beside it: theirs are written before it, and
+        those of the model before are deleted after it.
+
+        Args:
+            directory: the run directory.
+            states: of the clients.
+            metadata: goes into the headers of the files, with the metrics.
+        """
+        new = [best for best in (self.decisive, *self.others) if best.clients is not None]
+        for best in new:
+            assert best.clients is not None
+            states.save_best(directory, best.metric, best.round, best.clients)
+        if new:
+            states.world.barrier()
+        if states.world.is_coordinator:
+            self._write_models(directory, metadata)
+            for best in new:
+                prune_best(directory, best.metric, best.round)
+        for best in new:
+            best.clients = None
+
+    def _write_models(self, directory: Path, metadata: Mapping[str, str]) -> None:
         for best in (self.decisive, *self.others):
             if best.state is not None:
                 of_best = {"metric": best.metric, "value": best.value, "round": best.round}
@@ -120,6 +137,17 @@ class BestModels:
         recorded = {other["metric"]: other for other in metadata.get("others", [])}
         for best in self.others:
             best.restore(recorded.get(best.metric, {}), needs_file=self.kept)
+
+
+def drop_newer(directory: Path, round_number: int) -> None:
+    """Delete the best models of rounds after `round_number`, from which the run resumes without them.
+
+    They were written shortly before the process was killed; their rounds may never come again.
+    """
+    for file in directory.glob("best*.safetensors"):
+        with safe_open(file, framework="pt") as saved:
+            if int((saved.metadata() or {}).get("round", 0)) > round_number:
+                file.unlink()
 
 
 def best_file(metric: str) -> str:

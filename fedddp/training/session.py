@@ -34,7 +34,7 @@ from fedddp.storage.checkpoint import Checkpoints, Saved, load_into
 from fedddp.storage.client_states import ClientStates
 from fedddp.storage.run_record import ALONE
 from fedddp.tracking.tracker import NullTracker
-from fedddp.training.best import BestModels
+from fedddp.training.best import BestModels, drop_newer
 from fedddp.training.client_trainer import ClientJob, ClientTrainer
 from fedddp.training.clients import Clients
 from fedddp.training.profiling import NoProfiler
@@ -214,12 +214,12 @@ class Session:
 
     def _evaluate_clients(self, round_number: int) -> Metrics:
         chosen = self.config.evaluation.sample(len(self.clients), self.config.seed)
-        examples, alone = {}, not self.config.algorithm.has_global_model
+        examples = {}
         for position, client in enumerate(chosen.tolist()):
             home = self.states.homes.get(client)
             rank = position % self.world.size if home is None else self.world.leader(home)
-            # One that was never trained has no model, where there is no global one.
-            if rank == self.world.rank and (client in self.states.kept or not alone):
+            # One that was not trained yet, too: else rounds would be judged by means over other clients.
+            if rank == self.world.rank:
                 examples[client] = self.clients.evaluated(client)
         loader = self.train if self.clients.tests is None else self.test
         assert loader is not None
@@ -323,11 +323,9 @@ class Session:
         line = None if row is None else self._write(row)
         self.tracker.sync()
         with self.timed("checkpoint"):
-            if self.best is not None:
-                self.best.write_clients(self.directory, self.states)
+            if self.best is not None:  # before the checkpoint that knows of them
+                self.best.write(self.directory, self.states, self.model_metadata())
             if self.world.is_coordinator:
-                if self.best is not None:  # before the checkpoint that knows of them
-                    self.best.write(self.directory, self.model_metadata())
                 self.load_global_model()
             server = {f"server.{n}": tensor for n, tensor in self.server.vectors.items()}
             common = {
@@ -348,7 +346,7 @@ class Session:
                 {**common, **(metadata or {})},
                 self.states.save,
             )
-        if line is not None:  # after the checkpoint: what a callback raises loses no round
+        if line is not None:  # where a callback raises, the end of the run waits for the checkpoint
             self.call_back(line)
 
     def model_metadata(self) -> dict[str, str]:
@@ -389,5 +387,7 @@ class Session:
         self.metadata = saved.metadata
         if self.best is not None:
             self.best.restore(saved.metadata.get("best", {}))
+            if self.world.is_coordinator:
+                drop_newer(self.directory, int(saved.metadata["round"]))
         self.server.version = int(saved.metadata["version"])
         self.rounds_done = int(saved.metadata["round"])
