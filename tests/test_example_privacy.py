@@ -31,15 +31,26 @@ from fedddp.data.poisson import poisson_batches
 from fedddp.distributed.launch import connect
 from fedddp.models.flat import FlatModel
 from fedddp.privacy.accountant import BOUND_ORDERS, Account, renyi_bounds
-from fedddp.privacy.example import CLIENTS, ExampleAccount, add_clipped, example_sensitivity, step_noise
+from fedddp.privacy.example import (
+    CLIENTS,
+    Cost,
+    ExampleAccount,
+    add_clipped,
+    example_sensitivity,
+    grid_exponent,
+    step_noise,
+)
 from fedddp.privacy.local import Participations
 from fedddp.privacy.noise import UNIT
 from fedddp.privacy.statement import statement
 from fedddp.rng import stream
+from fedddp.secure import SecAgg
 from fedddp.testing import run_world
+from fedddp.training import synchronous
 from fedddp.training.objects import Objects
 from fedddp.training.private_trainer import PrivateTrainer
 from fedddp.training.protect import LEDGER
+from fedddp.training.session import Stopped
 
 DELTA = 1e-3
 CLIP, NOISE = 1.6, 1.0
@@ -246,6 +257,28 @@ def test_no_row_exceeds_the_sensitivity_and_sums_of_the_largest_are_exact(clip: 
         assert torch.equal(many, single)
 
 
+def test_rounding_to_the_grid_has_no_bias() -> None:
+    """Halves of the grid's step, a little less and a little more, of either sign."""
+    halves = torch.tensor([0.499, 0.501, -0.499, -0.501]) * 2.0 ** grid_exponent(1.0)
+    total = torch.zeros(4, dtype=torch.int64)
+    add_clipped(total, halves[None].clone(), 1.0)
+    assert (total * UNIT / 2.0 ** grid_exponent(1.0)).tolist() == [0, 1, 0, -1]
+
+
+def test_half_precision_gradients_are_summed_exactly() -> None:
+    rows = torch.full((8, 3), 1000.0, dtype=torch.float16)
+    total = torch.zeros(3, dtype=torch.int64)
+    add_clipped(total, rows, 16.0)
+    assert (total * UNIT).tolist() == pytest.approx([8 * 16 / 3**0.5] * 3, rel=1e-3)
+
+
+def test_secret_noise_is_another_at_every_call() -> None:
+    secret = dataclasses.replace(EXAMPLES, noise="secret")
+    for given, same in ((EXAMPLES, True), (secret, False)):
+        one, two = (step_noise(given, 1.0, 20, ("name", 1)) for _ in range(2))
+        assert torch.equal(one, two) is same
+
+
 def test_examples_without_a_finite_gradient_count_as_zero() -> None:
     rows = torch.tensor([[1.0, math.nan], [math.inf, 0.0], [1e30, 0.0], [0.0, 3.0], [0.0, 0.0]])
     total = torch.zeros(2, dtype=torch.int64)
@@ -359,6 +392,15 @@ def test_many_different_clients_cost_few_queries_and_never_too_little() -> None:
     )
     found = account.epsilon(2.0, 1)
     assert exact <= found + 1e-4
+    # Groups of the clients that are left are covered by the highest rate and the most steps in each.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedddp.privacy.example.QUERIES", 1)
+        largest = max(
+            account._epsilon(2.0, Cost(int(n), int(t))) for n, t in zip(sizes, account.steps, strict=True)
+        )
+        assert account.epsilon(2.0, 1) >= largest
+        account.known.clear()
+    account.epsilon(2.0, 1)
     assert found < min(1.1 * exact, float(cheap.max()))
     assert len(account.known) <= 16
 
@@ -368,6 +410,25 @@ def test_the_noise_for_a_target_is_the_smallest_that_is_enough_for_all_clients()
     z = account.noise_multiplier(3.0, 4)
     assert account.epsilon(z, 4) <= 3 < account.epsilon(z * 0.9999, 4)
     assert account.most_rounds(z, 3.0, 8) in (4, 5)
+
+
+def test_the_noise_for_a_target_is_enough_where_the_worst_client_changes_with_it() -> None:
+    """With little noise the client that samples costs most, with more the one that takes all its examples."""
+    account = ExampleAccount(
+        np.array([4, 40]), LocalConfig(steps=1, batch_size=4), 1, everybody(2), delta=1e-3, rounds=1
+    )
+    account.steps = np.array([1, 70])
+    z = account.noise_multiplier(0.55, 1)
+    assert account.epsilon(z, 1) <= 0.55 < account.epsilon(0.999 * z, 1)
+
+
+@pytest.mark.parametrize("rounds", range(1, 60, 2))
+def test_the_noise_of_the_closed_form_does_not_exceed_its_target(rounds: int) -> None:
+    account = Account(sampling="none", population=9, cohort=9, delta=1e-3, rounds=rounds)
+    for target in (0.55, 2.0, 8.0):
+        z = account.noise_multiplier(target, rounds)
+        assert account.epsilon(z, rounds) <= target < account.epsilon(z * (1 - 1e-6), rounds)
+        assert account.most_rounds(z, target, 2 * rounds) == rounds
 
 
 def test_a_delta_that_protects_no_example_is_refused() -> None:
@@ -424,6 +485,44 @@ def test_strict_runs_record_no_losses_and_no_clients(tmp_path: Path) -> None:
     assert {key.partition("/")[0] for row in result.history for key in row} <= kept
     assert not (result.folder / CLIENTS).exists()
     assert torch.equal(weights(result.model), weights(seen.model))
+
+
+@pytest.mark.parametrize("algorithm", [SCAFFOLD(), Ditto()], ids=lambda a: type(a).__name__)
+def test_a_strict_round_that_is_stopped_is_repeated_from_the_states_at_its_start(
+    algorithm: Algorithm, tmp_path: Path
+) -> None:
+    strict = dataclasses.replace(EXAMPLES, strict=True)
+    config = rig.config_of(algorithm, rig.LOCAL, privacy=strict, rounds=2)
+
+    def train(folder: Path, stop_after: int | None = None, **changes: Any) -> dict[str, Tensor]:
+        with (
+            contextlib.closing(connect(TopologyConfig(device="cpu"))) as world,
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            session = rig.session_of(
+                dataclasses.replace(config, **changes), world, folder, rig.objects_of("", config)
+            )
+            taken, take = [], synchronous.take
+
+            def watched(*arguments: Any) -> None:
+                take(*arguments)
+                taken.append(1)
+                if len(taken) == stop_after:
+                    world.request_stop()
+
+            patch.setattr(synchronous, "take", watched)
+            with pytest.raises(Stopped) if stop_after else contextlib.nullcontext():
+                synchronous.run_rounds(session)
+            session.checkpoints.finish()
+            session.tracker.finish()
+            states = {f"{k}.{n}": t for k, state in session.states.kept.items() for n, t in state.items()}
+            return {"params": session.server.params.clone(), **states}
+
+    expected = train(tmp_path / "a")
+    train(tmp_path / "b", stop_after=5)
+    resumed = train(tmp_path / "b", resume="auto")
+    assert resumed.keys() == expected.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
 
 
 def test_secret_noise_batches_and_repeated_rounds(tmp_path: Path) -> None:
@@ -558,6 +657,27 @@ def test_what_has_no_exact_sum_of_clipped_gradients_is_refused(flags: str, messa
     assert "\n" not in str(refused.value)
 
 
+class Counting(nn.Module):
+    """Keeps a sum of all images in a buffer that no checkpoint has."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += x.detach().sum()
+        return x
+
+
+def test_a_buffer_that_changes_in_training_is_refused_before_an_update_is_sent(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIGS["FedProx"], algorithm=FedAvg())
+    with pytest.raises(ValueError, match=r"privacy: the buffer '0.seen' changes in training"):
+        run(tmp_path, config, nn.Sequential(Counting(), *ref.net()))
+
+
 def test_models_that_mix_examples_and_too_large_clips_are_refused(tmp_path: Path) -> None:
     norm = dataclasses.replace(CONFIGS["FedProx"], local=rig.NORM)
     with pytest.raises(ConfigError, match=r"'2' normalises by statistics of other .*model.norm=group"):
@@ -570,7 +690,9 @@ def test_models_that_mix_examples_and_too_large_clips_are_refused(tmp_path: Path
 def test_a_loss_that_is_no_number_does_not_decide_about_an_update(tmp_path: Path) -> None:
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.where(x.amax((1, 2, 3), keepdim=True) > 2, x * math.nan, x)
+            return torch.where(x.amax((1, 2, 3), keepdim=True) > 2, x * self.factor, x)
+
+        factor = math.nan
 
     rule = Mean(on_invalid_update="skip")
     cohort = CohortConfig(size=ref.CLIENTS)
@@ -579,3 +701,8 @@ def test_a_loss_that_is_no_number_does_not_decide_about_an_update(tmp_path: Path
     )
     assert [row["clients/invalid"] for row in result.history] == [0] * 3
     assert torch.isfinite(weights(result.model)).all()
+    # One that is finite, but larger than a sum that is masked can be.
+    Odd.factor = 1e18
+    more: dict[str, Any] = {"aggregation": rule, "cohort": cohort, "secure_aggregation": SecAgg(), **ALL}
+    result = run(tmp_path, CONFIGS["FedProx"], nn.Sequential(Odd(), *ref.net()), name="masked", **more)
+    assert [row["clients/invalid"] for row in result.history] == [0] * 3

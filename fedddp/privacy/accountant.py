@@ -109,7 +109,10 @@ class Account:
     def noise_multiplier(self, epsilon: float, rounds: int) -> float:
         """Return the smallest noise multiplier z, to 7 digits, with which `rounds` rounds cost `epsilon`."""
         if not self.needs_library:
-            return math.sqrt(rounds) / mu_of(epsilon, self.delta)
+            z = math.sqrt(rounds) / mu_of(epsilon, self.delta)
+            while self.epsilon(z, rounds) > epsilon:  # by the last digit
+                z *= 1 + 1e-9
+            return z
         bound = _calibrated(lambda z: self._by_renyi(z, rounds), epsilon, 0.3, 30.0)
         if self.sampling == "without_replacement":
             return bound

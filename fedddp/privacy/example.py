@@ -252,9 +252,10 @@ def add_clipped(total: Tensor, rows: Tensor, clip: float) -> None:
 
     Args:
         total: (d,) int64, in units of 2⁻⁴⁰; changed in place.
-        rows: gradients of single examples; (b, d), floating; changed in place.
+        rows: gradients of single examples; (b, d), floating; may be changed in place.
         clip: C.
     """
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     exponent, lengths = grid_exponent(clip), _lengths(rows)
     factors = torch.where(lengths > clip, clip / lengths, 1.0).mul_(2.0**-exponent).to(rows.dtype)
     rows.mul_(factors[:, None]).round_()

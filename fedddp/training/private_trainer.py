@@ -34,6 +34,10 @@ CHUNK_BYTES = 256 * 2**20
 """Gradients of single examples that are held at once, in bytes; `local.accumulate` makes it fewer."""
 
 
+MOST_LOSS = 1e4
+"""Loss of an example, at most, in the sum that is recorded."""
+
+
 class PrivateTrainer(ClientTrainer):
     """Trains with Poisson batches, clipped gradients of single examples, and noise; all else is its parent's.
 
@@ -59,6 +63,7 @@ class PrivateTrainer(ClientTrainer):
         """z; where it follows from `target_epsilon`, `training.protect` puts it in before the first round."""
         self.pass_seed = seed
         """Names the streams of a pass: the run's seed, or a secret one."""
+        self.buffers_before: list[Tensor] = []
         self.total = torch.zeros_like(flat.params, dtype=torch.int64)
         per_example = 3 * flat.params.nbytes
         bound = -(-local.batch_size // (world.ranks_per_client * local.accumulate))
@@ -74,11 +79,26 @@ class PrivateTrainer(ClientTrainer):
     def begin_pass(self, context: ClientContext) -> None:
         """Draw the secret of a pass, if noise is secret: who is in a batch, and what is dropped, is too."""
         super().begin_pass(context)
+        self.buffers_before = [buffer.clone() for buffer in self.flat.module.buffers()]
         self.pass_seed = self.seed
         if self.privacy.noise == "secret":
             drawn = torch.tensor([secret_seed()], device=self.world.device)
             self.world.group_broadcast(drawn)
             self.pass_seed = int(drawn)
+
+    def end_pass(self, context: ClientContext) -> None:
+        """End a pass as the parent does.
+
+        Raises:
+            ValueError: a buffer changed, in which examples would leave the client without noise.
+        """
+        for (name, buffer), before in zip(self.flat.module.named_buffers(), self.buffers_before, strict=True):
+            if not torch.equal(buffer, before):
+                raise ValueError(
+                    f"privacy: the buffer {name!r} changes in training, and would carry examples past the "
+                    "clipping and the noise; use a model whose buffers are constants"
+                )
+        super().end_pass(context)
 
     def _name(self, purpose: str, context: ClientContext, number: int) -> tuple[int | str, ...]:
         return purpose, self.pass_seed, context.round, context.client, context.pass_index, number
@@ -112,8 +132,9 @@ class PrivateTrainer(ClientTrainer):
             part = Batch(batch.images[own], batch.targets[own], own.stop - start, batch.total)
             losses, rows = self.example_gradients(part)
             add_clipped(self.total, rows, self.privacy.clip)
-            # A loss that is no number must not decide about the update, which is refused where its loss is.
-            self.loss_sum += losses.double().nan_to_num(0.0, 0.0, 0.0).sum()
+            # The loss of one example must not decide about the update, which is refused where the sum is
+            # no number, or too large for masks.
+            self.loss_sum += losses.double().nan_to_num(0.0, 0.0, 0.0).clamp(-MOST_LOSS, MOST_LOSS).sum()
             self.loss_count += part.count
         if self.world.data_rank == 0:  # once for the group
             name = self._name("example noise", context, context.steps)

@@ -152,10 +152,13 @@ def _lost_a_round_in_progress(s: Session) -> bool:
     """
     record, privacy = read_record(s.directory), s.config.privacy
     assert privacy is not None
-    if record is None or record.state == "finished":
+    if record is None:  # of a run that never began, unless it cannot be read
+        return (s.directory / HISTORY).exists()
+    if record.state == "finished":
         return False
     kept = not privacy.strict and s.config.secure_aggregation is None
-    return record.state != "stopped" or not kept
+    corrupt = any((s.directory / "checkpoints").glob(".corrupt-*"))  # it may be the one of the stop
+    return record.state != "stopped" or not kept or corrupt
 
 
 def _charge_lost_rounds(directory: Path, kept_rounds: int, repeated: int, *, in_progress: bool) -> int:
@@ -182,5 +185,5 @@ def _charge_lost_rounds(directory: Path, kept_rounds: int, repeated: int, *, in_
         logger.warning(
             "privacy: %d rounds were released and lost with their process; they are charged again", lost
         )
-        write_text(ledger, json.dumps({"repeated": repeated}) + "\n")
+        write_text(ledger, json.dumps(read_json(ledger) | {"repeated": repeated}) + "\n")
     return repeated

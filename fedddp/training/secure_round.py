@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedddp.aggregation import Mean
 from fedddp.evaluation import Metrics
@@ -33,8 +32,6 @@ class SecureRound:
         late = {client for client, point in self.drops.items() if point < Drop.UNMASKING}
         self.senders: Indices = np.array([k for k in cohort.tolist() if k not in late], dtype=np.int64)
         """The clients that train and send an update, ascending."""
-        self.states: dict[int, dict[str, Tensor]] = {}
-        """The states of this rank's clients after their training; kept if the round is not abandoned."""
         self.examples = 1
         """Σ n_k over the cohort, after `open`; at least 1."""
         self.bytes_up = self.bytes_down = 0
@@ -89,11 +86,8 @@ class SecureRound:
         self.bytes_up, self.bytes_down = first.bytes_up, first.bytes_down + 8 * len(self.cohort)
 
     def finish(self, sums: MaskedSums) -> None:
-        """Collective. Unmask the sum; keep the clients' states, unless the round is abandoned."""
+        """Collective. Unmask the sum."""
         sums.finish(self.s.world)
-        if not sums.problem:
-            for client, state in self.states.items():
-                self.s.states.keep(client, state)
 
     def metrics(self, sums: MaskedSums, bytes_down: int) -> Metrics:
         """Return what replaces the metrics of a plain round: sums over the clients, and bytes sent.

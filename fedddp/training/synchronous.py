@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
@@ -80,6 +80,8 @@ class Round:
     """Seconds that each group trained, of those since the run was last resumed; float64, shape (G,)."""
     stopping: Tensor
     """Above 0 if a rank was asked to stop; (1,) int64."""
+    states: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """The states of this rank's clients after their training, until they are kept."""
     bytes_down: int = 0
     """Bytes that the sampled clients were sent; on the coordinator."""
     secure: SecureRound | None = None
@@ -137,6 +139,7 @@ def run_round(s: Session, stop: bool = False) -> Round:
     trained = current.results.trained.numpy().astype(bool)
     if trained.all():
         finish_secure(s, current)
+        keep_states(s, current)
     if s.keeps_state:
         s.states.settle(assignment, current.cohort[trained])
     if not trained.all():
@@ -272,14 +275,22 @@ def take(s: Session, current: Round, job: ClientJob, state: dict[str, Tensor], r
         )
         position = int(np.searchsorted(current.cohort, job.client))
         current.results.put(position, result, sent, valid=valid, secret=secret)
-        if valid and current.secure is not None:
-            current.secure.states[job.client] = state
-        elif valid:
-            s.states.keep(job.client, state)
+        if valid:
+            current.states[job.client] = state
+            if not (secret or s.protection.strict):  # of a round that is stopped, these keep nothing
+                keep_states(s, current)
         if logger.isEnabledFor(logging.DEBUG) and not (secret or s.protection.strict):
             logger.debug("client %d: %d steps, loss %.4f", job.client, result.steps, loss / max(count, 1))
     if not s.protection.strict:
         s.tracker.client_done(s.world.groups)
+
+
+def keep_states(s: Session, current: Round) -> None:
+    """Keep the states of the clients that have trained, unless the secure round was abandoned."""
+    if current.secure is None or not current.masked.problem:
+        for client, state in current.states.items():
+            s.states.keep(client, state)
+    current.states.clear()
 
 
 def buffer_change(buffers: Tensor, start: Tensor) -> Tensor:
