@@ -28,7 +28,7 @@ from fedddp import (
 from fedddp.algorithms import Ditto, FedAvg, FedBN, FedPer
 from fedddp.config.baselines import compared_on_clients, in_effect
 from fedddp.federation import Result
-from fedddp.inference.own_models import _number
+from fedddp.inference.own_models import number_of
 from fedddp.models.flat import FlatModel
 from fedddp.models.norms import convert_norm
 from fedddp.models.zoo import SMALL_MODELS
@@ -108,10 +108,10 @@ def test_without_data_of_the_clients_nothing_is_evaluated_and_a_warning_says_why
 def test_names_that_are_numbers_are_names() -> None:
     """Owners 1, 2 and 10 are the clients 0, 1 and 2."""
     names = ["1", "2", "10"]
-    assert [_number(name, names, 3) for name in ("1", 2, "10")] == [0, 1, 2]
+    assert [number_of(name, names, 3) for name in ("1", 2, "10")] == [0, 1, 2]
     with pytest.raises(ConfigError, match="client=0 is none of the run's; choose one: 1, 2, 10$"):
-        _number("0", names, 3)
-    assert [_number(client, ["east", "west"], 2) for client in ("west", "0", 1)] == [1, 0, 1]
+        number_of("0", names, 3)
+    assert [number_of(client, ["east", "west"], 2) for client in ("west", "0", 1)] == [1, 0, 1]
 
 
 @pytest.mark.parametrize("changes", [{}, {"algorithm": Ditto()}, {"baseline": "local"}], ids=str)

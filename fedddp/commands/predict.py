@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from fedddp.commands.use_options import (
     STDOUT,
     chosen_model,
     command_options,
+    described,
+    model_text,
     one_line,
     only_json,
     parsed_alone,
@@ -19,10 +22,12 @@ from fedddp.commands.use_options import (
     write_json,
     writing,
 )
+from fedddp.storage.run_record import CLIENT
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fedddp.commands.predict_folder import PredictionFolder
     from fedddp.inference import TrainedModel
     from fedddp.inference.drawn import BoxesOfFile, MaskOfFile
     from fedddp.inference.pictures import Prediction
@@ -30,10 +35,10 @@ if TYPE_CHECKING:
 THRESHOLD = 0.5
 """Least score of a box, or probability of a label, that counts as found."""
 
-CUT = "The model sees the centre of an image, as in training (data.resize=crop)"
+TABLE = "boxes.csv"
+"""File with all boxes."""
 
-PREDICTIONS = "predictions"
-"""Folder of the run directory with masks and boxes."""
+CUT = "The model sees the centre of an image, as in training (data.resize=crop)"
 
 
 def predict(rest: list[str]) -> None:
@@ -54,6 +59,7 @@ def predict(rest: list[str]) -> None:
     if own.json:
         write_json(own.json, found)
     if own.json != STDOUT:
+        say(f"model {own.run} ({model_text(own.run, model, own.best)})")
         show_all([table])
         for line in lines:
             say(line)
@@ -73,7 +79,10 @@ def _parse(rest: list[str]) -> argparse.Namespace | None:
         "--threshold", metavar="P", type=float, help="least probability of a label, or score of a box (0.5)"
     )
     options.add_argument(
-        "--output", metavar="FOLDER", help=f"where masks and boxes are written (RUN/{PREDICTIONS})"
+        "--output",
+        metavar="FOLDER",
+        help="where masks and boxes are written (RUN/predictions, with --client RUN/predictions-NAME); "
+        "what an earlier call wrote there is replaced",
     )
     options.add_argument("--save", metavar="SHEET.png", help="write a contact sheet of the images")
     options.add_argument("--json", metavar="FILE", help="write all predictions as JSON; - prints them")
@@ -108,24 +117,25 @@ def _check_options(own: argparse.Namespace, model: TrainedModel) -> None:
 
 # ---- the tasks: what is written as JSON, a table, and lines below it ----
 
-Found = tuple[list[dict[str, Any]], "Table", list[str]]
+Found = tuple[dict[str, Any], "Table", list[str]]
 
 
 def _classes(own: argparse.Namespace, model: TrainedModel, files: Sequence[Path]) -> Found:
     from fedddp.inference import pictures
 
-    sheet = _Sheet(own)
+    sheet = _Sheet(own, model)
     predictions = [sheet.add(*one) for one in pictures.predict_files(model, files, own.top)]
     sheet.save(len(files))
-    return [_prediction(one) for one in predictions], _prediction_table(predictions), sheet.lines
+    found = {**described(own.run, model, own.best), "predictions": [_prediction(one) for one in predictions]}
+    return found, _prediction_table(predictions), sheet.lines
 
 
 def _labels(own: argparse.Namespace, model: TrainedModel, files: Sequence[Path]) -> Found:
     from fedddp.inference import pictures
 
     threshold = getattr(model.task, "threshold", THRESHOLD) if own.threshold is None else own.threshold
-    sheet = _Sheet(own)
-    found = []
+    sheet = _Sheet(own, model)
+    found: list[dict[str, Any]] = []
     rows = []
     for one, picture in pictures.predict_files(model, files, len(model.classes)):
         sheet.add(one, picture)
@@ -141,24 +151,29 @@ def _labels(own: argparse.Namespace, model: TrainedModel, files: Sequence[Path])
         text = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in labels)
         rows.append((str(one.file), text or "none"))
     sheet.save(len(files))
-    return found, _table(("image", f"labels of {100 * threshold:g} % and more"), rows), sheet.lines
+    table = _table(("image", f"labels of {100 * threshold:g} % and more"), rows)
+    return {**described(own.run, model, own.best), "predictions": found}, table, sheet.lines
 
 
 def _masks(own: argparse.Namespace, model: TrainedModel, files: Sequence[Path]) -> Found:
     from fedddp.inference import drawn
 
     background = bool(getattr(model.task, "background", True))
-    sheet, names = _Sheet(own), dict(zip(files, drawn.file_names(files), strict=True))
-    found, shares, outside = [], [], False
-    with _folder(own) as folder:
+    sheet, names = _Sheet(own, model), dict(zip(files, drawn.file_names(files), strict=True))
+    rows, shares, outside = [], [], False
+    written = [f"{name}.{ending}.png" for name in names.values() for ending in ("mask", "overlay")]
+    with _folder(own, model, written, files) as folder:
         for one in drawn.find_masks(model, files):
             sheet.add(one.foreground(background=background), _tile(one))
             shares.append(one.shares)
             outside = outside or one.outside > 0
-            found.append(drawn.write_mask(one, folder, names[one.file], background=background))
+            where = (names[one.file], folder.staging, folder.path)
+            rows.append(drawn.write_mask(one, *where, background=background))
         sheet.save(len(files))
-    _write_all(folder, found)
-    lines = [f"{folder}: {len(found)} masks (NAME.mask.png), overlays (NAME.overlay.png), predictions.json"]
+        found = folder.publish(described(own.run, model, own.best), rows)
+    lines = [
+        f"{folder.path}: {len(rows)} masks (NAME.mask.png), overlays (NAME.overlay.png), predictions.json"
+    ]
     if outside:
         lines.append(f"{CUT}: mask pixels outside of it are 255, and hatched.")
     top = [type(one)(one.file, one.classes[: own.top], one.probabilities[: own.top]) for one in shares]
@@ -169,20 +184,21 @@ def _boxes(own: argparse.Namespace, model: TrainedModel, files: Sequence[Path]) 
     from fedddp.inference import drawn, pictures
 
     threshold = THRESHOLD if own.threshold is None else own.threshold
-    sheet, names = _Sheet(own), dict(zip(files, drawn.file_names(files), strict=True))
-    found, rows, cut = [], [], False
-    with _folder(own) as folder:
+    sheet, names = _Sheet(own, model), dict(zip(files, drawn.file_names(files), strict=True))
+    of_files, rows, cut = [], [], False
+    written = [*(f"{name}.boxes.png" for name in names.values()), TABLE]
+    with _folder(own, model, written, files) as folder:
         for one in drawn.find_boxes(model, files, threshold):
             classes, scores = tuple(one.names) or ("no box",), tuple(one.scores) or (0.0,)
             sheet.add(pictures.Prediction(one.file, classes, scores), _tile(one))
             cut = cut or one.cut
-            found.append(drawn.write_boxes(one, folder, names[one.file]))
+            of_files.append(drawn.write_boxes(one, names[one.file], folder.staging, folder.path))
             rows.append((str(one.file), str(len(one.names)), one.summary))
         sheet.save(len(files))
-        drawn.write_table(found, folder / "boxes.csv")
-    _write_all(folder, found)
+        drawn.write_table(of_files, folder.staging / TABLE)
+        found = folder.publish(described(own.run, model, own.best), of_files)
     title = f"boxes with a score of {threshold:g} and more"
-    lines = [f"{folder}: {len(found)} pictures (NAME.boxes.png), boxes.csv, predictions.json"]
+    lines = [f"{folder.path}: {len(rows)} pictures (NAME.boxes.png), {TABLE}, predictions.json"]
     if cut:
         lines.append(f"{CUT}: nothing is found outside of it, where pictures are hatched.")
     return found, _table(("image", "boxes", title), rows), [*lines, *sheet.lines]
@@ -191,13 +207,15 @@ def _boxes(own: argparse.Namespace, model: TrainedModel, files: Sequence[Path]) 
 # ---- files ----
 
 
-def _folder(own: argparse.Namespace) -> Any:
-    """Return a context that makes the folder of masks and boxes, and gives its path."""
-    return writing(str(Path(own.output or Path(own.run) / PREDICTIONS)), folder=True)
+def _folder(
+    own: argparse.Namespace, model: TrainedModel, names: Sequence[str], files: Sequence[Path]
+) -> AbstractContextManager[PredictionFolder]:
+    """Return a context that makes the folder of masks and boxes, for files of these `names`."""
+    from fedddp.commands.predict_folder import PredictionFolder, default_folder
 
-
-def _write_all(folder: Path, found: list[dict[str, Any]]) -> None:
-    write_json(str(folder / "predictions.json"), found)
+    path = default_folder(own.run, model.metadata.get(CLIENT), own.best)
+    path = path if own.output is None else Path(own.output).expanduser()
+    return PredictionFolder(path, names, files).open()
 
 
 def _tile(one: MaskOfFile | BoxesOfFile) -> Any:
@@ -209,8 +227,9 @@ def _tile(one: MaskOfFile | BoxesOfFile) -> Any:
 class _Sheet:
     """The contact sheet that `--save` asks for."""
 
-    def __init__(self, own: argparse.Namespace) -> None:
+    def __init__(self, own: argparse.Namespace, model: TrainedModel) -> None:
         self.own = own
+        self.model = f"{Path(own.run).resolve().name} ({model_text(own.run, model, own.best)})"
         self.shown: list[tuple[Prediction, Any]] = []
         self.count = 0
 
@@ -239,7 +258,7 @@ class _Sheet:
         if not self.count:
             raise ValueError(f"no image could be read, of {files}; give images, or folders of them")
         if self.own.save:
-            title = f"{Path(self.own.run).resolve().name}: {self.count} images"
+            title = f"{self.model}: {self.count} images"
             title += f", the first {len(self.shown)}" if self.count > len(self.shown) else ""
             with writing(self.own.save) as path:
                 contact_sheet(title, self.shown).save(path)

@@ -11,6 +11,7 @@ from fedddp.commands.use_options import (
     STDOUT,
     chosen_model,
     command_options,
+    described,
     one_line,
     only_json,
     parsed,
@@ -19,7 +20,7 @@ from fedddp.commands.use_options import (
     write_json,
     writing,
 )
-from fedddp.storage.run_record import CLIENT, CROSS_SITE
+from fedddp.storage.run_record import CROSS_SITE
 
 __all__ = ["card", "evaluate", "export", "predict"]
 
@@ -64,8 +65,7 @@ def evaluate(rest: list[str]) -> None:
         model = chosen_model(own, of_server=True)
         found = evaluate_run(own.run, model, flags, own.clients)
     if own.json:
-        chosen = {"run": str(own.run), "best": own.best, "client": model.metadata.get(CLIENT)}
-        write_json(own.json, {**chosen, **as_json(found, model)})
+        write_json(own.json, {**described(own.run, model, own.best), **as_json(found, model)})
     if own.json != STDOUT:
         show_all(evaluation_tables(found, model, own.run, best=own.best))
 

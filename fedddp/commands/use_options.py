@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedddp.commands.console import fail, help_is_asked, say, show
-from fedddp.storage.run_record import MODEL
+from fedddp.storage.run_record import CLIENT, MODEL
 
 if TYPE_CHECKING:
     from fedddp.inference import TrainedModel
@@ -116,6 +116,37 @@ def chosen_model(own: argparse.Namespace, *, of_server: bool = False) -> Trained
     if of_server and own.client is None:
         return server_model(own.run, own.module, own.best).to(device)
     return load_model(own.run, own.module, own.best, own.client).to(device)
+
+
+def described(run: str, model: TrainedModel, best: bool | str) -> dict[str, Any]:
+    """Return which model is used, for JSON: "run", "best", "client" and "round"."""
+    return {
+        "run": run,
+        "best": best,
+        "client": model.metadata.get(CLIENT),
+        "round": _round(run, model),
+    }
+
+
+def model_text(run: str, model: TrainedModel, best: bool | str) -> str:
+    """Return which model of its run is used, as "client Oslo, best by eval/dice, round 7"."""
+    client, number = model.metadata.get(CLIENT), _round(run, model)
+    which = f"best by {model.metadata.get('metric')}" if best else "final"
+    parts = [f"client {client}"] if client is not None else []
+    return ", ".join([*parts, which, *([f"round {number}"] if number is not None else [])])
+
+
+def _round(run: str, model: TrainedModel) -> int | None:
+    """Return the round after which a model was saved; None where the run has no readable history."""
+    from fedddp.storage.history import HISTORY, read_rows
+
+    if "round" in model.metadata:  # only of a best model
+        return int(model.metadata["round"])
+    try:
+        rows = read_rows(Path(run).expanduser() / HISTORY)
+    except (OSError, ValueError):
+        return None
+    return int(rows[-1]["round"]) if rows else None
 
 
 # ---- output ----

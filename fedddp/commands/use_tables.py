@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fedddp.commands.use_options import model_text
 from fedddp.evaluation import IDENTITY
 from fedddp.inference.card_tasks import class_text
 from fedddp.storage.history import SPREAD, Metric, class_metric, judged_by
@@ -56,12 +57,17 @@ def as_json(found: RunMetrics, model: TrainedModel) -> dict[str, Any]:
         recall = dict(zip(_distinct(model.classes), recall, strict=True))
     lists = per_class(found.metrics, len(model.classes))
     return {
-        "round": int(model.metadata["round"]) if "round" in model.metadata else None,
         "data": {
             "dataset": found.dataset,
             "root": found.root,
             "examples": found.examples,
             "of_the_run": found.own,
+        },
+        "own_examples": None
+        if found.of_client is None
+        else {
+            "data": "test" if found.of_client.tested else "held out",
+            "row": next(iter(found.of_client.rows), None),
         },
         "metrics": found.metrics,
         "classes": list(model.classes),
@@ -120,23 +126,35 @@ def _summary(found: RunMetrics, model: TrainedModel, run: str, *, best: bool) ->
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    whose = f"client {model.metadata[CLIENT]}, " if CLIENT in model.metadata else ""
-    which = whose + (
-        f"best by {model.metadata.get('metric')}, round {model.metadata.get('round')}" if best else "final"
-    )
     test = "test data of the run" if found.own else "other data than the run's test data"
     lines = [
-        ("model", f"{run} ({which})"),
+        ("model", f"{run} ({model_text(run, model, best)})"),
         ("data", f"{found.dataset}: {found.examples:,} examples, {test}"),
-        ("central", ", ".join(_scores(found.metrics)) or "none: each client has a model of its own"),
+        *_central_lines(found, model.metadata.get(CLIENT)),
     ]
     if found.clients is not None:
-        lines += _client_lines(found.clients, "that model" if whose else "the global model")
+        lines += _client_lines(
+            found.clients, "that model" if CLIENT in model.metadata else "the global model"
+        )
     elif found.left_out is not None:
         lines.append(("clients", found.left_out))
     for label, text in lines:
         table.add_row(Text(label), Text(text))
     return table
+
+
+def _central_lines(found: RunMetrics, client: str | None) -> Iterator[tuple[str, str]]:
+    """Yield the metrics on all test images; of a client's own model those on its own examples first."""
+    of_all = ", ".join(_scores(found.metrics))
+    if client is None or not found.own:
+        yield "central", of_all or "none: each client has a model of its own"
+        return
+    if found.of_client is not None:
+        what = "test images" if found.of_client.tested else "held-out images"
+        rows = found.of_client.rows
+        own = ", ".join(_scores({n: v for n, v in rows[0].items() if n not in IDENTITY})) if rows else "none"
+        yield f"own {what} of {client}", own
+    yield "test images of all", of_all
 
 
 def _client_lines(clients: ClientMetrics, whose: str) -> Iterator[tuple[str, str]]:

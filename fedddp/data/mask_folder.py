@@ -219,6 +219,11 @@ def named(folder: Path, names: Sequence[str]) -> list[Path]:
     return sorted(found, key=lambda entry: (names.index(entry.name.lower()), entry))
 
 
+def mask_folders(folder: Path) -> list[Path]:
+    """Return the folders with masks in `folder`; none where no images/ lies beside them."""
+    return named(folder, MASKS) if named(folder, [IMAGES]) else []
+
+
 def _pairs(folder: Path) -> list[tuple[str, str]]:
     """Return the images of a folder, by name, and their masks."""
     here, there = named(folder, [IMAGES]), named(folder, MASKS)

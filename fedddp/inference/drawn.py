@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 from fedddp.data.items import naming
 from fedddp.data.resizing import Placement
 from fedddp.inference.model import BATCH_SIZES, TrainedModel
-from fedddp.inference.pictures import Prediction
+from fedddp.inference.pictures import Prediction, distinct_folders
 from fedddp.storage.examined import BoxesOfImage
 from fedddp.tracking import overlays
 
@@ -189,28 +190,40 @@ def _batches(model: TrainedModel, files: Sequence[Path]) -> Iterator[list[tuple[
 
 
 def file_names(files: Sequence[Path]) -> list[str]:
-    """Return a name for what is written of each file: its own without the ending, made unique."""
+    """Return a name for what is written of each file: the shortest parts of its path that distinguish it."""
+    folders = distinct_folders(files)
     names = [file.stem for file in files]
-    if len(set(names)) < len(names):
-        names = [file.name for file in files]
-    if len(set(names)) < len(names):
-        names = ["-".join((*file.resolve().parts[-2:-1], file.name)) for file in files]
-    seen: Counter[str] = Counter()
+    for last in ([file.stem for file in files], [file.name for file in files]):
+        if len(set(names)) < len(names):
+            names = ["-".join((*parts, name)) for parts, name in zip(folders, last, strict=True)]
+    every, taken = set(names), set[str]()
     for place, name in enumerate(names):
-        seen[name] += 1
-        names[place] = name if seen[name] == 1 else f"{name}-{seen[name]}"
+        if name in taken:  # a-b/c.png and a/b-c.png are joined to the same
+            numbered = (f"{name}-{number}" for number in itertools.count(2))
+            names[place] = next(one for one in numbered if one not in every | taken)
+        taken.add(names[place])
     return names
 
 
-def write_mask(one: MaskOfFile, folder: Path, name: str, *, background: bool) -> dict[str, Any]:
-    """Write NAME.mask.png, whose pixels are classes, and NAME.overlay.png; return what is known as JSON."""
-    mask, overlay = folder / f"{name}.mask.png", folder / f"{name}.overlay.png"
-    overlays.mask_picture(one.mask, background=background).save(mask)
-    one.picture.save(overlay)
+def write_mask(
+    one: MaskOfFile, name: str, staging: Path, folder: Path, *, background: bool
+) -> dict[str, Any]:
+    """Write NAME.mask.png, whose pixels are classes, and NAME.overlay.png; return what is known as JSON.
+
+    Args:
+        one: the mask.
+        name: of the files, without endings.
+        staging: where they are written.
+        folder: where they are moved later, which is in the paths of the JSON.
+        background: whether class 0 is background, which is not coloured.
+    """
+    mask, overlay = f"{name}.mask.png", f"{name}.overlay.png"
+    overlays.mask_picture(one.mask, background=background).save(staging / mask)
+    one.picture.save(staging / overlay)
     return {
         "image": str(one.file),
-        "mask": str(mask),
-        "overlay": str(overlay),
+        "mask": str(folder / mask),
+        "overlay": str(folder / overlay),
         "height": one.mask.shape[0],
         "width": one.mask.shape[1],
         "classes": [
@@ -222,14 +235,14 @@ def write_mask(one: MaskOfFile, folder: Path, name: str, *, background: bool) ->
     }
 
 
-def write_boxes(one: BoxesOfFile, folder: Path, name: str) -> dict[str, Any]:
-    """Write NAME.boxes.png; return what is known as JSON."""
-    picture = folder / f"{name}.boxes.png"
-    one.picture.save(picture)
+def write_boxes(one: BoxesOfFile, name: str, staging: Path, folder: Path) -> dict[str, Any]:
+    """Write NAME.boxes.png; return what is known as JSON. Arguments as for `write_mask`."""
+    picture = f"{name}.boxes.png"
+    one.picture.save(staging / picture)
     boxes = zip(one.names, one.scores, one.found.boxes.tolist(), strict=True)
     return {
         "image": str(one.file),
-        "picture": str(picture),
+        "picture": str(folder / picture),
         "height": one.size[0],
         "width": one.size[1],
         "seen": [round(edge, 2) for edge in one.seen],

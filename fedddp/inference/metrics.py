@@ -17,10 +17,10 @@ from fedddp.config.schema import Config
 from fedddp.data.datasets import DataConfig, Images, from_dataset
 from fedddp.data.loader import Batch, ClientLoader
 from fedddp.evaluation import ConfusionMatrix, EvaluationConfig, Metrics, measure, spread
-from fedddp.inference.loading import read_run
+from fedddp.inference.loading import client_names, read_run
 from fedddp.inference.model import BATCH_SIZES, TrainedModel
 from fedddp.inference.other_data import other_data, own_data, trained_on, without_place
-from fedddp.inference.own_models import PersonalModel, States, has_own_models
+from fedddp.inference.own_models import PersonalModel, States, has_own_models, number_of
 from fedddp.section import ConfigError, local_path
 from fedddp.storage.run_record import ALONE, CLIENT
 from fedddp.training.clients import clients_of
@@ -95,6 +95,9 @@ class RunMetrics:
     """None: the data are not the run's, clients were not asked for, or they were left out."""
     left_out: str | None = None
     """Why the clients were left out."""
+    of_client: ClientMetrics | None = None
+    """Of a client's own model: on the examples that this client has to be evaluated on, a row, or none where
+    it has no such examples. None: of another model, or clients have only training examples."""
 
 
 def evaluate_run(
@@ -128,7 +131,7 @@ def evaluate_run(
     own = found is not None
     train, test = found or (None, other_data(model, config.data))
     metrics: Metrics = {}
-    confusion = per_client = left_out = None
+    confusion = per_client = left_out = of_client = None
     alone, whose = model.metadata.get(ALONE), model.metadata.get(CLIENT)
     if alone is None or whose is not None:
         loader = ClientLoader(test, config.data, model.device, seed=config.seed)
@@ -145,8 +148,14 @@ def evaluate_run(
             left_out = None if states.problem is None else f"left out: {states.problem}"
         if left_out is None:
             per_client = _evaluate_clients(states, model, config, (train, test), clients)
+    if train is not None and whose is not None:
+        number = number_of(whose, client_names(local_path(str(run), "run")), config.data.clients)
+        of_client = _evaluate_clients(None, model, config, (train, test), [number])
+        of_client = of_client if of_client.held_out else None
     data = config.data
-    return RunMetrics(data.dataset, data.root, len(test), own, metrics, confusion, per_client, left_out)
+    return RunMetrics(
+        *(data.dataset, data.root, len(test), own, metrics, confusion, per_client, left_out, of_client)
+    )
 
 
 def _check_flags(flags: Sequence[str]) -> None:
@@ -181,19 +190,21 @@ def _evaluate_clients(
     model: TrainedModel,
     config: Config,
     data: tuple[Images, Images],
-    wanted: int | None,
+    wanted: int | Sequence[int] | None,
 ) -> ClientMetrics:
     """Evaluate each client: on its own model with its `states`, or else on `model`.
 
     Of `data`, training and test images, on its own part of the test set, on what it held out, or else on
-    what it was trained on. A client that was never trained has the
-    initial values of what stays local.
+    what it was trained on. A client that was never trained has the initial values of what stays local.
+    `wanted`: how many clients, which of them, or all.
     """
     clients = clients_of(config, *data)
     tested = clients.tests is not None
     held_out = tested or bool(config.data.holdout)
     chosen = np.arange(len(clients))
-    if wanted is not None:
+    if wanted is not None and not isinstance(wanted, int):
+        chosen = np.array(wanted)
+    elif wanted is not None:
         chosen = EvaluationConfig(clients=wanted).sample(len(clients), config.seed)
     own = None if states is None else PersonalModel(model, config, states)
     loader = ClientLoader(data[tested], config.data, model.device, seed=config.seed)

@@ -43,7 +43,7 @@ def of_client(model: TrainedModel, directory: Path, client: str | int) -> Traine
             f"{directory}: with {_trained(config)} clients have no models of their own; leave client out"
         )
     names = client_names(directory)
-    number = _number(client, names, config.data.clients)
+    number = number_of(client, names, config.data.clients)
     states = States(directory, model)
     problem = states.problem
     if problem is not None:
@@ -64,7 +64,7 @@ def _trained(config: Config) -> str:
     return f"baseline={config.baseline}" if baseline else f"algorithm={type(config.algorithm).__name__}"
 
 
-def _number(client: str | int, names: Sequence[str], clients: int) -> int:
+def number_of(client: str | int, names: Sequence[str], clients: int) -> int:
     """Return the number of the client with this name or number.
 
     Raises:

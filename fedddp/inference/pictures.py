@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,16 +13,23 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fedddp.data.image_files import is_hidden, is_image
+from fedddp.data.image_files import is_image
 from fedddp.data.items import naming
+from fedddp.data.mask_folder import mask_folders
 from fedddp.inference.model import TrainedModel
 from fedddp.section import ConfigError
 from fedddp.tracking.overlays import label_font, picture_of
 
 logger = logging.getLogger(__name__)
 
+PREDICTIONS = "predictions.json"
+"""File in a folder that `fedddp predict` wrote."""
+
 BATCH = 250
 """Images that are in memory together."""
+
+MOST_FOLDERS = 3
+"""Folders that a message names."""
 
 MOST_ON_SHEET = 200
 """Images on a contact sheet, the first of them."""
@@ -52,6 +60,9 @@ class Prediction:
 def find_images(paths: Sequence[str]) -> list[Path]:
     """Return the files that `paths` name: files as they are given, and the images below folders, sorted.
 
+    Below a folder, masks that lie beside images/ are left out, and so is what `fedddp predict` wrote; a line
+    is logged of each. A file that is named twice is returned once.
+
     Raises:
         ConfigError: a path does not exist, or there is no image.
     """
@@ -59,8 +70,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     for text in paths:
         path = Path(text).expanduser()
         if path.is_dir():
-            files = (p for p in path.rglob("*") if p.is_file() and _is_image(p.relative_to(path)))
-            inside = sorted(files, key=_natural)
+            inside = sorted(_images_below(path), key=_natural)
             if not inside:
                 raise ConfigError(f"{path} has no images; give image files, or folders of them")
             found += inside
@@ -68,7 +78,31 @@ def find_images(paths: Sequence[str]) -> list[Path]:
             found.append(path)
         else:
             raise ConfigError(f"{path} does not exist; give image files, or folders of them")
-    return list(dict.fromkeys(found))
+    return list({os.path.abspath(file): file for file in reversed(found)}.values())[::-1]
+
+
+def _images_below(path: Path) -> list[Path]:
+    """Return the images below a folder that are not hidden; log the folders that are left out."""
+    found: list[Path] = []
+    masks: list[Path] = []
+    written: list[Path] = []
+    for text, folders, names in os.walk(path):
+        place = Path(text)
+        if PREDICTIONS in names:
+            written.append(place)
+            folders.clear()
+            continue
+        here = mask_folders(place)
+        masks += here
+        folders[:] = [name for name in folders if not name.startswith(".") and place / name not in here]
+        files = (place / name for name in names if not name.startswith("."))
+        found += [file for file in files if is_image(file) and file.is_file()]
+    for left, what in ((masks, "masks"), (written, "earlier predictions")):
+        if left:
+            more = ", ..." if len(left) > MOST_FOLDERS else ""
+            listed = ", ".join(map(str, sorted(left)[:MOST_FOLDERS]))
+            logger.info("%s: %s are left out (%s%s)", path, what, listed, more)
+    return found
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -78,9 +112,25 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     ]
 
 
-def _is_image(path: Path) -> bool:
-    """Return whether a path in a folder is an image by its ending, and not hidden."""
-    return is_image(path) and not is_hidden(path)
+def distinct_folders(files: Sequence[Path]) -> list[tuple[str, ...]]:
+    """Return, of the path of each file, the folders that distinguish it from files of the same name.
+
+    Folders that all paths have are left out, and of the others those are taken that are nearest to the file,
+    as many as are needed; none where all files have different names.
+    """
+    paths = [Path(os.path.abspath(file)) for file in files]
+    names = [path.name for path in paths]
+    folders = [path.parts[:-1] for path in paths]
+    if len(set(names)) == len(names):
+        return [()] * len(names)
+    shared = set(folders[0]).intersection(*folders)
+    different = [tuple(part for part in parts if part not in shared) for parts in folders]
+    for kept in (different, folders):  # a/b/1.png and b/a/1.png have the same folders
+        for depth in range(1, max(map(len, kept), default=0) + 1):
+            short = [parts[-depth:] for parts in kept]
+            if len(set(zip(short, names, strict=True))) == len(names):
+                return short
+    return folders
 
 
 def predict_files(
@@ -156,8 +206,7 @@ def contact_sheet(title: str, shown: Sequence[tuple[Prediction, Image.Image]]) -
     cell = TILE + MARGIN, TILE + 3 * LINE + MARGIN
     top = MARGIN + 2 * LINE
     wide = max(MARGIN + columns * cell[0], 2 * MARGIN + round(label_font(26, bold=True).getlength(title)))
-    files = [prediction.file for prediction, _ in shown]
-    alike = len({file.name for file in files}) < len(files)
+    folders = distinct_folders([prediction.file for prediction, _ in shown])
     sheet = Image.new("RGB", (wide, top + rows * cell[1]), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, INK, label_font(26, bold=True))
@@ -165,10 +214,8 @@ def contact_sheet(title: str, shown: Sequence[tuple[Prediction, Image.Image]]) -
         left, upper = MARGIN + number % columns * cell[0], top + number // columns * cell[1]
         draw.rectangle((left - 1, upper - 1, left + TILE, upper + TILE), "#f8f9fa", FRAME)
         sheet.paste(picture, (left + (TILE - picture.width) // 2, upper + (TILE - picture.height) // 2))
-        file = prediction.file
-        _caption(
-            draw, prediction, f"{file.parent.name}/{file.name}" if alike else file.name, left, upper + TILE
-        )
+        name = "/".join((*folders[number], prediction.file.name))
+        _caption(draw, prediction, name, left, upper + TILE)
     return sheet
 
 
