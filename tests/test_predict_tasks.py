@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from fedddp.data.resizing import Placement, Resizing
 from fedddp.data.targets import Boxes, Detections, Target
 from fedddp.inference import TrainedModel, evaluate
 from fedddp.inference.drawn import MaskOfFile, file_names
+from fedddp.inference.pictures import LINE, MARGIN, contact_sheet
 from fedddp.tasks import MultiLabel, Segmentation, Task
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8)
@@ -207,7 +209,7 @@ def test_predict_writes_masks_that_can_be_read_back(
     assert overlay.shape == (100, 180, 3)
     every = json.loads((tmp_path / "all.json").read_text())
     assert json.loads((out / "predictions.json").read_text()) == every
-    found = {Path(one["image"]).name: one for one in every}
+    found = {Path(one["image"]).name: one for one in every["predictions"]}
     wide = found["wide.png"]
     assert (wide["height"], wide["width"], wide["pixels_outside"]) == (100, 180, 8000)
     assert [(c["class"], c["pixels"]) for c in wide["classes"]] == [
@@ -237,7 +239,7 @@ def test_predict_writes_boxes_in_pixels_of_the_image(
     assert rows[1:] == [[str(tmp_path / "a.png"), "blue", "0.9", "50.0", "0.0", "70.0", "40.0"]]
     words = (str(tmp_path / "a.png"), "--output", str(out), "--threshold", "0.2", "--json", "-")
     predicting(model(Found(), Channels()), *words)
-    (one,) = json.loads(capsys.readouterr().out)
+    (one,) = json.loads(capsys.readouterr().out)["predictions"]
     assert [(b["class"], b["box"]) for b in one["boxes"]] == [
         ("blue", [50, 0, 70, 40]),
         ("red", [60, 20, 150, 100]),
@@ -255,7 +257,7 @@ def test_predict_prints_labels_above_the_threshold(
     Image.fromarray(image).save(tmp_path / "a.png")
     words = (str(tmp_path / "a.png"), "--json", "-", "--top", "1")
     predicting(model(MultiLabel(), Means()), *words)
-    (one,) = json.loads(capsys.readouterr().out)
+    (one,) = json.loads(capsys.readouterr().out)["predictions"]
     assert [label["class"] for label in one["labels"]] == ["green", "blue"]
     assert one["labels"][1]["probability"] == pytest.approx(
         1 / (1 + np.exp(-8 * (128 / 255 - 0.5))), rel=1e-5
@@ -289,6 +291,143 @@ def test_a_contact_sheet_of_masks_and_boxes(
     assert pixels_of(sheet).shape[1] > 300
 
 
+# ---- the folder of a call, and the model it is of ----
+
+
+def content_of(folder: Path) -> tuple[set[str], Any]:
+    """Return the names of the files in a folder but for `predictions.json`, and what that holds."""
+    names = {path.name for path in folder.iterdir()}
+    return names - {"predictions.json"}, json.loads((folder / "predictions.json").read_text())
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    """Return the one line in which `fedddp predict run ...` is refused, after `predicting` was used."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", "run", *map(str, words)])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    return line
+
+
+def test_a_call_replaces_what_an_earlier_one_listed_and_nothing_else(
+    predicting: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b", "c"):
+        Image.fromarray(bands(6, 6)).save(f"{name}.png")
+    segments, folder = model(Segmentation(), Channels(), 6), Path("run") / "predictions"
+    predicting(segments, "a.png", "b.png")
+    names, content = content_of(folder)
+    assert names == {f"{name}.{kind}.png" for name in "ab" for kind in ("mask", "overlay")}
+    assert sorted(names) == content["files"]
+    (folder / "notes.txt").write_text("mine")
+    (folder / "c.overlay.png").write_text("mine")
+    line = refused(capsys, "b.png", "c.png")
+    assert "run/predictions/c.overlay.png exists, and predictions.json does not list it" in line
+    assert content_of(folder)[1] == content, "nothing is written"
+    (folder / "c.overlay.png").unlink()
+    predicting(segments, "b.png", "c.png")
+    names, content = content_of(folder)
+    assert names == {f"{name}.{kind}.png" for name in "bc" for kind in ("mask", "overlay")} | {"notes.txt"}
+    assert content["files"] == sorted(names - {"notes.txt"})
+    assert [one["mask"] for one in content["predictions"]] == [str(folder / f"{n}.mask.png") for n in "bc"]
+    Path("half.png").write_bytes(Path("a.png").read_bytes()[:40])
+    assert "no image could be read" in refused(capsys, "half.png")
+    assert content_of(folder) == (names, content)
+    assert "run/predictions holds images to predict" in refused(capsys, folder / "b.overlay.png")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[{"mask": "a.mask.png"}]', '{"files": ["../a.png"]}', '{"files": [".."]}', '{"files": "a"}', "{"],
+)
+def test_a_list_of_files_that_is_not_ours_deletes_nothing(
+    text: str, predicting: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(bands(6, 6)).save("a.png")
+    predicting(model(Segmentation(), Channels(), 6), "a.png", "--output", "out")
+    names = content_of(Path("out"))[0]
+    Path("out/predictions.json").write_text(text)
+    assert "out/predictions.json is no list of files" in refused(capsys, "a.png", "--output", "out")
+    assert {path.name for path in Path("out").iterdir()} == names | {"predictions.json"}
+    assert Path("a.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "metadata", "folder", "text"),
+    [
+        ((), {}, "predictions", "final"),
+        ((), {"client": "Oslo"}, "predictions-Oslo", "client Oslo, final"),
+        ((), {"client": "a/b"}, "predictions-a%2Fb", "client a/b, final"),
+        (
+            ("--best",),
+            {"metric": "eval/dice", "round": "7"},
+            "predictions-best",
+            "best by eval/dice, round 7",
+        ),
+        (
+            ("--best=eval/iou",),
+            {"client": "Oslo", "metric": "eval/iou", "round": "3"},
+            *("predictions-Oslo-best-eval-iou", "client Oslo, best by eval/iou, round 3"),
+        ),
+    ],
+)
+def test_each_model_of_a_run_has_its_folder_and_is_named(
+    words: tuple[str, ...],
+    metadata: dict[str, str],
+    folder: str,
+    text: str,
+    predicting: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Image.fromarray(bands(6, 6)).save("a.png")
+    made = dataclasses.replace(model(Found(), Channels(), 50), metadata=metadata)
+    predicting(made, "a.png", *words, "--save", "sheet.png", "--json", "all.json")
+    assert f"model run ({text})" in capsys.readouterr().out.splitlines()
+    names, content = content_of(Path("run") / folder)
+    assert names == {"a.boxes.png", "boxes.csv"}
+    assert content == json.loads(Path("all.json").read_text())
+    number = int(metadata["round"]) if "round" in metadata else None
+    best = words[0].partition("=")[2] or True if words else False
+    known = {"run": "run", "best": best, "client": metadata.get("client"), "round": number}
+    assert {name: content[name] for name in known} == known
+    title = np.asarray(contact_sheet(f"run ({text}): 1 images", []))[: MARGIN + 2 * LINE]
+    sheet = pixels_of(Path("sheet.png"))
+    wide = min(title.shape[1], sheet.shape[1])
+    np.testing.assert_array_equal(sheet[: MARGIN + LINE, :wide], title[: MARGIN + LINE, :wide])
+
+
+def test_the_final_model_is_of_the_last_round_of_the_history(
+    predicting: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("run/history.jsonl").write_text('{"round": 1}\n{"round": 2}\n')
+    Image.fromarray(bands(6, 6)).save("a.png")
+    predicting(model(MultiLabel(), Means(), 6), "a.png")
+    assert "model run (final, round 2)" in capsys.readouterr().out.splitlines()
+
+
+def test_masks_and_earlier_predictions_are_not_predicted(
+    predicting: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in ("A/images", "A/masks", "B/train/Images", "B/train/Labels", "C/masks", "D"):
+        folder = Path("hosp") / place
+        folder.mkdir(parents=True)
+        Image.fromarray(bands(6, 6)).save(folder / "p.png")
+    segments = model(Segmentation(), Channels(), 6)
+    predicting(segments, "hosp", "--output", "hosp/out")
+    left = "hosp: masks are left out (hosp/A/masks, hosp/B/train/Labels)"
+    assert capsys.readouterr().out.splitlines()[0] == left
+    names, content = content_of(Path("hosp/out"))
+    images = [f"hosp/{place}/p.png" for place in ("A/images", "B/train/Images", "C/masks", "D")]
+    assert [one["image"] for one in content["predictions"]] == images, "C has no images beside the masks"
+    predicting(segments, "hosp", "hosp/D/../D/p.png", "--output", "hosp/out")
+    assert "hosp: earlier predictions are left out (hosp/out)" in capsys.readouterr().out.splitlines()
+    assert content_of(Path("hosp/out")) == (names, content)
+    predicting(segments, "hosp/A/masks", "--json", "-", "--output", "out")
+    assert len(json.loads(capsys.readouterr().out)["predictions"]) == 1, "they are named"
+
+
 @pytest.mark.parametrize(
     ("task", "flags", "message"),
     [
@@ -318,8 +457,17 @@ def test_options_of_another_task_are_refused(
     [
         (("a/1.png", "a/2.png"), ["1", "2"]),
         (("a/1.png", "a/1.jpg"), ["1.png", "1.jpg"]),
-        (("a/1.png", "b/1.png"), ["a-1.png", "b-1.png"]),
-        (("x/a/1.png", "y/a/1.png"), ["a-1.png", "a-1.png-2"]),
+        (("a/1.png", "b/1.png"), ["a-1", "b-1"]),
+        (("x/a/1.png", "y/a/1.png"), ["x-1", "y-1"]),
+        (("h/A/images/p.png", "h/B/images/p.png", "h/B/images/q.png"), ["A-p", "B-p", "B-q"]),
+        (("A/train/1.png", "A/val/1.png", "B/val/1.png"), ["A-train-1", "A-val-1", "B-val-1"]),
+        (("A/1.png", "A/1.jpg", "B/1.png"), ["A-1.png", "A-1.jpg", "B-1.png"]),
+        (("a/b/1.png", "b/a/1.png"), ["b-1", "a-1"]),
+        (("1.png", "n/1.png"), ["1", "n-1"]),
+        (
+            ("a-b/c.png", "a/b-c.png", "a/c.png", "a-b/b-c.png"),
+            ["a-b-c.png", "a-b-c.png-2", "a-c.png", "a-b-b-c.png"],
+        ),
     ],
 )
 def test_files_are_named_apart(files: tuple[str, ...], names: list[str]) -> None:

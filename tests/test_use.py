@@ -377,7 +377,7 @@ def test_predict_finds_the_images_below_a_folder_and_what_a_loop_over_them_finds
     expected = save_as_files(tmp_path / "my photos", test_pixels)
     capsys.readouterr()
     call("predict", str(plain.folder), "my photos", "--top", "2", "--json", "-")
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["predictions"]
     assert [one["image"] for one in found] == [f"my photos/{name}" for name in expected]
     module = lenet(plain)
     for one, pixels in zip(found, expected.values(), strict=True):
@@ -389,7 +389,7 @@ def test_predict_finds_the_images_below_a_folder_and_what_a_loop_over_them_finds
         assert numbers == pytest.approx(probabilities[best].tolist(), abs=1e-5)
     call("predict", str(plain.folder), "--top", "1", "my photos")
     table = capsys.readouterr().out.splitlines()
-    for one, line in zip(found, table[1:], strict=True):
+    for one, line in zip(found, table[2:], strict=True):
         guess = one["classes"][0]
         assert line.split()[-3:] == [guess["class"], f"{100 * guess['probability']:.1f}", "%"]
 
@@ -404,7 +404,7 @@ def test_larger_images_are_resized_to_their_shorter_side_and_cropped(
     Image.fromarray(np.full((8, 8, 3), 190, dtype=np.uint8)).save(tmp_path / "square.png")
     capsys.readouterr()
     call("predict", str(folder_run.folder), "wide.jpg", "square.png", "--json", "-")
-    wide, square = json.loads(capsys.readouterr().out)
+    wide, square = json.loads(capsys.readouterr().out)["predictions"]
     assert wide["classes"][0]["class"] == square["classes"][0]["class"]
     numbers = [[guess["probability"] for guess in one["classes"]] for one in (wide, square)]
     assert numbers[0] == pytest.approx(numbers[1], abs=0.02)
@@ -426,7 +426,7 @@ def test_a_broken_image_is_named_and_the_rest_is_predicted(
     assert len([line for line in lines if "photos/" in line and not line.startswith("warning")]) == 5
     call("predict", str(plain.folder), "photos", "--json", "-")
     printed = capsys.readouterr()
-    assert len(json.loads(printed.out)) == 5
+    assert len(json.loads(printed.out)["predictions"]) == 5
     assert "warning: photos/half.png cannot be read" in printed.err
     call("predict", str(plain.folder), "photos/half.png", code=2)
     assert capsys.readouterr().err.startswith("error: no image could be read")
@@ -444,7 +444,7 @@ def test_the_contact_sheet_shows_pictures_and_probabilities(
     with Image.open("sheets/all.png") as opened:
         sheet = np.array(opened.convert("RGB"))
     bars = []
-    found = json.loads(Path("found.json").read_text())
+    found = json.loads(Path("found.json").read_text())["predictions"]
     for number, (shade, one) in enumerate(zip(shades.values(), found, strict=True)):
         left = MARGIN + number * (TILE + MARGIN)
         column = sheet[:, left + TILE // 2]

@@ -310,6 +310,14 @@ def test_a_client_s_own_model_is_evaluated_predicted_with_and_exported(
         assert [one["accuracy"] for one in found["clients"]["rows"]] == pytest.approx(row)
         right = sum(v * one["examples"] for v, one in zip(row, found["clients"]["rows"], strict=True))
         assert found["metrics"]["accuracy"] == pytest.approx(right / 5), "all five test images"
+        (recorded,) = (
+            row
+            for row in read_rows(folders["FedPer"] / "clients.jsonl")
+            if (row["round"], row["client"]) == (2, number)
+        )
+        own_row = {**found["own_examples"]["row"], "round": 2}
+        assert own_row == pytest.approx(recorded, abs=1e-5), "as the run measured it on its own test images"
+        assert found["own_examples"]["data"] == "test"
         states = load_file(folders["FedPer"] / "checkpoints" / "round-00002" / "clients-00000.safetensors")
         head = states[f"{number}.layers"]
         output = tmp_path / f"{name}.safetensors"
@@ -322,10 +330,16 @@ def test_a_client_s_own_model_is_evaluated_predicted_with_and_exported(
     probabilities = []
     for client in ("east", "2"):
         words = ("predict", folders["FedPer"], tmp_path / "a.png", "--client", client, "--json", "-")
-        probabilities.append(call(capsys, *words)[1])
+        probabilities.append(json.loads(call(capsys, *words)[1])["predictions"])
     assert probabilities[0] != probabilities[1]
     text = call(capsys, "eval", folders["FedPer"], "--client", "east")[1]
-    assert "(client east, final)" in " ".join(text.split())
+    assert "(client east, final, round 2)" in " ".join(text.split())
+    own_line, of_all = text.index("own test images of east"), text.index("test images of all ")
+    assert text.index("data  ") < own_line < of_all
+    assert f"accuracy {100 * matrix[0][0]:.2f} %" in text[own_line:of_all]
+    assert "central" not in text
+    text = call(capsys, "eval", folders["FedPer"], "--client", "south", "--clients", "0")[1]
+    assert "own test images of south none" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

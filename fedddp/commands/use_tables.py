@@ -101,11 +101,13 @@ def _distinct(classes: Sequence[str]) -> Sequence[str]:
 def evaluation_tables(found: RunMetrics, model: TrainedModel, run: str, *, best: bool) -> list[Any]:
     """Return what `fedddp eval` prints: the metrics, the classes, the confused pairs, the clients."""
     parts = [_summary(found, model, run, best=best)]
+    of_all = found.own and CLIENT in model.metadata
     lists = per_class(found.metrics, len(model.classes))
     counted = "pixels" if model.task.target == "mask" else "examples"
     if lists:
         counts = None if found.confusion is None else found.confusion.sum(1).tolist()
-        parts.append(_class_table(lists, counts, counted, model.classes))
+        which = "class, test images of all" if of_all else "class"
+        parts.append(_class_table(lists, counts, counted, model.classes, which))
     if found.confusion is not None:
         parts += _confusion_table(found.confusion.tolist(), model.classes)
     pairs = confused_pairs(found, model.classes)
@@ -195,13 +197,14 @@ def _class_table(
     counts: Sequence[int] | None,
     counted: str,
     classes: Sequence[str],
+    title: str,
 ) -> Table:
-    """Return the classes with their metrics, and their examples or pixels where they were `counted`."""
-    title, labels = "class", list(range(len(classes)))
+    """Return the classes below a `title`, with metrics, and examples or pixels where they were `counted`."""
+    labels = list(range(len(classes)))
     first = next(iter(lists.values()))
     if len(labels) > MOST_CLASSES:
         labels = sorted(labels, key=lambda label: _sortable(first[label]))[:MOST_CLASSES]
-        title = f"class ({MOST_CLASSES} lowest of {len(classes)})"
+        title += f" ({MOST_CLASSES} lowest of {len(classes)})"
     table = _table(title, *([counted] if counts else []), *(metric.label for metric in lists))
     for label in labels:
         count = [f"{counts[label]:,}"] if counts else []
