@@ -338,6 +338,22 @@ def test_a_call_replaces_what_an_earlier_one_listed_and_nothing_else(
     assert "run/predictions holds images to predict" in refused(capsys, folder / "b.overlay.png")
 
 
+def test_a_call_that_was_interrupted_can_be_repeated(
+    predicting: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        Image.fromarray(bands(6, 6)).save(f"{name}.png")
+    segments, folder = model(Segmentation(), Channels(), 6), Path("run") / "predictions"
+    predicting(segments, "b.png")
+    (folder / "b.mask.png").unlink()
+    (folder / "b.mask.png").mkdir()  # cannot be replaced, when a.mask.png is there already
+    assert "cannot write run/predictions: Is a directory" in refused(capsys, "a.png", "b.png")
+    assert (folder / "a.mask.png").is_file()
+    (folder / "b.mask.png").rmdir()
+    predicting(segments, "a.png", "b.png")
+    assert content_of(folder)[0] == {f"{name}.{kind}.png" for name in "ab" for kind in ("mask", "overlay")}
+
+
 @pytest.mark.parametrize(
     "text",
     ['[{"mask": "a.mask.png"}]', '{"files": ["../a.png"]}', '{"files": [".."]}', '{"files": "a"}', "{"],
