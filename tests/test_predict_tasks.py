@@ -376,16 +376,17 @@ def test_a_list_of_files_that_is_not_ours_deletes_nothing(
         ((), {}, "predictions", "final"),
         ((), {"client": "Oslo"}, "predictions-Oslo", "client Oslo, final"),
         ((), {"client": "a/b"}, "predictions-a%2Fb", "client a/b, final"),
+        ((), {"client": "a+best"}, "predictions-a%2Bbest", "client a+best, final"),
         (
             ("--best",),
             {"metric": "eval/dice", "round": "7"},
-            "predictions-best",
+            "predictions+best",
             "best by eval/dice, round 7",
         ),
         (
             ("--best=eval/iou",),
             {"client": "Oslo", "metric": "eval/iou", "round": "3"},
-            *("predictions-Oslo-best-eval-iou", "client Oslo, best by eval/iou, round 3"),
+            *("predictions-Oslo+best-eval-iou", "client Oslo, best by eval/iou, round 3"),
         ),
     ],
 )
@@ -437,9 +438,11 @@ def test_masks_and_earlier_predictions_are_not_predicted(
     names, content = content_of(Path("hosp/out"))
     images = [f"hosp/{place}/p.png" for place in ("A/images", "B/train/Images", "C/masks", "D")]
     assert [one["image"] for one in content["predictions"]] == images, "C has no images beside the masks"
+    (Path("hosp/out") / "more").mkdir()
+    Image.fromarray(bands(6, 6)).save("hosp/out/more/p.png")
     predicting(segments, "hosp", "hosp/D/../D/p.png", "--output", "hosp/out")
     assert "hosp: earlier predictions are left out (hosp/out)" in capsys.readouterr().out.splitlines()
-    assert content_of(Path("hosp/out")) == (names, content)
+    assert content_of(Path("hosp/out")) == (names | {"more"}, content)
     predicting(segments, "hosp/A/masks", "--json", "-", "--output", "out")
     assert len(json.loads(capsys.readouterr().out)["predictions"]) == 1, "they are named"
 

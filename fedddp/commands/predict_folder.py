@@ -20,13 +20,13 @@ def default_folder(run: str, client: str | None, best: bool | str) -> Path:
     """Return where a call writes without `--output`: each model of a run has a folder of its own."""
     name = "predictions" if client is None else f"predictions-{_escaped(client)}"
     if best:
-        name += "-best" if best is True else f"-best-{best.replace('/', '-')}"
+        name += "+best" if best is True else f"+best-{best.replace('/', '-')}"
     return Path(run).expanduser() / name
 
 
 def _escaped(client: str) -> str:
-    """Return a client's name as a part of a file's; different names stay different."""
-    return re.sub(r'[%/\\:*?"<>|\x00-\x1f]', lambda found: f"%{ord(found[0]):02X}", client)
+    """Return a client's name as a part of a file's: different names stay different, and none ends in +best."""
+    return re.sub(r'[%+/\\:*?"<>|\x00-\x1f]', lambda found: f"%{ord(found[0]):02X}", client)
 
 
 class PredictionFolder:
