@@ -25,7 +25,7 @@ def default_folder(run: str, client: str | None, best: bool | str) -> Path:
 
 
 def _escaped(client: str) -> str:
-    """Return a client's name as a part of a file's: different names stay different, and none ends in +best."""
+    """Return a client's name as a part of a file's: different ones stay different, none ends in +best."""
     return re.sub(r'[%+/\\:*?"<>|\x00-\x1f]', lambda found: f"%{ord(found[0]):02X}", client)
 
 
