@@ -66,6 +66,8 @@ NEAREST: dict[str, tuple[tuple[str, ...], str]] = {
     "callbacks": (("callbacks",), ""),
     "commands/init": (("init",), ""),
     "commands/options": (("progress",), ""),
+    "commands/predict": (("predict_tasks",), ""),
+    "commands/predict_folder": (("predict_tasks",), ""),
     "commands": (("runs", "cli"), ""),
     "privacy/example": (("example_privacy",), ""),
     "training/private_trainer": (("example_privacy",), ""),
