@@ -58,9 +58,10 @@ def learning(runs: Sequence[RunFiles], names: Sequence[str]) -> PageSection:
     scalars = {key for run in runs for row in run.rows for key, value in row.items() if is_number(value)}
     others = sorted(key for key in scalars if key.startswith("eval/"))
     judged = [metric.key for metric in judged_runs(runs) if metric]
-    first = list(dict.fromkeys([*judged, "eval/loss", "train/loss"]))
+    tested = [metric.key for run in runs if (metric := judged_by(run.rows))]
+    first = list(dict.fromkeys([*judged, *tested, "eval/loss", "train/loss"]))
     titles = {"train/loss": "Training loss", "eval/accuracy_top5": "Top-5 accuracy"}
-    titles |= {key: Metric(key).title for key in (*judged, "eval/loss")}
+    titles |= {key: Metric(key).title for key in (*judged, *tested, "eval/loss")}
     blocks: list[Chart | str] = []
     for key in [*first, *(key for key in others if key not in first)]:
         metric = Metric(key)
