@@ -22,7 +22,7 @@ from fedddp.reporting.report import constants
 from fedddp.reporting.report import summary as summary_cells
 from fedddp.reporting.runs import read_run
 from fedddp.reporting.sections import clients, learning, mistakes
-from fedddp.storage.client_rows import TAIL, last_evaluation
+from fedddp.storage.client_rows import TAIL, client_table, constant_of, last_evaluation, named
 from fedddp.storage.examined import parse_examined
 from fedddp.storage.history import Metric, judged_by, read_json
 from fedddp.storage.judged import averages_note, best_of, judged_together
@@ -179,6 +179,23 @@ def test_few_clients_are_listed_by_name_instead_of_tenths(tmp_path: Path) -> Non
     assert ("clients iou_worst10" in keys, "table" in keys) == (True, False)
     (folder / "clients.jsonl").unlink()  # privacy.strict, secure aggregation
     assert "by client" not in str(printed(summary(history(folder), folder, 2, finished=True)))
+
+
+def test_what_a_constant_prediction_scores_stands_beside_its_own_metric_alone() -> None:
+    rows = [
+        {"round": 1, "client": c, "name": name, "examples": 4, "iou": 0.5, "loss": 2.0, "constant": 0.25}
+        for c, name in enumerate(("Rome", "Oslo"))
+    ]
+    assert [len(line) for line in client_table(rows, Metric(MEAN))] == [4, 4, 4]
+    assert [*client_table(rows, Metric("eval/loss"))][:2] == [
+        ("client", "examples", "loss"),
+        ("Rome", "4", "2.0000"),
+    ]
+    assert constant_of(Metric(MEAN), rows, {}) == 0.25
+    assert constant_of(Metric("clients/iou_worst10"), rows, {}) is None
+    assert constant_of(Metric("clients/loss_mean"), rows, {}) is None
+    assert named(rows, Metric(MEAN))
+    assert not named([{**row, "name": str(row["client"])} for row in rows], Metric(MEAN)), "cameras"
 
 
 def test_the_last_evaluation_is_read_from_the_end_of_a_long_file(

@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedddp.storage.history import CLIENTS, Metric, Row, check_file, number, parse_json
+from fedddp.storage.history import CLIENTS, Metric, Row, check_file, judged_by, number, parse_json
 
 MOST_CLIENTS = 20
 """Rows of the table of clients, the worst; and names in a list of them."""
+
+NOT_METRICS = ("round", "client", "name", "examples", "constant")
+"""Keys of a row of clients.jsonl that are no metrics."""
 
 TAIL = 8 << 20
 """Bytes at the end of clients.jsonl that are read for the last evaluation: about 30,000 clients."""
@@ -41,9 +44,26 @@ def last_round(rows: Sequence[Row]) -> list[Row]:
 
 
 def named(rows: Sequence[Row], metric: Metric) -> bool:
-    """Return whether `rows` are a few clients with names and scores; a tenth of few is one client."""
+    """Return whether `rows` are a few clients with names and scores; a tenth of few is one client.
+
+    Numbers, as cameras have them, are no names.
+    """
     scored = all(row.get("name") is not None and number(row, metric.bare) is not None for row in rows)
-    return scored and 1 < len(rows) <= MOST_CLIENTS
+    words = not all(str(row.get("name")).isdecimal() for row in rows)
+    return scored and words and 1 < len(rows) <= MOST_CLIENTS
+
+
+def constants_of(rows: Sequence[Row], metric: Metric) -> list[float | None]:
+    """Return what a constant prediction scores in `metric` on each client; None where that is not recorded.
+
+    Rows have it of one metric: that which clients are judged by without `checkpoint.best`.
+    """
+    measured = [
+        {f"eval/{key}": value for key, value in row.items() if key not in NOT_METRICS} for row in rows
+    ]
+    main = judged_by(measured)
+    recorded = main is not None and main.bare == metric.bare
+    return [number(row, "constant") if recorded else None for row in rows]
 
 
 def constant_of(metric: Metric, rows: Sequence[Row], central: Mapping[str, Any]) -> float | None:
@@ -56,7 +76,7 @@ def constant_of(metric: Metric, rows: Sequence[Row], central: Mapping[str, Any])
     """
     if not metric.of_clients:
         return number(central, metric.bare)
-    known = [value for row in rows if (value := number(row, "constant")) is not None]
+    known = [value for value in constants_of(rows, metric) if value is not None]
     is_mean = metric.key == metric.on_clients("mean")
     return sum(known) / len(known) if known and is_mean else None
 
@@ -80,9 +100,10 @@ def client_table(rows: Sequence[Row], metric: Metric) -> Iterator[tuple[str, ...
     if len(rows) > MOST_CLIENTS:
         title = f"client ({MOST_CLIENTS} worst of {len(rows):,})"
         shown = sorted(rows, key=score)[:MOST_CLIENTS]
-    constant = any(number(row, "constant") is not None for row in shown)
-    yield title, "examples", one.label, *(["constant prediction"] if constant else [])
-    for row in shown:
-        values = [number(row, key) for key in (one.bare, *(["constant"] if constant else []))]
+    constants = constants_of(shown, one)
+    recorded = any(constant is not None for constant in constants)
+    yield title, "examples", one.label.removeprefix("test "), *(["constant prediction"] if recorded else [])
+    for row, constant in zip(shown, constants, strict=True):
+        values = [number(row, one.bare), *([constant] if recorded else [])]
         cells = ("–" if value is None else one.text(value) for value in values)
         yield str(row.get("name", row.get("client"))), f"{row.get('examples', 0):,}", *cells
