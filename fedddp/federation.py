@@ -31,7 +31,7 @@ from fedddp.section import ConfigError
 from fedddp.storage import run_record
 from fedddp.storage.checkpoint import save_model, save_tensors, write_text
 from fedddp.storage.history import GONE, HISTORY, plain, read_rows
-from fedddp.tracking.summary import score_of
+from fedddp.tracking.summary import run_score
 from fedddp.training.assembly import EXAMINED, assemble, load_images, set_model_aside
 from fedddp.training.asynchronous.coordinator import run_asynchronous
 from fedddp.training.objects import Objects, made
@@ -73,7 +73,7 @@ class Result:
     def _described(self) -> list[tuple[str, str]]:
         rounds = f"{self.history[-1]['round'] if self.history else 0}"
         parts = [("folder", str(self.folder)), ("rounds", rounds)]
-        score = score_of(self.history)
+        score = run_score(self.history, self.folder)
         if score is not None:
             parts.append((score.name, score.text))
         return [*parts, ("state", "finished" if self.finished else "stopped")]

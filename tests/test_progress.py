@@ -408,7 +408,7 @@ def test_the_summary_adds_up_the_rounds_and_names_what_comes_next() -> None:
 
 
 @pytest.mark.parametrize(
-    ("best", "stop_after", "row_of_it"),
+    ("best", "stop_after", "judged"),
     [
         ("eval/loss", 0, ["test loss", "0.5000 in round 3 (best: 0.2000 in round 2)"]),
         (
@@ -421,8 +421,8 @@ def test_the_summary_adds_up_the_rounds_and_names_what_comes_next() -> None:
         (None, 0, None),
     ],
 )
-def test_the_summary_has_the_metric_that_the_best_model_is_chosen_by(
-    best: str | None, stop_after: int, row_of_it: list[str] | None
+def test_the_summary_begins_with_the_metric_that_the_best_model_is_chosen_by(
+    best: str | None, stop_after: int, judged: list[str] | None
 ) -> None:
     values = ((1, 0.6, 0.7, 0.9), (2, 0.9, 0.2, 0.8), (3, 0.8, 0.5, 0.7))
     rows = [
@@ -436,8 +436,8 @@ def test_the_summary_has_the_metric_that_the_best_model_is_chosen_by(
     if best:
         (folder / "best.safetensors").touch()
     lines = summary_of(rows, folder)
-    assert lines[0] == ["accuracy", "80.00 % in round 3 (best: 90.00 % in round 2)"]
-    assert lines[1:-6] == ([row_of_it] if row_of_it else []) + [["train loss", "0.3333"]]
+    accuracy = ["accuracy", "80.00 % in round 3 (best: 90.00 % in round 2)"]
+    assert lines[:-6] == [*([judged] if judged else []), accuracy, ["train loss", "0.3333"]]
     assert lines[-1] == [f"fedddp predict runs/x IMAGE{' --best' if best else ''}"]
 
 

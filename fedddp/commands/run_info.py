@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedddp.storage.history import HISTORY, Metric, Row, flat, read_config, read_rows
-from fedddp.storage.judged import BASELINES, judged_together
+from fedddp.storage.history import HISTORY, Metric, Row, flat, judged_by, read_config, read_rows
+from fedddp.storage.judged import BASELINES, best_of, judged_together
 from fedddp.storage.run_record import RunRecord, age_s, read_record, state_of, unchanged_s
 from fedddp.tracking.summary import Score, last_value, score_of
 
@@ -31,12 +31,13 @@ class RunInfo:
     record: RunRecord | None
     problem: str | None
     judged: Metric | None = None
-    """What it is judged by beside other runs; None: by its own main metric."""
+    """What it is judged by beside other runs; None: as it is alone."""
 
     @property
     def score(self) -> Score | None:
         """The last and the best value of what it is judged by."""
-        return score_of(self.rows, None if self.judged is None else self.judged.key)
+        judged = self.judged or judged_by(self.rows, best_of(self.sections))
+        return None if judged is None else score_of(self.rows, judged.key)
 
     @property
     def loss(self) -> float | None:
@@ -95,7 +96,8 @@ def find_runs(output: Path) -> list[RunInfo]:
         if run.rows:
             alike.setdefault((run.folder.parent, run.dataset, task), []).append(place)
     for places in alike.values():
-        together = judged_together([found[place].rows for place in places])
+        beside = [found[place] for place in places]
+        together = judged_together([run.rows for run in beside], [run.sections for run in beside])
         for place, metric in zip(places, together, strict=True):
             found[place] = dataclasses.replace(found[place], judged=metric)
     return found

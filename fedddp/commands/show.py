@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from fedddp.commands.console import fail, is_coordinator, say, show
 from fedddp.commands.run_info import RunInfo, ago, read_run_info
-from fedddp.storage.history import HISTORY, is_client_score, read_json
+from fedddp.storage.history import HISTORY, Metric, is_client_score, read_json
+from fedddp.storage.judged import averages_note
 from fedddp.storage.run_record import SPLIT, LaunchRecord, read_warnings
 from fedddp.tracking.status import label_of, size_text
-from fedddp.tracking.summary import next_commands, phases_text, score_of
+from fedddp.tracking.summary import clients_shown, next_commands, phases_text, score_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,13 +64,14 @@ def describe(run: RunInfo) -> Table:
     table.add_column(overflow="fold")
     for part in (_state, _launches, _scores, _settings, _problems, _files):
         for label, text in part(run):
-            table.add_row(Text(label), Text(text))
+            table.add_row(Text(label), Text(text) if isinstance(text, str) else text)
     for index, line in enumerate(_next(run)):
         table.add_row(Text("" if index else "next"), Text(line))
     return table
 
 
-Lines = Iterator[tuple[str, str]]
+Lines = Iterator[tuple[str, Any]]
+"""Labels, and texts or tables."""
 
 
 def _state(run: RunInfo) -> Lines:
@@ -140,13 +142,20 @@ def _scores(run: RunInfo) -> Lines:
         for key in dict.fromkeys(key for row in run.rows for key in row)
         if (key.startswith(("eval/", "train/loss")) or is_client_score(key)) and score_of(run.rows, key)
     ]
-    numbers = [k for k in numbers if isinstance(_last(run, k), int | float) and not k.endswith("_std")]
+    by_client = clients_shown(run.folder, Metric(main.name)) if main else None
+    hidden = ("_std", "_worst10", "_best10") if by_client else ("_std",)  # a tenth of few is one client
+    numbers = [k for k in numbers if isinstance(_last(run, k), int | float) and not k.endswith(hidden)]
     if main:
         numbers = [main.name, *(key for key in numbers if key != main.name)]
     for key in numbers[:METRICS]:
         score = score_of(run.rows, key)
         assert score is not None
         yield label_of(key), score.text
+    note = averages_note({Metric(key).bare for key in numbers[:METRICS]}, run.sections)
+    if note:
+        yield "", note
+    if by_client:
+        yield "by client", by_client
     yield "time", phases_text(run.rows)
 
 

@@ -9,6 +9,7 @@ from fedddp.commands.use_options import model_text
 from fedddp.evaluation import IDENTITY
 from fedddp.inference.card_tasks import class_text
 from fedddp.storage.history import SPREAD, Metric, class_metric, judged_by
+from fedddp.storage.judged import averages_note
 from fedddp.storage.run_record import CLIENT
 
 if TYPE_CHECKING:
@@ -140,6 +141,9 @@ def _summary(found: RunMetrics, model: TrainedModel, run: str, *, best: bool) ->
         )
     elif found.left_out is not None:
         lines.append(("clients", found.left_out))
+    names = {*found.metrics, *(name for row in (found.clients.rows if found.clients else []) for name in row)}
+    note = averages_note(names, {"task": {"background": getattr(model.task, "background", True)}})
+    lines += [("", note)] if note else []
     for label, text in lines:
         table.add_row(Text(label), Text(text))
     return table

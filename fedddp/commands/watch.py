@@ -9,6 +9,7 @@ from pathlib import Path
 from fedddp.commands.console import STOPPED, fail, is_coordinator, parse, say, show
 from fedddp.commands.run_info import CORRUPT, RunInfo, read_run_info
 from fedddp.storage.history import HISTORY, number
+from fedddp.storage.judged import best_of
 from fedddp.storage.run_record import MODEL, RECORD, is_locked, read_warnings
 from fedddp.tracking.progress import QuietConsole, RoundProgress
 from fedddp.tracking.summary import summary
@@ -132,6 +133,7 @@ class Watch:
             visible=True,
             console=self.console,
             earlier=run.rows[:resumed],
+            best=best_of(run.sections),
             clock=lambda: self.seconds,
             memory=False,
         )

@@ -10,7 +10,7 @@ from typing import Any
 from fedddp.config.files import OBJECTS
 from fedddp.config.loader import dump_yaml
 from fedddp.data.catalog import TORCHVISION
-from fedddp.inference.card_clients import client_data, client_table, named_clients
+from fedddp.inference.card_clients import client_data, named_clients
 from fedddp.inference.card_tasks import (
     KNOWS,
     PIPELINES,
@@ -25,6 +25,7 @@ from fedddp.inference.card_text import choice, escaped, markdown_table, numbers,
 from fedddp.inference.loading import client_names, model_file, read_weights
 from fedddp.privacy.statement import statement
 from fedddp.section import ConfigError, local_path
+from fedddp.storage.client_rows import client_table
 from fedddp.storage.examined import constant_line
 from fedddp.storage.history import (
     HISTORY,
@@ -40,6 +41,7 @@ from fedddp.storage.history import (
     read_config,
     read_rows,
 )
+from fedddp.storage.judged import averages_note, best_of
 from fedddp.storage.run_record import ALONE, EVALUATION, SPLIT, RunRecord, read_record, read_warnings
 
 MOST_CLASSES, MOST_WARNINGS = 50, 5
@@ -161,13 +163,13 @@ class _Card:
         """Yield title and summary."""
         yield f"# {self.directory.resolve().name}"
         clients, version = self.settings["data.clients"], self.header.get("fedddp")
-        metric = judged_by(self.rows)
+        metric = judged_by(self.rows, best_of(self.config))
         value, score = None if metric is None else number(self.row, metric.key), ""
         if metric is not None and value is not None and metric.of_clients:
             own = ", each with its own model," if ALONE in self.header else ""
             score = f" The {metric.title}{own} is {metric.text(value)}."
-        elif metric is not None and value is not None and metric.sign > 0:
-            score = f" Its {metric.label} on the test data is {metric.text(value)}."
+        elif metric is not None and value is not None:
+            score = f" Its {metric.label.removeprefix('test ')} on the test data is {metric.text(value)}."
         purpose = PURPOSES[self.target].format(network=self.network, classes=len(self.classes))
         chosen = ""
         if self.best:
@@ -268,6 +270,9 @@ class _Card:
             rows = [(metric.label, metric.text(value)) for metric, value in named]
             yield f"On the test data, after round {self.round:,}:"
             yield markdown_table(("metric", "value"), rows)
+            note = averages_note(metrics, self.config)
+            if note:
+                yield note
         if self.constant:
             yield self.constant
         judged, clients = self._on_clients(), self._client_rows()

@@ -21,7 +21,7 @@ from fedddp.data.items import naming
 from fedddp.data.resizing import Placement
 from fedddp.inference.model import BATCH_SIZES, TrainedModel
 from fedddp.inference.pictures import Prediction, distinct_folders
-from fedddp.storage.examined import BoxesOfImage
+from fedddp.storage.examined import IGNORED, BoxesOfImage
 from fedddp.tracking import overlays
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class MaskOfFile:
     @property
     def outside(self) -> int:
         """Pixels that the model did not see."""
-        return int((self.mask == overlays.IGNORED).sum())
+        return int((self.mask == IGNORED).sum())
 
     @property
     def shares(self) -> Prediction:

@@ -16,7 +16,7 @@ from fedddp.config.schema import execution_settings, fields_with
 from fedddp.reporting.labels import distinguish
 from fedddp.reporting.runs import read_settings
 from fedddp.storage.history import Metric, Row, judged_by, number
-from fedddp.storage.judged import BASELINES, judged_together
+from fedddp.storage.judged import BASELINES, best_of, judged_together
 from fedddp.storage.run_record import MODEL
 
 AXES = ("rounds", "examples", "bytes", "virtual s", "wall s")
@@ -88,8 +88,8 @@ def read(folder: Path, metric: Metric | None = None) -> Curve:
     Raises:
         ValueError: it is no run, is corrupt, or was never evaluated.
     """
-    settings, _, rows = read_settings(folder)
-    metric = judged_by(rows) if metric is None else metric
+    settings, sections, rows = read_settings(folder)
+    metric = judged_by(rows, best_of(sections)) if metric is None else metric
     if metric is None:
         raise ValueError(
             f"{folder} has no metric below eval/ in its history; compare runs evaluated on test data"
@@ -119,13 +119,14 @@ def read_all(folders: Iterable[Path]) -> list[Curve]:
     """Return the curves of runs that are compared, one for all that differ in the seed alone.
 
     Beside clients that trained alone, and have no test of a model of all, the others are judged by the mean
-    over clients too.
+    over clients too; see `judged_together`.
 
     Raises:
         ValueError: one is no run, is corrupt, or was never evaluated; or they are judged by several metrics.
     """
     folders = list(folders)
-    judged = judged_together([read_settings(folder)[2] for folder in folders])
+    read_before = [read_settings(folder) for folder in folders]
+    judged = judged_together([rows for *_, rows in read_before], [sections for _, sections, _ in read_before])
     curves = [read(folder, metric) for folder, metric in zip(folders, judged, strict=True)]
     other = next((curve for curve in curves if curve.metric != curves[0].metric), None)
     if other is not None:

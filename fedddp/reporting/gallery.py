@@ -13,7 +13,7 @@ import numpy as np
 from fedddp.reporting.classes import class_name
 from fedddp.reporting.figures import Chart
 from fedddp.reporting.runs import RunFiles
-from fedddp.storage.examined import Examined
+from fedddp.storage.examined import IGNORED, Examined
 from fedddp.tracking import overlays
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _legend(run: RunFiles, labels: Sequence[int], background: bool) -> str:
     """Return the colours of classes with their names."""
     keys = []
     for label in labels:
-        name = "not counted" if label == overlays.IGNORED else escape(class_name(run, label))
+        name = "not counted" if label == IGNORED else escape(class_name(run, label))
         colour = overlays.hexadecimal(overlays.class_colour(label, background=background))
         keys.append(f'<li><i style="background: {colour}"></i>{name}</li>')
     return f'<ul class="legend">{"".join(keys)}</ul>'

@@ -16,13 +16,14 @@ from fedddp.reporting.cross_site import cross_site
 from fedddp.reporting.curves import AXES, series, steps
 from fedddp.reporting.figures import size_of
 from fedddp.reporting.page import PageSection, html_table, page
-from fedddp.reporting.runs import RunFiles, read_run, run_folders, unique_names
+from fedddp.reporting.runs import RunFiles, judged_runs, read_run, run_folders, unique_names
 from fedddp.reporting.tables import UNKNOWN, Cells, seconds
 from fedddp.section import ConfigError
 from fedddp.storage.checkpoint import write_text
+from fedddp.storage.client_rows import constant_of, last_round
 from fedddp.storage.examined import constant_line
 from fedddp.storage.history import Metric
-from fedddp.storage.judged import algorithm_of, judged_together
+from fedddp.storage.judged import algorithm_of
 from fedddp.storage.run_record import REPORT
 
 
@@ -105,21 +106,18 @@ def protected(runs: Sequence[RunFiles]) -> list[str]:
 def constants(runs: Sequence[RunFiles]) -> list[str]:
     """Return what a constant prediction scores by the metric that each run is judged by; equal lines once."""
     lines: dict[str, None] = {}
-    for run, judged in zip(runs, judged_together([run.rows for run in runs]), strict=True):
-        scores = {} if run.examined is None else dict(run.examined.constant)
-        if judged is not None and judged.of_clients:
-            last = max((row["round"] for row in run.clients), default=0)
-            known = [row["constant"] for row in run.clients if row["round"] == last and "constant" in row]
-            scores = {judged.bare: sum(known) / len(known)} if known else {}
+    for run, judged in zip(runs, judged_runs(runs), strict=True):
+        central = {} if run.examined is None else run.examined.constant
+        value = None if judged is None else constant_of(judged, last_round(run.clients), central)
         target = "class" if run.split is None else run.split.target
-        line = None if judged is None else constant_line(target, scores, judged)
+        line = None if judged is None else constant_line(target, {judged.bare: value}, judged)
         lines |= {} if line is None else {line: None}
     return [f"<p>{escape(line)}</p>" for line in lines]
 
 
 def summary(runs: Sequence[RunFiles]) -> Cells:
     """Return the table of the runs: its header, and a row for each."""
-    judged = judged_together([run.rows for run in runs])
+    judged = judged_runs(runs)
     one = len(set(judged)) == 1
     first = ("accuracy" if judged[0] is None else judged[0].label) if one else "score"
     rows = [["run", "algorithm", "state", "rounds", first, "best (round)", "worst 10 %", "test loss"]]

@@ -11,12 +11,26 @@ from fedddp.data.description import Description, Share
 from fedddp.reporting.cross_site_file import CrossSite, parse_cross_site
 from fedddp.section import RENAMED, ConfigError
 from fedddp.storage.examined import TARGETS, Examined, parse_examined
-from fedddp.storage.history import CLIENTS, HISTORY, Row, flat, parse_json, read_config, read_rows, read_text
+from fedddp.storage.history import (
+    CLIENTS,
+    HISTORY,
+    Metric,
+    Row,
+    flat,
+    parse_json,
+    read_config,
+    read_rows,
+    read_text,
+)
+from fedddp.storage.judged import judged_together
 from fedddp.storage.run_record import (
+    ALONE,
     CROSS_SITE,
     EVALUATION,
+    MODEL,
     SPLIT,
     RunRecord,
+    read_model_header,
     read_record,
     read_warnings,
     state_of,
@@ -46,6 +60,13 @@ class RunFiles:
     examined: Examined | None
     cross_site: CrossSite | None = None
     """cross-site.json, as `fedddp eval RUN --cross-site` writes it."""
+    alone: bool = False
+    """Whether it has no global model: each client has one of its own."""
+
+
+def judged_runs(runs: Sequence[RunFiles]) -> list[Metric | None]:
+    """Return the metric that each run of a report is judged by."""
+    return judged_together([run.rows for run in runs], [run.sections for run in runs])
 
 
 def run_folders(target: Path, or_give: str = "") -> list[Path]:
@@ -123,6 +144,7 @@ def read_run(folder: Path) -> RunFiles:
         class_names=names,
         examined=_parsed(folder / EVALUATION, parse_examined),
         cross_site=_parsed(folder / CROSS_SITE, parse_cross_site),
+        alone=ALONE in read_model_header(folder / MODEL),
     )
 
 

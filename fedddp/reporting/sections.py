@@ -25,11 +25,13 @@ from fedddp.reporting.figures import (
     tall,
 )
 from fedddp.reporting.gallery import gallery
-from fedddp.reporting.page import PageSection
-from fedddp.reporting.runs import RunFiles
+from fedddp.reporting.page import PageSection, html_table
+from fedddp.reporting.runs import RunFiles, judged_runs
 from fedddp.reporting.split_figures import caption, confusion, holdings, sizes
+from fedddp.storage.client_rows import client_table, last_round, named
 from fedddp.storage.examined import Examined
 from fedddp.storage.history import Metric, capital, judged_by, number
+from fedddp.storage.judged import averages_note, best_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,12 +57,11 @@ def learning(runs: Sequence[RunFiles], names: Sequence[str]) -> PageSection:
     """Return the metrics of the model over rounds, examples, bytes and time."""
     scalars = {key for run in runs for row in run.rows for key, value in row.items() if is_number(value)}
     others = sorted(key for key in scalars if key.startswith("eval/"))
-    judged = [metric.key for run in runs if (metric := judged_by(run.rows))]
-    tested = [key for key in judged if key.startswith("eval/")]
-    judged = tested or judged  # means over clients are in the section on clients
-    first = list(dict.fromkeys([*judged, "eval/loss", "train/loss"]))
+    judged = [metric.key for metric in judged_runs(runs) if metric]
+    tested = [metric.key for run in runs if (metric := judged_by(run.rows))]
+    first = list(dict.fromkeys([*judged, *tested, "eval/loss", "train/loss"]))
     titles = {"train/loss": "Training loss", "eval/accuracy_top5": "Top-5 accuracy"}
-    titles |= {key: Metric(key).title for key in (*judged, "eval/loss")}
+    titles |= {key: Metric(key).title for key in (*judged, *tested, "eval/loss")}
     blocks: list[Chart | str] = []
     for key in [*first, *(key for key in others if key not in first)]:
         metric = Metric(key)
@@ -77,6 +78,8 @@ def learning(runs: Sequence[RunFiles], names: Sequence[str]) -> PageSection:
 
             blocks.append(chart(f"{key} over {axis}", title, draw, axis=axis))
     blocks += [block for index, run in enumerate(runs) for block in over_rounds(index, run)]
+    notes = (averages_note({key.removeprefix("eval/") for key in scalars}, run.sections) for run in runs)
+    blocks += [f'<p class="small">{escape(note)}</p>' for note in dict.fromkeys(notes) if note]
     for index, run in enumerate(runs):
         blocks += class_table(index, run, names)
     missing = "" if judged else "test accuracy: a task with an accuracy, and test data"
@@ -88,10 +91,16 @@ def clients(runs: Sequence[RunFiles], names: Sequence[str]) -> PageSection:
     blocks: list[Chart | str] = []
     titles = {"mean": "Mean over clients", "worst10": "Worst 10 % of clients"}
     judged = [judged_on_clients(run) for run in runs]
+    drawn = {metric.key for metric in judged_runs(runs) if metric}  # in the section on learning
+    few = [
+        one is not None and named(last_round(run.clients), one) for run, one in zip(runs, judged, strict=True)
+    ]
     several = len(set(judged) - {None}) > 1
     for metric in dict.fromkeys(one for one in judged if one):
         for statistic, title in titles.items():
             key = metric.on_clients(statistic)
+            if key in drawn or (statistic == "worst10" and all(few)):  # a tenth of few is one client
+                continue
             lines = metric_lines(runs, names, key, "rounds", metric.factor)
 
             def draw(axes: Axes, lines: list[Line] = lines, metric: Metric = metric) -> None:
@@ -101,6 +110,13 @@ def clients(runs: Sequence[RunFiles], names: Sequence[str]) -> PageSection:
             blocks += [chart(f"clients {key.removeprefix('clients/')}", shown, draw)] if lines else []
     for index, (run, one) in enumerate(zip(runs, judged, strict=True)):
         blocks += _spread_over_clients(index, run, one) if one else []
+    for index, (run, one) in enumerate(zip(runs, judged, strict=True)):
+        if one is not None and few[index]:
+            rows = last_round(run.clients)
+            of = f" of {escape(names[index])}" if len(names) > 1 else ""
+            heading = f"<h3>Clients{of} after round {rows[0]['round']:,}</h3>"
+            table = html_table([[*line] for line in client_table(rows, one)], numbers=True)
+            blocks.append(f'<div class="run-{index}">{heading}{table}</div>')
     missing = "" if blocks else "the accuracy of every client: data.holdout=0.2 and evaluation.clients"
     return PageSection("Clients", blocks, missing)
 
@@ -109,7 +125,7 @@ def judged_on_clients(run: RunFiles) -> Metric | None:
     """Return the metric that the clients of a run are judged by; None where none was measured."""
     shared = ("round", *IDENTITY)
     rows = [{f"eval/{n}": v for n, v in row.items() if n not in shared} for row in run.clients]
-    metric = judged_by(run.rows)
+    metric = judged_by(run.rows, best_of(run.sections))
     if metric is not None and metric.of_clients:
         return Metric(f"eval/{metric.bare}")
     has = metric is not None and any(number(row, metric.key) is not None for row in rows)
@@ -252,6 +268,8 @@ def mistakes(runs: Sequence[RunFiles]) -> PageSection:
             blocks.append(_confusion(index, run, run.examined))
         blocks += [gallery(index, run, run.examined)] if run.examined.wrong else []
     missing = "" if blocks else "the confusion matrix: it is written when a run with test data ends"
+    if not blocks and all(run.alone for run in runs):
+        missing = "the confusion matrix: it is of a global model, and each client has a model of its own here"
     return PageSection("Mistakes of the final model", blocks, missing)
 
 

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from fedddp.storage.history import Metric, Row, number
 from fedddp.storage.run_record import WRONG
 
+IGNORED = 255
+"""Class of a mask's pixel that does not count, or that the model has not seen."""
+
 TARGETS = ("class", "multilabel", "mask", "boxes")
 
 CONSTANT = {
@@ -50,7 +53,7 @@ class Examined:
     images: NDArray[np.uint8] | None
     """Those examples, (n, C, H, W)."""
     masks: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None
-    """The true and the predicted class of each pixel, (n, H, W) each; 255: it does not count."""
+    """The true and the predicted class of each pixel, (n, H, W) each; 255 in both: it does not count."""
     boxes: list[tuple[BoxesOfImage, BoxesOfImage]] = field(default_factory=list)
     """The true and the predicted boxes of each of those examples."""
     constant: Mapping[str, float] = field(default_factory=dict)
@@ -95,6 +98,8 @@ def parse_examined(folder: Path, content: Any) -> Examined:
         masks = tensors["truth"], tensors["predicted"]
         if any(mask.shape != (len(images), *images.shape[2:]) or mask.dtype != np.uint8 for mask in masks):
             raise ValueError(f"{WRONG} does not hold two masks for each of its {len(wrong)} examples")
+        truth, predicted = masks
+        masks = truth, np.where(truth == IGNORED, truth, predicted)  # a model predicts in the margins too
     if images is not None and target == "boxes":
         sides = [_boxes(tensors, side, len(images)) for side in ("truth", "predicted")]
         boxes = list(zip(*sides, strict=True))

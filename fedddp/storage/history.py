@@ -341,8 +341,13 @@ def main_metric(row: Mapping[str, Any]) -> str | None:
     return None if metric is None else metric.key
 
 
-def judged_by(rows: Sequence[Mapping[str, Any]]) -> Metric | None:
-    """Return the metric that a run with these rows is judged by, as `main_metric` does for one."""
+def judged_by(rows: Sequence[Mapping[str, Any]], best: str | None = None) -> Metric | None:
+    """Return the metric that a run with these rows is judged by.
+
+    It is `best`, the first of its `checkpoint.best`, where a row has that; else as `main_metric` for one row.
+    """
+    if best is not None and any(number(row, best) is not None for row in rows):
+        return Metric(best)
     keys = dict.fromkeys(
         key for row in rows for key in row if key.startswith("eval/") and number(row, key) is not None
     )

@@ -17,12 +17,13 @@ MOST_CLASSES = 20
 class DerivedMetrics:
     """Sums and best values over the rows of a run, those of earlier launches included."""
 
-    def __init__(self, earlier: Iterable[Row] = ()) -> None:
-        """Add up the rows of `earlier` launches of the run."""
-        self._totals = {"total/examples": 0, "total/bytes": 0, "total/time": 0.0}
+    def __init__(self, earlier: Iterable[Row] = (), best: str | None = None) -> None:
+        """Add up the rows of `earlier` launches of the run, whose first `checkpoint.best` is `best`."""
+        self._totals: dict[str, int | float] = {"total/bytes": 0, "total/time": 0.0}
+        self._judged_by = best
         self.best: dict[str, float] = {}
-        """`best/NAME` for each number `eval/NAME`, and the round of it as `best/NAME_round`; of a run without
-        a global model for the mean over clients, as `best/clients/NAME_mean`."""
+        """`best/NAME` for each number `eval/NAME`, and the round of it as `best/NAME_round`; of a run that
+        is judged by the mean over clients for that too, as `best/clients/NAME_mean`."""
         for row in earlier:
             self._add(plain(row))
 
@@ -42,12 +43,13 @@ class DerivedMetrics:
         return {**found, **self._totals, **machine(row)}
 
     def _add(self, row: Row) -> None:
-        self._totals["total/examples"] += row.get("train/examples") or 0
+        if row.get("train/examples") is not None:  # privacy.strict does not record them
+            self._totals["total/examples"] = self._totals.get("total/examples", 0) + row["train/examples"]
         self._totals["total/bytes"] += (row.get("bytes/up") or 0) + (row.get("bytes/down") or 0)
         self._totals["total/time"] += working_seconds(row)
         if row.get("time/virtual") is not None:
             self._totals["total/virtual"] = self._totals.get("total/virtual", 0.0) + row["time/virtual"]
-        judged = judged_by([row])
+        judged = judged_by([row], self._judged_by)
         alone = judged.key if judged is not None and judged.of_clients else None
         for key, value in row.items():
             if (key.startswith("eval/") or key == alone) and isinstance(value, int | float):

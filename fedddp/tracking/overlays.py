@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedddp.storage.examined import IGNORED
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageFont import FreeTypeFont
 
     from fedddp.storage.examined import BoxesOfImage, Examined
-
-IGNORED = 255
-"""Class of a mask's pixel that does not count, or that the model has not seen."""
 
 COLOURS = (
     *("#ff6e3a", "#008df9", "#800033", "#99ffff", "#331ab3", "#e6ff1a"),

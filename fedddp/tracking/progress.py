@@ -88,6 +88,7 @@ class RoundProgress:
         visible: bool,
         console: Console,
         earlier: Iterable[Row] = (),
+        best: str | None = None,
         clock: Callable[[], float] = time.monotonic,
         memory: bool = True,
     ) -> None:
@@ -99,10 +100,11 @@ class RoundProgress:
             visible: False to show nothing.
             console: where to write.
             earlier: rows of those rounds.
+            best: the first metric of `checkpoint.best`, which the run is judged by.
             clock: returns seconds.
             memory: whether to show the memory of this process, which trains.
         """
-        self.status = Status(total_rounds, done, clock=clock)
+        self.status = Status(total_rounds, done, best=best, clock=clock)
         self.status.earlier(earlier)
         self._console, self._memory = console, memory
         self._stopping = False

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.filesize import decimal
 
-from fedddp.storage.history import Metric, direction, main_metric, number, working_seconds
+from fedddp.storage.history import Metric, direction, judged_by, number, working_seconds
 
 Row = Mapping[str, Any]
 
@@ -48,17 +48,23 @@ class Status:
     """The numbers of a run in progress: scores, pace, bytes, idle time."""
 
     def __init__(
-        self, total_rounds: int, done: int = 0, *, clock: Callable[[], float] = time.monotonic
+        self,
+        total_rounds: int,
+        done: int = 0,
+        *,
+        best: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the clock.
 
         Args:
             total_rounds: rounds of the run.
             done: rounds done before this launch of the run (a resumed run).
+            best: the first metric of its `checkpoint.best`, which it is judged by where rows have it.
             clock: returns seconds.
         """
         self.total, self.done, self.resumed = total_rounds, done, done
-        self._clock, self._start = clock, clock()
+        self._best, self._clock, self._start = best, clock, clock()
         self.cohort = 0
         """Clients of the round in progress; 0 where it is not known."""
         self.in_round = 0
@@ -104,11 +110,18 @@ class Status:
         epsilon = number(row, "privacy/epsilon")
         if epsilon is not None:
             self._privacy = (epsilon, bool(row.get("privacy/simulated")))
-        name = main_metric(row)
+        judged = judged_by([row], self._best)
         # A row without a score, such as one of NaN, does not make the run one that is judged by its loss.
-        if name is not None and (self._score is None or _rank(name) >= _rank(self._score[0])):
+        name = None if judged is None else judged.key
+        if name is not None and (self._score is None or self._rank(name) >= self._rank(self._score[0])):
             before = self._score[1] if self._score and self._score[0] == name else None
             self._score = (name, row[name], before)
+
+    def _rank(self, name: str) -> int:
+        """Return a higher number for a metric that the run is rather judged by."""
+        if name == self._best:
+            return 3
+        return 0 if not name.startswith("eval/") else 2 if direction(name) > 0 else 1
 
     # ---- as text ----
 
@@ -205,11 +218,6 @@ class Status:
 def label_of(name: str) -> str:
     """Return a metric's key as it is shown: train loss, test loss, accuracy, IoU, clients/accuracy_mean."""
     return Metric(name).label
-
-
-def _rank(name: str) -> int:
-    """Return a higher number for a metric that a run is rather judged by."""
-    return 0 if not name.startswith("eval/") else 2 if direction(name) > 0 else 1
 
 
 def _loss(row: Row) -> tuple[str, float] | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedddp.storage.history import direction, judged_by, number, read_config
-from fedddp.storage.run_record import ALONE, BEST, MODEL, read_model_header
+from fedddp.storage.client_rows import client_table, constant_of, last_evaluation, named
+from fedddp.storage.history import Metric, direction, judged_by, number, read_config, read_json
+from fedddp.storage.judged import best_of
+from fedddp.storage.run_record import ALONE, BEST, EVALUATION, MODEL, read_model_header
 from fedddp.tracking.status import Row, label_of, score_text, size_text
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class Score(NamedTuple):
 def score_of(rows: Sequence[Row], name: str | None = None) -> Score | None:
     """Return the last and the best value of a metric; None where no row has it.
 
-    `name` is its key, by default that of the metric that the run is judged by. Of equal values the first is
+    `name` is its key, by default that which `main_metric` gives. Of equal values the first is
     the best; of a loss the smallest.
     """
     if name is None:
@@ -63,19 +65,56 @@ def last_value(rows: Sequence[Row], name: str) -> float | None:
     return next((float(value) for value in found if value is not None), None)
 
 
-def compared_metric(rows: Sequence[Row], folder: Path) -> str | None:
-    """Return the metric of `checkpoint.best` or `evaluation.stop_after`; None where the run has neither."""
+def run_score(rows: Sequence[Row], folder: Path) -> Score | None:
+    """Return the last and the best value of what the run in `folder` is judged by."""
+    judged = judged_by(rows, best_of(_sections(folder)))
+    return None if judged is None else score_of(rows, judged.key)
+
+
+def _sections(folder: Path) -> Row:
+    """Return the configuration of a run; empty where it cannot be read."""
     try:
-        config = read_config(folder / "config.yaml")
-        metric, after = config["checkpoint"].get("best"), config["evaluation"].get("stop_after")
-    except (OSError, ValueError, KeyError, AttributeError):  # no file, or one of an older version
+        return read_config(folder / "config.yaml")
+    except (OSError, ValueError):
+        return {}
+
+
+def clients_shown(folder: Path, metric: Metric) -> Table | None:
+    """Return the last evaluation of a few clients with names as a table; None of others."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = _evaluated(folder)
+    if not named(rows, metric):
         return None
-    if isinstance(metric, list):  # the first decides
-        metric = metric[0] if metric else None
-    if metric is None and after:
-        judged = judged_by(rows)
-        metric = judged.key if judged else "eval/loss"
-    return None if metric is None else str(metric)
+    titles, *lines = client_table(rows, metric)
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="right" if index else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*map(Text, line))
+    return table
+
+
+def _evaluated(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return last_evaluation(folder)
+    except (OSError, ValueError):
+        return []
+
+
+def _against_constant(score: Score, folder: Path) -> str | None:
+    """Return a line where the last score does not beat a constant prediction, as both are shown."""
+    metric = Metric(score.name)
+    try:
+        central = read_json(folder / EVALUATION).get("constant") or {}
+    except (OSError, ValueError):
+        central = {}
+    constant = constant_of(metric, _evaluated(folder) if metric.of_clients else [], central)
+    if constant is None or metric.sign * round(score.last - constant, 4) > 0:
+        return None
+    line = f"not better than a constant prediction, {metric.text(constant)}"
+    return f"{line}: train longer, or try another local.lr"
 
 
 def _privacy(rows: Sequence[Row], folder: Path) -> str | None:
@@ -130,19 +169,25 @@ def summary(rows: Sequence[Row], folder: Path, total_rounds: int, *, finished: b
     table = Table("", "", box=None, show_header=False, padding=(0, 2, 0, 0))
     table.columns[0].style = "dim"
     table.columns[1].overflow = "fold"
-    score, compared = score_of(rows), compared_metric(rows, folder)
+    score, other = run_score(rows, folder), score_of(rows)
     if score:
         table.add_row(Text(label_of(score.name)), score.text)
-    other = score_of(rows, compared) if compared and not (score and score.name == compared) else None
-    if other:
-        table.add_row(label_of(other.name), other.text)
+        below = _against_constant(score, folder) if finished else None
+        if below:
+            table.add_row("", below)
+        clients = clients_shown(folder, Metric(score.name))
+        if clients:
+            table.add_row("by client", clients)
+    if score and other and other.name != score.name:
+        table.add_row(Text(label_of(other.name)), other.text)
     loss = last_value(rows, "train/loss")
     if loss is not None:
         table.add_row("train loss", f"{loss:.4f}")
     done = rows[-1]["round"]
     early = " (ended early)" if finished and done < total_rounds else ""
     table.add_row("rounds", f"{done} of {total_rounds}{early}")
-    table.add_row("examples", f"{_sum(rows, 'train/examples'):,}")
+    if any("train/examples" in row for row in rows):  # privacy.strict does not record them
+        table.add_row("examples", f"{_sum(rows, 'train/examples'):,}")
     up, down = (int(_sum(rows, f"bytes/{way}")) for way in ("up", "down"))
     table.add_row("bytes", f"{size_text(up)} up, {size_text(down)} down")
     protected = _privacy(rows, folder)

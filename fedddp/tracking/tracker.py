@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedddp.section import NonNegativeInt, Section
 from fedddp.storage.history import HISTORY, History, plain, read_rows
+from fedddp.storage.judged import best_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -171,7 +172,12 @@ class Tracker(NullTracker):
         if tracking.trackers:
             self._start(plain(config), name, earlier)
         self._progress = RoundProgress(
-            total_rounds, resume_round, visible=tracking.progress, console=self._console, earlier=earlier
+            total_rounds,
+            resume_round,
+            visible=tracking.progress,
+            console=self._console,
+            earlier=earlier,
+            best=best_of(config),
         )
 
     def _start(self, config: Row, name: str, earlier: list[Row]) -> None:
@@ -179,7 +185,7 @@ class Tracker(NullTracker):
         from fedddp.tracking.derived import DerivedMetrics
         from fedddp.tracking.trackers import RunDescription
 
-        self._derived = DerivedMetrics(earlier)
+        self._derived = DerivedMetrics(earlier, best_of(config))
         run = RunDescription(self._tracking, self._folder, config, name, self._round)
         for kind in self._tracking.trackers:
             if kind == "wandb":

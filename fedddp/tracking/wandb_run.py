@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from fedddp.storage.examined import BoxesOfImage, Examined
+from fedddp.storage.examined import IGNORED, BoxesOfImage, Examined
 from fedddp.storage.history import is_client_score, read_json
 from fedddp.storage.run_record import BEST, MODEL, REPORT, SPLIT
 from fedddp.tracking.derived import DerivedMetrics
-from fedddp.tracking.overlays import IGNORED, picture_of
+from fedddp.tracking.overlays import picture_of
 from fedddp.tracking.tracker import TrackingConfig, reason
 from fedddp.tracking.trackers import (
     Ending,
