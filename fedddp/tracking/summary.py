@@ -186,7 +186,7 @@ def summary(rows: Sequence[Row], folder: Path, total_rounds: int, *, finished: b
     done = rows[-1]["round"]
     early = " (ended early)" if finished and done < total_rounds else ""
     table.add_row("rounds", f"{done} of {total_rounds}{early}")
-    if any("train/examples" in row for row in rows):  # privacy.strict does not record them
+    if any(number(row, "train/examples") is not None for row in rows):  # privacy.strict does not record them
         table.add_row("examples", f"{_sum(rows, 'train/examples'):,}")
     up, down = (int(_sum(rows, f"bytes/{way}")) for way in ("up", "down"))
     table.add_row("bytes", f"{size_text(up)} up, {size_text(down)} down")

@@ -60,7 +60,7 @@ class Submitted:
 @pytest.fixture(scope="module")
 def submitted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
     folder = tmp_path_factory.mktemp("jobs")
-    shape = ("--nodes=2", "--ntasks-per-node=2")
+    shape = ("--nodes=2", "--ntasks-per-node=1")  # one client group, a rank on each node
     federated = submit(cluster, folder, "federated.sbatch", *shape, *DIGITS, "--checkpoint.every", "1")
     # Not on node2, which will go down.
     lines = str(TEMPLATES / "sweep.txt")
@@ -82,7 +82,7 @@ def test_a_stopped_and_killed_job_ends_with_the_same_bits(
     wait_for_round(cluster, job_id, run, 5)
     down = ("update", "nodename=node2", "state=down", "reason=test")
     cluster.call("scontrol", *down)  # the job is killed and requeued; the node comes back by itself
-    run_world(train_uninterrupted, tmp_path, size=2)  # one client group, not two on two nodes
+    run_world(train_uninterrupted, tmp_path, size=4)  # two client groups, not one
     job = cluster.end(job_id)
 
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), cluster.output(job)
