@@ -107,9 +107,13 @@ def compared_on_clients(configs: dict[str, Config]) -> dict[str, Config]:
 
 def without_global_model(c: Config) -> str | None:
     """Return what leaves a run without a global model, as "algorithm=FedBN"; None where it has one."""
-    if c.baseline != "none":
-        return "baseline=local" if c.baseline == "local" else None
-    return None if c.algorithm.has_global_model else f"algorithm={type(c.algorithm).__name__}"
+    alone = c.baseline == "local" or (c.baseline == "none" and not c.algorithm.has_global_model)
+    return trained_by(c) if alone else None
+
+
+def trained_by(c: Config) -> str:
+    """Return the setting that a run is trained by: its baseline, or its algorithm."""
+    return f"algorithm={type(c.algorithm).__name__}" if c.baseline == "none" else f"baseline={c.baseline}"
 
 
 def pooled_steps(local: LocalConfig, sizes: NDArray[np.int64]) -> LocalConfig:

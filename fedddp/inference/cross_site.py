@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedddp.config.baselines import in_effect
+from fedddp.config.baselines import in_effect, trained_by
 from fedddp.config.schema import Config
 from fedddp.data.datasets import Images
 from fedddp.data.loader import ClientLoader
@@ -136,11 +136,9 @@ def _run_data(
     config, objects = read_run(run, flags)
     config = in_effect(config)
     if not has_own_models(config):
-        pooled = config.baseline == "pooled"
-        trained = "baseline=pooled" if pooled else f"algorithm={type(config.algorithm).__name__}"
         raise ConfigError(
-            f"{run}: with {trained} clients have no models of their own to compare; train a run with "
-            "algorithm=FedBN, FedPer or Ditto, or with baseline=local"
+            f"{run}: with {trained_by(config)} clients have no models of their own to compare; train a run "
+            "with algorithm=FedBN, FedPer or Ditto, or with baseline=local"
         )
     own = "train" in objects
     if own and config.data.dataset == before.data.dataset:
@@ -195,7 +193,7 @@ def _chosen(clients: Clients, states: States, seed: int) -> list[int]:
             "the clients of this run have no data to evaluate on; train one with data.holdout, e.g. 0.2, or "
             "with natural clients and a test set that names its owners"
         )
-    trained = [client for client in tested if states.of_client(client)]
+    trained = [client for client in tested if client in states]
     if not trained:
         raise ConfigError("no client with data to evaluate on was trained; train more rounds")
     if len(trained) < len(tested):

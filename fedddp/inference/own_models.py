@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fedddp.config.baselines import in_effect
+from fedddp.config.baselines import in_effect, trained_by
 from fedddp.config.schema import Config
 from fedddp.inference.loading import client_names, read_run
 from fedddp.inference.model import TrainedModel
@@ -40,7 +40,7 @@ def of_client(model: TrainedModel, directory: Path, client: str | int) -> Traine
     config, _ = read_run(directory)
     if not has_own_models(config):
         raise ConfigError(
-            f"{directory}: with {_trained(config)} clients have no models of their own; leave client out"
+            f"{directory}: with {trained_by(config)} clients have no models of their own; leave client out"
         )
     names = client_names(directory)
     number = number_of(client, names, config.data.clients)
@@ -56,12 +56,6 @@ def of_client(model: TrainedModel, directory: Path, client: str | int) -> Traine
     module = copy.deepcopy(model.module)
     module.load_state_dict(own.flat.module.state_dict())
     return dataclasses.replace(model, module=module.eval(), metadata={**model.metadata, CLIENT: who})
-
-
-def _trained(config: Config) -> str:
-    """Return what a run trained by, as a setting."""
-    baseline = config.baseline != "none"
-    return f"baseline={config.baseline}" if baseline else f"algorithm={type(config.algorithm).__name__}"
 
 
 def number_of(client: str | int, names: Sequence[str], clients: int) -> int:
@@ -144,9 +138,13 @@ class States:
             with safe_open(path, framework="pt") as opened:
                 self._files |= {int(key.split(".", 1)[0]): path for key in opened.keys()}  # noqa: SIM118
 
+    def __contains__(self, client: int) -> bool:
+        """Return whether `client` has a state."""
+        return client in self._files
+
     def of_client(self, client: int) -> dict[str, Tensor]:
         """Return the state of `client`; empty where it has none."""
-        if client not in self._files:
+        if client not in self:
             return {}
         with safe_open(self._files[client], framework="pt") as opened:
             names = [key for key in opened.keys() if key.split(".", 1)[0] == str(client)]  # noqa: SIM118
