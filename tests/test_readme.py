@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_dashboards")
 
 FOUR_RANKS = "--standalone --nproc-per-node 4 -m fedddp run digits --topology.ranks_per_client 2"
 PARADIGMS = "--standalone --nproc-per-node 2 -m fedddp compare compare-paradigms"
-SLURM = "--nodes=2 --ntasks-per-node=2 slurm/federated.sbatch digits --topology.ranks_per_client 2"
+SLURM = "--nodes=2 --ntasks-per-node=1 slurm/federated.sbatch digits --topology.ranks_per_client 2"
 RUN_BY = {
     "./scripts/quickstart": ("tests/test_scripts.py", ["scripts/quickstart"]),
     "./scripts/test": ("tests/test_scripts.py", ["/scripts/test"]),
