@@ -26,6 +26,7 @@ _CONTEXT.set_forkserver_preload(
         "torch.nn.parallel",
         "torchvision",
         "fedddp.federation",
+        "fedddp.tracking.progress",
         "pytest",  # which the module of `fn` imports; left out where it is not installed
     ]
 )

@@ -115,10 +115,13 @@ CONFIGS = {
 ONE_EACH = {type(algorithm): name for name, (algorithm, _, _) in CASES.items()}.values()
 """A case of each algorithm, the last: that with batch norm, where there is one."""
 
+PAIRED = [*ONE_EACH, "FedProx with clipped steps", "FedProx in micro-batches", "FedNova with prox"]
+"""What a client on two ranks computes in another way."""
+
 
 def cases_in(groups: int, ranks: int) -> Iterable[str]:
-    """Return the cases for a world; in that of four ranks, other local settings would show nothing new."""
-    return ONE_EACH if (groups, ranks) == (2, 2) else CASES
+    """Return the cases for a world; where other local settings would show nothing new, there are fewer."""
+    return CASES if ranks == 1 else PAIRED if groups == 1 else ONE_EACH
 
 
 @functools.cache

@@ -33,7 +33,7 @@ from fedddp.reporting.dry_run import dry_run
 from fedddp.section import ConfigError
 from fedddp.tasks import Classification
 from fedddp.testing import run_world
-from fedddp.training.engine import channels_last, why_eager
+from fedddp.training.engine import channels_last, traced_or_why
 
 MLP = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -69,24 +69,25 @@ class OwnLoss(Classification):
 @pytest.mark.parametrize(
     ("changes", "place", "reason"),
     [
-        ({}, {}, ""),
+        ({}, {}, None),
         ({"local": LocalConfig(engine="eager")}, {}, "local.engine is eager"),
         ({}, {"ranks": 2}, "a client has several ranks"),
         ({}, {"device": GPU}, "the clients train on a GPU"),
         ({"local": LocalConfig(precision="bf16")}, {}, "local.precision is bf16"),
         ({"local": LocalConfig(accumulate=2)}, {}, "local.accumulate is 2"),
-        ({"algorithm": FedBuff()}, {}, ""),
+        ({"algorithm": FedBuff()}, {}, None),
         ({"algorithm": MOON()}, {}, "MOON adds a penalty to the loss"),
         ({"algorithm": Own()}, {}, "Own is not one of fedddp's own classes"),
         ({"task": OwnLoss()}, {}, "OwnLoss is not one of fedddp's own classes"),
-        ({"cohort": CohortConfig(size=1)}, {}, ""),
+        ({"cohort": CohortConfig(size=1)}, {}, None),
     ],
 )
 def test_what_the_eager_engine_trains_and_why(
-    changes: dict[str, Any], place: dict[str, Any], reason: str
+    changes: dict[str, Any], place: dict[str, Any], reason: str | None
 ) -> None:
     given = {"device": CPU, "ranks": 1, **place}
-    assert why_eager(Config(**changes), FlatModel(copy.deepcopy(MLP)), (1, 2, 2), **given) == reason
+    found = traced_or_why(Config(**changes), FlatModel(copy.deepcopy(MLP)), (1, 2, 2), **given)
+    assert (found if isinstance(found, str) else None) == reason
 
 
 def test_the_plan_says_which_engine_trains() -> None:

@@ -285,8 +285,8 @@ def _call(node: fx.Node, layer: nn.Module | None) -> Callable[..., Any]:
     return call
 
 
-def try_traced(flat: FlatModel, shape: tuple[int, int, int]) -> None:
-    """Check that the traced passes of a model do what its own do; gradients end at zero, all else as it was.
+def try_traced(flat: FlatModel, shape: tuple[int, int, int]) -> TracedModel:
+    """Return passes of a model that do what its own do; its gradients end at zero, all else as it was.
 
     Args:
         flat: the model, on the CPU.
@@ -311,6 +311,7 @@ def try_traced(flat: FlatModel, shape: tuple[int, int, int]) -> None:
             flat.load(flat.params, *buffers)
             flat.grad.zero_()
             module.train(training)
+    return traced
 
 
 def _compare(flat: FlatModel, traced: TracedModel, images: Tensor, buffers: tuple[Tensor, Tensor]) -> None:

@@ -24,7 +24,7 @@ from fedddp.simulation.clock import examples_trained
 from fedddp.simulation.cohort import assign
 from fedddp.training.assembly import outputs_check
 from fedddp.training.clients import client_names, clients_of, pooled
-from fedddp.training.engine import why_eager
+from fedddp.training.engine import traced_or_why
 from fedddp.training.exchange import round_bytes
 from fedddp.training.protect import check_library, example_account, participations_of
 from fedddp.transport.links import Links
@@ -170,8 +170,8 @@ def _engine(config: Config, flat: FlatModel, train: Images) -> str:
     """Return which engine trains the clients, and why the eager one."""
     cpu = config.topology.device == "cpu" or not torch.cuda.is_available()
     device = torch.device("cpu" if cpu else "cuda")
-    reason = why_eager(config, flat, train.shape, device, config.topology.ranks_per_client)
-    return f"eager, because {reason}" if reason else "traced"
+    found = traced_or_why(config, flat, train.shape, device, config.topology.ranks_per_client)
+    return f"eager, because {found}" if isinstance(found, str) else "traced"
 
 
 def _count(number: int, noun: str) -> str:

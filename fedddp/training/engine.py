@@ -15,7 +15,7 @@ from fedddp.data.loader import ClientLoader
 from fedddp.distributed.world import World
 from fedddp.models.flat import FlatModel
 from fedddp.models.trace import UnsupportedModelError
-from fedddp.models.traced import try_traced
+from fedddp.models.traced import TracedModel, try_traced
 from fedddp.privacy.config import ExampleDP
 from fedddp.section import ConfigError
 from fedddp.training.client_trainer import ClientTrainer
@@ -37,23 +37,23 @@ def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLo
     parts = (world, flat, config.task, loader, config.local, config.algorithm)
     if isinstance(config.privacy, ExampleDP):
         return PrivateTrainer(*parts, seed=config.seed, privacy=config.privacy)
-    reason = why_eager(config, flat, loader.images.shape, world.device, world.ranks_per_client)
-    if not reason:
+    found = traced_or_why(config, flat, loader.images.shape, world.device, world.ranks_per_client)
+    if isinstance(found, TracedModel):
         logger.debug("local.engine: traced")
-        return TracedTrainer(*parts, seed=config.seed)
+        return TracedTrainer(*parts, found, seed=config.seed)
     if config.local.engine == "traced":
-        raise ConfigError(f"local.engine=traced cannot train this: {reason}; leave it out")
-    logger.debug("local.engine: eager, because %s", reason)
+        raise ConfigError(f"local.engine=traced cannot train this: {found}; leave it out")
+    logger.debug("local.engine: eager, because %s", found)
     trainer = ClientTrainer(*parts, seed=config.seed)
     if config.transport.group is not None:
         world.compress_gradients(trainer.replica, config.transport.group)
     return trainer
 
 
-def why_eager(
+def traced_or_why(
     config: Config, flat: FlatModel, shape: tuple[int, int, int], device: torch.device, ranks: int
-) -> str:
-    """Return why clients train by the eager engine; empty if by the traced one.
+) -> TracedModel | str:
+    """Return the traced model that trains the clients, or why they train by the eager engine.
 
     The engine decides bits, so its choice depends on nothing that may change when a run is resumed.
 
@@ -68,10 +68,9 @@ def why_eager(
     if reason:
         return reason
     try:
-        try_traced(flat, shape)
+        return try_traced(flat, shape)
     except UnsupportedModelError as error:
         return str(error)
-    return ""
 
 
 def obstacle(config: Config, device: torch.device, ranks: int) -> str:

@@ -28,16 +28,13 @@ class TracedTrainer(ClientTrainer):
         loader: ClientLoader,
         local: LocalConfig,
         algorithm: Algorithm,
+        model: TracedModel,
         *,
         seed: int,
     ) -> None:
-        """Trace the model.
-
-        Raises:
-            UnsupportedModelError: it cannot be traced.
-        """
+        """Take the passes of `flat`'s module."""
         super().__init__(world, flat, task, loader, local, algorithm, seed=seed)
-        self.model = TracedModel(flat.module)
+        self.model = model
         corrected = local.clip_norm is not None or reads_grad(type(algorithm))
         self.steps_in_backward = local.takes_plain_steps and not corrected
         """Whether a step needs nothing but the gradient, so that the backward pass can take it."""
