@@ -63,7 +63,8 @@ class Faulty(FedAvg):
 """An algorithm that injects the faults in STRIKE, each once: kind, rank and round (from 1)."""
 
 SMALL = "--rounds 3 --local.epochs 1 --checkpoint.every 1 --tracking.trackers [] --algorithm mine.Faulty"
-INTERRUPTED = f"run digits {SMALL} --name interrupted"
+DIGITS = f"run digits --data.examples 300 {SMALL}"
+INTERRUPTED = f"{DIGITS} --name interrupted"
 
 
 def assert_same_bits(one: Path, other: Path) -> None:
@@ -109,7 +110,7 @@ def test_a_killed_coordinator_resumes_and_a_rank_that_raises_ends_the_job(
     code, out, _ = command(f"{INTERRUPTED} --resume auto")
     assert code == 0
     assert "from round-00002" in out
-    assert command(f"run digits {SMALL} --name uninterrupted")[0] == 0
+    assert command(f"{DIGITS} --name uninterrupted")[0] == 0
     assert_same_bits(tmp_path / "runs" / "interrupted", tmp_path / "runs" / "uninterrupted")
 
 
@@ -134,7 +135,7 @@ def test_a_configuration_error_is_reported_once() -> None:
 def test_a_stopped_run_prints_the_command_that_resumes_it(
     tmp_path: Path, command: Command, signal: str
 ) -> None:
-    code, out, err = command(f"run digits {SMALL}", signal)
+    code, out, err = command(DIGITS, signal)
     assert code == 75, err
     (again,) = re.findall("^Stopped. Resume with the same launcher and: fedddp (run .*)$", out, re.MULTILINE)
     code, out, _ = command(again)
@@ -142,12 +143,12 @@ def test_a_stopped_run_prints_the_command_that_resumes_it(
     assert (
         "from round-00001-00001" in out
     )  # in the middle of a round, after the client whose training was interrupted
-    assert command(f"run digits {SMALL} --name uninterrupted")[0] == 0
+    assert command(f"{DIGITS} --name uninterrupted")[0] == 0
     assert_same_bits(tmp_path / "runs" / "digits", tmp_path / "runs" / "uninterrupted")
 
 
 def test_out_of_memory_is_reported_in_one_line_with_the_settings_to_change(command: Command) -> None:
-    code, _, err = command(f"run digits {SMALL} --local.batch_size 7", "memory")
+    code, _, err = command(f"{DIGITS} --local.batch_size 7", "memory")
     assert code == 1
     assert len(err.splitlines()) == 1
     assert re.match(

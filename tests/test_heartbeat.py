@@ -39,6 +39,12 @@ def test_a_busy_rank_ends_soon_after_another_failed() -> None:
         run_world(busy_while_another_fails, size=2)
 
 
+def await_file(path: Path) -> None:
+    """Return when another rank has made a file."""
+    while not path.exists():
+        time.sleep(0.02)
+
+
 def wait_for_all(world: World, heartbeat: Heartbeat) -> str:
     """Wait for the others, and fail as a run does; return the notes of the first rank to fail."""
     try:
@@ -70,16 +76,19 @@ def test_only_the_stopped_rank_is_named_not_those_that_timed_out_too(tmp_path: P
     assert sorted(reported) == sorted([note, "woken", "not the first", "not the first"])
 
 
-def one_is_late() -> str:
+def one_is_late(folder: Path) -> str:
     world, heartbeat = join(2)
     if world.rank == 1:
-        time.sleep(5)  # as if its disk had gone away
+        await_file(folder / "named")  # as if its disk had gone away
         return "late"
-    return wait_for_all(world, heartbeat)
+    notes = wait_for_all(world, heartbeat)
+    if notes != "not the first":
+        (folder / "named").touch()
+    return notes
 
 
-def test_a_rank_with_a_heartbeat_that_is_late_is_named() -> None:
-    reported = run_world(one_is_late, size=3)
+def test_a_rank_with_a_heartbeat_that_is_late_is_named(tmp_path: Path) -> None:
+    reported = run_world(one_is_late, tmp_path, size=3)
     state = "still in local training, data loading or file access"
     note = f"rank 1: {state}; others waited for up to topology.timeout_s=2 s"
     assert sorted(reported) == sorted([note, "late", "not the first"])
@@ -101,19 +110,20 @@ def test_a_rank_that_does_not_start_is_named() -> None:
     assert reported[0].startswith("rank 1 of 2 did not start within topology.timeout_s=1 s")
 
 
-def fail_by_itself() -> list[str]:
+def fail_by_itself(folder: Path) -> list[str]:
     world, heartbeat = join(30)
     error = RuntimeError("not one of communication")
     if world.rank == 0:
         assert world.report_failure()
         heartbeat.name_absent(error)
+        (folder / "done").touch()
     else:
-        time.sleep(1.5)
+        await_file(folder / "done")
     return getattr(error, "__notes__", [])
 
 
-def test_an_error_of_its_own_names_no_other_rank() -> None:
-    assert run_world(fail_by_itself, size=2) == [[], []]
+def test_an_error_of_its_own_names_no_other_rank(tmp_path: Path) -> None:
+    assert run_world(fail_by_itself, tmp_path, size=2) == [[], []]
 
 
 RANK = """

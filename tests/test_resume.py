@@ -211,13 +211,20 @@ def local_for(algorithm: Algorithm) -> LocalConfig:
 VARIANTS: dict[str, dict[str, Any]] = {
     "momentum kept": {"local": LocalConfig(batch_size=20, momentum=0.9, optimizer_state="keep")},
     "adam kept": {"local": LocalConfig(batch_size=20, lr=0.01, optimizer="adam", optimizer_state="keep")},
-    "cosine": {"local": LocalConfig(batch_size=20, schedule="cosine")},
-    "step": {"local": LocalConfig(batch_size=20, schedule="step", decay=0.5, decay_every=2)},
-    "server momentum": {"algorithm": FedAvg(momentum=0.9), "local": LOCALS[0]},
-    "poisson": {"cohort": CohortConfig(size=2, sampling="poisson"), "local": LOCALS[0], "seed": 3},
-    "augmented": {"data": dataclasses.replace(BASE.data, augment="crop"), "local": LOCALS[0]},
-    "every round saved": {"checkpoint": CheckpointConfig(every=1, keep=1), "local": LOCALS[0]},
+    "cosine, augmented, server momentum": {
+        "local": LocalConfig(batch_size=20, schedule="cosine"),
+        "data": dataclasses.replace(BASE.data, augment="crop"),
+        "algorithm": FedAvg(momentum=0.9),
+    },
+    "step, poisson, every round saved": {
+        "local": LocalConfig(batch_size=20, schedule="step", decay=0.5, decay_every=2),
+        "cohort": CohortConfig(size=2, sampling="poisson"),
+        "checkpoint": CheckpointConfig(every=1, keep=1),
+        "seed": 3,
+    },
 }
+"""Further settings whose state or draws a resumed run must have again, some together in one run."""
+
 ALGORITHMS = {name: algorithm() for name, algorithm in choices(Algorithm).items() if "." not in name}
 CASES = {
     name: {"algorithm": algorithm, "local": local_for(algorithm)} for name, algorithm in ALGORITHMS.items()

@@ -20,6 +20,16 @@ from wandb_files import last_summary, read_run
 FILE = Path(__file__).parent.parent / "docs" / "sweep.yaml"
 
 
+SWEEP_AND_AGENT = """
+import wandb.wandb_agent as agent
+from wandb.cli.cli import cli
+agent.Agent.POLL_INTERVAL = 0.2
+cli(["sweep", "--project", "fedddp", "sweep.yaml"], standalone_mode=False)
+cli(["agent", "me/fedddp/abcd1234", "--count", "2"])
+"""
+"""What a user types, one command after the other, in a process that imports wandb once."""
+
+
 class SweepServer(ThreadingHTTPServer):
     """The part of a wandb server that `wandb sweep` and `wandb agent` need; it gives out two runs."""
 
@@ -101,18 +111,19 @@ def test_the_example_sweep_runs_under_wandbs_own_agent(tmp_path: Path, server: S
     }
     text = FILE.read_text()
     assert text.count('"10"') == 1
-    (tmp_path / "sweep.yaml").write_text(text.replace('"10"', '"2"'))
-
-    def wandb(*arguments: str, program: str = "") -> str:
-        code = f"import sys; {program}\nfrom wandb.cli.cli import cli; cli(sys.argv[1:])"
-        command = [sys.executable, "-c", code, *arguments]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    assert "wandb agent me/fedddp/abcd1234" in wandb("sweep", "--project", "fedddp", "sweep.yaml")
-    faster = "import wandb.wandb_agent as agent; agent.Agent.POLL_INTERVAL = 0.2"
-    shown = wandb("agent", "me/fedddp/abcd1234", "--count", "2", program=faster)
+    small = '"2"\n  - --data.examples\n  - "200"'
+    (tmp_path / "sweep.yaml").write_text(text.replace('"10"', small))
+    done = subprocess.run(
+        [sys.executable, "-c", SWEEP_AND_AGENT],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    shown = done.stdout + done.stderr
+    assert done.returncode == 0, shown
+    assert "wandb agent me/fedddp/abcd1234" in shown
 
     found = {}
     for folder in tmp_path.glob("runs/*/wandb/offline-run-*"):

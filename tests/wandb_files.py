@@ -1,10 +1,9 @@
-"""Reads what wandb wrote, with wandb's own reader."""
+"""Reads what wandb wrote, with wandb's own reader: the program that `wandb leet inspect` starts."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,12 @@ Records = list[dict[str, Any]]
 
 def read_run(folder: Path) -> Records:
     """Return the records of the run file in `folder`."""
+    from wandb.util import get_core_path
+
+    (file,) = folder.glob("*.wandb")
+    options = ("--no-observability", "--json", "--run-file", str(file))
     done = subprocess.run(
-        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)],
+        [get_core_path(), "leet", "inspect", *options, str(folder.parent)],
         capture_output=True,
         text=True,
         check=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,17 @@ def heat_map(
     Returns:
         The picture, (H, W, 3).
     """
+    return _draw(tuple(map(tuple, counts)), tuple(rows), tuple(columns), axes, title).copy()
+
+
+@functools.lru_cache(maxsize=2)  # of the run that ends, whose next tracker shows the same
+def _draw(
+    counts: tuple[tuple[int, ...], ...],
+    rows: tuple[str, ...],
+    columns: tuple[str, ...],
+    axes: tuple[str, str],
+    title: str,
+) -> NDArray[np.uint8]:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import PowerNorm

@@ -147,11 +147,13 @@ def confusion(folder: Path, ending: Ending) -> tuple[list[list[int]], list[str]]
     return counts, names if len(names) == len(counts) else [str(index) for index in range(len(counts))]
 
 
-def pictures(folder: Path, ending: Ending, *, of_images: bool = True) -> dict[str, NDArray[np.uint8]]:
+def pictures(
+    folder: Path, ending: Ending, *, of_images: bool = True, of_confusion: bool = True
+) -> dict[str, NDArray[np.uint8]]:
     """Return the pictures of a run directory by key, (H, W, 3) each.
 
-    `clients/split`, `eval/confusion`, and with `of_images` of masks and boxes `eval/worst`: the test examples
-    of highest loss.
+    `clients/split`, with `of_confusion` `eval/confusion`, and with `of_images` of masks and boxes
+    `eval/worst`: the test examples of highest loss.
     """
     from fedddp.tracking.heat_map import heat_map
 
@@ -164,7 +166,7 @@ def pictures(folder: Path, ending: Ending, *, of_images: bool = True) -> dict[st
         found["clients/split"] = heat_map(counts, rows, split["class_names"], axes, "Training examples")
     matrix = confusion(folder, ending)
     examined = worst_examples(folder, ending)
-    if matrix:
+    if matrix and of_confusion:
         counts, names = matrix
         axes = ("predicted class", "true class")
         title = "Test pixels" if examined is not None and examined.target == "mask" else "Test examples"

@@ -142,11 +142,11 @@ class WandbRun:
         """Log who holds which classes, and the confusion matrix of the final model."""
         import wandb
 
-        wanted = self._described.tracking.pictures
-        drawn = pictures(self._described.folder, ending, of_images=wanted)
+        matrix, wanted = confusion(self._described.folder, ending), self._described.tracking.pictures
+        charted = matrix is not None and len(matrix[1]) <= MOST_CHART_CLASSES
+        drawn = pictures(self._described.folder, ending, of_images=wanted, of_confusion=not charted)
         values: Row = {key: wandb.Image(picture) for key, picture in drawn.items()}
-        matrix = confusion(self._described.folder, ending)
-        if matrix and len(matrix[1]) <= MOST_CHART_CLASSES:
+        if matrix and charted:
             values["eval/confusion"] = _confusion_chart(*matrix)
         classes = class_table(self._described.folder, ending)
         if classes:

@@ -82,7 +82,7 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 def test_the_quickstart_job_learns_and_writes_a_run_directory(launch: Launcher) -> None:
     command = "--standalone --nproc-per-node 4 -m fedddp run digits --topology.ranks_per_client 2"
-    code, out, err = launch.run(f"torchrun {command} --output OUT --rounds 10 --checkpoint.every 4")
+    code, out, err = launch.run(f"torchrun {command} --output OUT --rounds 5 --checkpoint.every 2")
     assert code == 0, err
     assert out.splitlines()[-1] == "run directory: OUT/digits"
     assert "To upload the run: wandb sync " in out
@@ -92,14 +92,14 @@ def test_the_quickstart_job_learns_and_writes_a_run_directory(launch: Launcher) 
         *("run.json", "run.log", "split.json", "evaluation.json", "wrong.safetensors"),
     }
     history = lines(folder / "history.jsonl")
-    assert [row["round"] for row in history] == list(range(1, 11))
-    assert history[-1]["eval/accuracy"] > 0.85  # type: ignore[operator]
+    assert [row["round"] for row in history] == list(range(1, 6))
+    assert history[-1]["eval/accuracy"] > 0.75  # type: ignore[operator]
     for name in ("train/loss", "eval/loss", "time/round", "time/train", "bytes/up", "bytes/down", "cohort"):
         assert name in history[-1]
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert kept == ["round-00008", "round-00010"]
+    assert kept == ["round-00004", "round-00005"]
     again = load_config(str(folder / "config.yaml"))
-    assert (again.topology.ranks_per_client, again.rounds) == (2, 10)
+    assert (again.topology.ranks_per_client, again.rounds) == (2, 5)
     missing, unexpected = load_model(lenet(10, (1, 8, 8)), folder / "model.safetensors")
     assert not missing
     assert not unexpected
