@@ -433,9 +433,7 @@ def test_a_run_whose_directory_is_gone_fails_and_recreates_nothing(
         if fate == "moved":
             Path("runs/small").rename("elsewhere")
         else:
-            while Path(
-                "runs/small"
-            ).exists():  # the thread that writes the checkpoint renames what is deleted
+            while Path("runs/small").exists():  # the thread that writes the checkpoint renames what is deleted
                 shutil.rmtree("runs/small", ignore_errors=True)
 
     with in_the_second_call(*MOMENTS[moment], lose), pytest.raises(OSError, match="runs/small") as error:

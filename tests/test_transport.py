@@ -127,8 +127,12 @@ def test_compressed_runs_have_the_same_bits_for_any_groups_and_after_a_stop(tmp_
 
 
 def test_a_group_of_two_ranks_compresses_the_update_once(tmp_path: Path) -> None:
+    """With draws, with errors that are kept, both ways: what each codec does is the same for any ranks."""
+    names = ("up QSGD", "up EDEN", "up TopK", "down Int8", "SCAFFOLD")
+    some = {name: config for name, config in configs().items() if name in names}
+    assert len(some) == len(names)
     for groups in (1, 2):
-        pair = rig.train_in_world(configs(), groups, 2, str(tmp_path / f"pairs {groups}"))
+        pair = rig.train_in_world(some, groups, 2, str(tmp_path / f"pairs {groups}"))
         if groups == 1:
             expected = pair
     for name, trained in pair.items():
