@@ -77,7 +77,8 @@ def try_without(*packages: str) -> list[str]:
     for name in ("federation", "training.synchronous", "reporting.dry_run", "privacy", "secure"):
         importlib.import_module(f"fedddp.{name}")
     found = sorted({name.partition(".")[0] for name in sys.modules} & {*packages})
-    sys.modules.update(dict.fromkeys(packages))  # none can be imported any more
+    for package in packages:
+        sys.modules[package] = None  # type: ignore[assignment]  # it cannot be imported any more
     from fedddp import privacy, secure
 
     assert secure.SecAgg().needed(9) == 6

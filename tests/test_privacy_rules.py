@@ -236,7 +236,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Federation(config).run().folder
 
 
-def test_the_report_the_card_and_the_last_table_state_epsilon_and_what_it_leaves_out(folder: Path) -> None:
+def test_the_report_the_card_and_the_last_table_state_epsilon_and_what_it_leaves_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Drawing is the subject of other tests, and takes seconds.
+    monkeypatch.setattr("fedddp.reporting.figures.encode", lambda *_, **__: b'<svg viewBox="0 0 1 1"></svg>')
     rows = read_rows(folder / "history.jsonl")
     claim = (
         f"simulated ε = {rows[-1]['privacy/epsilon']:.4g} at δ = 0.001 for each client, CentralDP, after "
