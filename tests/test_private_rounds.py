@@ -572,7 +572,7 @@ def test_a_clip_beyond_exact_sums_is_refused() -> None:
         CentralProtection(settings, account, Terms(1.0, 1, 0), state, seed=0)
 
 
-SEEDS = 1200
+SEEDS = 2500
 
 
 def scores(z: float, rate: float, rounds: int, present: bool) -> Any:
