@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -69,6 +70,21 @@ def type_and_wait_briefly(command: str) -> tuple[object, list[str]]:
     """Do as `type_on_this_rank`; no launcher ends the ranks that wait for the first error's report."""
     environment.FIRST_ERROR_S = 0.5
     return type_on_this_rank(command)
+
+
+def try_without(*packages: str) -> list[str]:
+    """Return those of `packages` that this fresh rank imported with fedddp; then settings work without."""
+    for name in ("federation", "training.synchronous", "reporting.dry_run", "privacy", "secure"):
+        importlib.import_module(f"fedddp.{name}")
+    found = sorted({name.partition(".")[0] for name in sys.modules} & {*packages})
+    for package in packages:
+        sys.modules[package] = None  # type: ignore[assignment]  # it cannot be imported any more
+    from fedddp import privacy, secure
+
+    assert secure.SecAgg().needed(9) == 6
+    account = privacy.Account(sampling="none", population=10, cohort=5, delta=1e-5, rounds=3)
+    assert account.epsilon(account.noise_multiplier(2.0, 3), 3) <= 2
+    return found
 
 
 def call(*words: str, code: int = 0) -> None:

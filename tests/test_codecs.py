@@ -114,10 +114,10 @@ def test_the_length_of_a_payload_does_not_depend_on_the_values(codec: Codec) -> 
 )
 def test_the_mean_of_many_draws_is_the_vector(codec: Codec) -> None:
     """N·‖mean − x‖²/mean‖error‖² is near 1 where errors have mean zero, and grows with N where not."""
-    vector, draws, rng = lognormal(64), 1000, np.random.default_rng(5)
+    vector, draws, rng = lognormal(64), 400, np.random.default_rng(5)
     errors = torch.stack([codec.decode(codec.encode(vector, rng)) for _ in range(draws)]).double() - vector
     statistic = draws * errors.mean(0).square().sum() / errors.square().sum(1).mean()
-    assert 0.7 <= float(statistic) <= 1.4
+    assert 0.7 <= float(statistic) <= 1.16
 
 
 def test_the_last_elements_of_eden_have_no_bias() -> None:
@@ -130,7 +130,7 @@ def test_the_last_elements_of_eden_have_no_bias() -> None:
 
 def test_the_test_of_unbiasedness_finds_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedddp.transport.eden.ROTATIONS", 1)
-    vector, draws, rng = lognormal(64), 1000, np.random.default_rng(5)
+    vector, draws, rng = lognormal(64), 400, np.random.default_rng(5)
     codec = EDEN(bits=1)
     errors = torch.stack([codec.decode(codec.encode(vector, rng)) for _ in range(draws)]).double() - vector
     assert float(draws * errors.mean(0).square().sum() / errors.square().sum(1).mean()) > 2

@@ -127,14 +127,17 @@ TEST = """from fedddp.tiny import larger
 def test_larger():
     assert larger(2, 3) == 3
 """
-ENDLESS = """def test_endless():
+ENDLESS = """import time
+
+
+def test_endless():
     while True:
-        pass
+        time.sleep(1)
 """
 
 
 @pytest.fixture
-def tiny(mutate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny(mutate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Let the script work on a package of one module, with one test."""
     root = tmp_path / "tiny"
     files = {"fedddp/tiny.py": TINY, "fedddp/__init__.py": "", "tests/test_tiny.py": TEST}
@@ -143,7 +146,9 @@ def tiny(mutate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (root / name).write_text(text)
     monkeypatch.setattr(mutate, "ROOT", root)
     monkeypatch.setattr(mutate, "NEAREST", {"tiny": (("tiny",), ""), "endless": (("endless",), "")})
-    return root
+    with pytest.MonkeyPatch.context() as plugins:
+        plugins.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # whose imports take most of the time
+        yield root
 
 
 def processes_in(folder: Path) -> Iterator[str]:

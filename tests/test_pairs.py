@@ -93,7 +93,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str,
     @functools.cache
     def train(groups: int, stop: bool = False) -> dict[str, rig.Trained]:
         folder = tmp_path_factory.mktemp(f"{groups}-{stop}")
-        return rig.train_in_world(CONFIGS | SECURE | COMPRESSED, groups, 1, str(folder), stop)
+        plain = CONFIGS if (groups, stop) == (1, False) else {}  # what no test looks at elsewhere
+        return rig.train_in_world(plain | SECURE | COMPRESSED, groups, 1, str(folder), stop)
 
     return train
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,12 @@ def test_compressed_runs_have_the_same_bits_for_any_groups_and_after_a_stop(tmp_
 
 
 def test_a_group_of_two_ranks_compresses_the_update_once(tmp_path: Path) -> None:
+    """With draws, with errors that are kept, both ways: what each codec does is the same for any ranks."""
+    names = ("up QSGD", "up EDEN", "up TopK", "down Int8", "SCAFFOLD")
+    some = {name: config for name, config in configs().items() if name in names}
+    assert len(some) == len(names)
     for groups in (1, 2):
-        pair = rig.train_in_world(configs(), groups, 2, str(tmp_path / f"pairs {groups}"))
+        pair = rig.train_in_world(some, groups, 2, str(tmp_path / f"pairs {groups}"))
         if groups == 1:
             expected = pair
     for name, trained in pair.items():
@@ -473,11 +477,13 @@ def test_a_codec_of_ones_own_is_a_setting_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_dashboards")
-def test_the_script_writes_the_figure_and_the_table_between_the_marks(tmp_path: Path) -> None:
+def test_the_script_writes_the_figure_and_the_table_between_the_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page, root = tmp_path / "compression.md", Path(__file__).parent.parent
     page.write_text("before\n<!-- measured -->\nold\n<!-- measured -->\nafter\n")
-    words = [sys.executable, str(root / "scripts" / "compression.py"), "--rounds", "1"]
-    subprocess.run([*words, "--output", str(tmp_path)], check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", ["compression.py", "--rounds", "1", "--output", str(tmp_path)])
+    runpy.run_path(str(root / "scripts" / "compression.py"), run_name="__main__")
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")

@@ -18,7 +18,10 @@ from fedddp.secure import SecureAggregation
 from fedddp.simulation.attacks import Attack, NoAttack
 from fedddp.transport.codecs import Codec
 
-SMALL = "--data.examples 120 --data.clients 8 --cohort.size 3 --rounds 1 --aggregation.on_invalid_update skip"
+SMALL = (
+    "--data.examples 120 --data.clients 8 --cohort.size 3 --rounds 1 --model.name 2nn "
+    "--aggregation.on_invalid_update skip"
+)
 """Flags of a run that trains in a moment; every row of the table is trained so by a test."""
 
 CENTRAL = "--privacy CentralDP --privacy.noise_multiplier 1 --privacy.delta 1e-3 --privacy.clip 1"
@@ -74,7 +77,7 @@ OTHERS = {
     "`checkpoint.best`": "--checkpoint.best [eval/accuracy,eval/loss]",
     "`evaluation.stop_after`": "--evaluation.stop_after 1",
     "`data.feature_shift`": "--data.feature_shift.rotation 30",
-    "`task=MultiLabel`": "--task MultiLabel --data.dataset scenes",
+    "`task=MultiLabel`": f"--task MultiLabel {SCENES}",
     "`task=Segmentation`": f"--task Segmentation --model.name unet {SCENES}",
     "`task=Detection`": f"--task Detection --model.name retinanet-tiny --local.lr 0.01 {SCENES}",
     "`baseline=local`": "--baseline local --data.holdout 0.3",
