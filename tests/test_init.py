@@ -101,7 +101,7 @@ def test_the_file_for_digits_trains_to_a_good_accuracy(
     assert (config.data.root, config.data.image_size, config.data.clients) == ("digit images", 8, 12)
     assert config.data.partition == partitions.Dirichlet(alpha=1.0)
     assert config.checkpoint.best == "eval/accuracy"
-    code, (last,) = typed(f"{lines[-1].partition('with: fedddp ')[2]} {TRIAL} --rounds 15", capsys)
+    code, (last,) = typed(f"{lines[-1].partition('with: fedddp ')[2]} {TRIAL} --rounds 11", capsys)
     assert (code, last) == (0, "run directory: runs/my")
     rows = read_rows(Path("runs/my/history.jsonl"))
     assert rows[-1]["eval/accuracy"] > 0.9
@@ -120,7 +120,7 @@ def test_the_file_for_shapes_in_colour_trains_to_a_good_accuracy(
     assert "other sizes; resized to 32 x 32" in found["size"]
     config = load_config("shapes.yaml")
     assert (config.data.clients, config.cohort.size, config.rounds) == (2, 2, 40)
-    assert typed(f"run shapes.yaml {TRIAL} --rounds 15", capsys) == (0, ["run directory: runs/shapes"])
+    assert typed(f"run shapes.yaml {TRIAL} --rounds 10", capsys) == (0, ["run directory: runs/shapes"])
     assert max(row["eval/accuracy"] for row in read_rows(Path("runs/shapes/history.jsonl"))) > 0.85
 
 

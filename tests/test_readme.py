@@ -7,7 +7,16 @@ import shlex
 from pathlib import Path
 
 import pytest
-from pages import ROOT, assert_target_exists, blocks, commands, run_command, snippets, targets
+from pages import (
+    ROOT,
+    assert_target_exists,
+    blocks,
+    commands,
+    keep_some_digits,
+    run_command,
+    snippets,
+    targets,
+)
 
 from fedddp import load_config
 from fedddp.aggregation import Aggregation
@@ -51,7 +60,10 @@ def test_the_program_has_ten_lines_and_trains(capsys: pytest.CaptureFixture[str]
     assert (Path(folder) / "model.safetensors").exists()
 
 
-def test_fedddp_commands_run_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fedddp_commands_run_one_after_the_other(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_some_digits(monkeypatch)
     for command in commands(README):
         if command.startswith("fedddp "):
             run_command(command)
