@@ -139,17 +139,6 @@ def test_yaml_flags_and_python_make_the_same_privacy() -> None:
         build({}, ["--privacy", "DP"])
 
 
-def test_a_run_from_before_privacy_resumes(tmp_path: Path) -> None:
-    config = Config(data=DataConfig(examples=120), rounds=1, tracking=QUIET, output=str(tmp_path), name="x")
-    Federation(config).run()
-    record = tmp_path / "x" / "config.yaml"
-    record.write_text(record.read_text().replace("privacy: null\n", ""))
-    resumed = Federation(dataclasses.replace(config, rounds=2, resume="auto")).run()
-    assert len(resumed.history) == 2
-    with pytest.raises(ConfigError, match=r"privacy: is .*CentralDP.* was started with null"):
-        Federation(dataclasses.replace(config, rounds=3, resume="auto", privacy=CENTRAL)).run()
-
-
 # ---- what a user sees ----
 
 

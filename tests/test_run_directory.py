@@ -20,6 +20,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -40,8 +41,10 @@ from fedddp import (
 )
 from fedddp.algorithms import Algorithm, FedAvg, FedBuff
 from fedddp.config.loader import dump_yaml, load_config, to_dict
+from fedddp.data.partition import Dirichlet
 from fedddp.distributed.launch import connect
 from fedddp.distributed.world import World
+from fedddp.privacy import CentralDP
 from fedddp.storage.checkpoint import Checkpoints
 from fedddp.testing import run_world
 from fedddp.training import run_directory as module
@@ -336,6 +339,36 @@ def test_a_run_is_not_resumed_with_fewer_rounds_than_it_has_done() -> None:
     with pytest.raises(ConfigError, match=r"^rounds=1 is less than the 2 rounds that runs/small has done"):
         train(rounds=1)
     assert files(directory) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "changed", "message"),
+    [
+        (
+            "privacy",
+            {"privacy": CentralDP(delta=1e-3, clip=1.0, noise_multiplier=1.0)},
+            r".*was started with null",
+        ),
+        ("local.engine", {"local": LocalConfig(engine="eager")}, "is eager, but .*was started with auto"),
+        ("data.partition", {"data": DataConfig(clients=2, partition=Dirichlet())}, "was started with .*IID"),
+        ("algorithm.lr", {"algorithm": FedAvg(lr=0.5)}, "is 0.5, but .*was started with 1.0"),
+    ],
+)
+def test_a_run_from_before_a_setting_existed_had_its_default(
+    setting: str, changed: dict[str, Any], message: str
+) -> None:
+    file = train().folder / "config.yaml"
+    *sections, key = setting.split(".")
+    record: Any = yaml.safe_load(file.read_text())
+    section = record
+    for name in sections:
+        section = section[name]
+    del section[key]
+    file.write_text(yaml.safe_dump(record))
+    assert [row["round"] for row in train(rounds=3).history] == [1, 2, 3]
+    file.write_text(yaml.safe_dump(record))
+    with pytest.raises(ConfigError, match=f"^{setting}.*{message}"):
+        train(rounds=4, **changed)
 
 
 @contextlib.contextmanager

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedddp.config.loader import dump_yaml
+from fedddp.config.loader import dump_yaml, to_dict
 from fedddp.config.schema import Config, Role, execution_settings, fields_with
 from fedddp.distributed.environment import Launch
 from fedddp.distributed.world import World
-from fedddp.section import ConfigError, local_path
+from fedddp.section import ConfigError, Section, local_path
 from fedddp.storage.checkpoint import write_text
 from fedddp.storage.history import read_config
 from fedddp.storage.run_folder import LAUNCHER, find_folder
@@ -66,7 +66,7 @@ def run_directory(
                 directory.mkdir(parents=True, exist_ok=True)
                 locks = _lock(directory, LOCK_WAIT_S if resumes else 0.0)
                 if resumes:
-                    check_same(record, directory / CONFIG)
+                    check_same(config, record, directory / CONFIG)
                     _warn_of_schedule(config, directory / CONFIG)
                 write_text(directory / LAUNCHER, launch.launcher)
             except ValueError as error:
@@ -106,7 +106,7 @@ def check_before_data(config: Config, default_name: str, record: Mapping[str, An
     except OSError:  # reported where the directory is made
         return
     if found[1] and record is not None:
-        check_same(record, found[0] / CONFIG)
+        check_same(config, record, found[0] / CONFIG)
 
 
 def _lock(directory: Path, wait_s: float) -> list[int]:
@@ -197,10 +197,11 @@ def check_replay(config: Config, record: Mapping[str, Any]) -> None:
                 f"replay: {config.replay} is no run directory; give that of an asynchronous run"
             )
         may_change = ("clock", *fields_with("replay", *MAY_CHANGE))
-        check_same(record, earlier, may_change, setting="replay")
+        check_same(config, record, earlier, may_change, setting="replay")
 
 
 def check_same(
+    config: Config,
     record: Mapping[str, Any],
     earlier: Path,
     may_change: tuple[str, ...] = fields_with(*MAY_CHANGE),
@@ -208,7 +209,10 @@ def check_same(
 ) -> None:
     """Refuse to resume a run with settings that would make it another run.
 
+    A setting that the run's config.yaml lacks, because an earlier version wrote it, had its default.
+
     Args:
+        config: the configuration now.
         record: what config.yaml is to hold now.
         earlier: the config.yaml of the run.
         may_change: sections that may differ.
@@ -231,6 +235,7 @@ def check_same(
             f"{setting}: {earlier} was written by fedddp before 0.1.0, whose checkpoints and arrivals this "
             "version cannot read; train it from scratch under another --name"
         )
+    before = _with_defaults(before, record, config)
     old_sections, new_sections = (_comparable(sections, may_change) for sections in (before, record))
     for section in {**new_sections, **old_sections}:
         name, old, new = section, old_sections.get(section), new_sections.get(section)
@@ -242,6 +247,24 @@ def check_same(
                 f"{name}: is {_text(new)}, but {earlier} was started with {_text(old)}; {setting} with the "
                 "same settings, or start another run with another --name or --output"
             )
+
+
+def _with_defaults(before: Mapping[str, Any], now: Mapping[str, Any], section: Section) -> dict[str, Any]:
+    """Return what was recorded `before` of a section, and the defaults of what is recorded `now` only."""
+    found = dict(before)
+    for item in dataclasses.fields(section):
+        name, value, default = item.name, getattr(section, item.name), item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        if name in now and name not in before and default is not dataclasses.MISSING:
+            found[name] = to_dict(default)
+        elif (
+            isinstance(value, Section)
+            and isinstance(now.get(name), dict)
+            and isinstance(found.get(name), dict)
+        ):
+            found[name] = _with_defaults(found[name], now[name], value)
+    return found
 
 
 def _text(value: Any) -> str:
