@@ -17,8 +17,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# One worker waits for Slurm while the other one trains in worlds of ranks; short files come last, so that
-# both end at the same time. A worker takes another file when two tests or fewer are left of its own.
+# One worker waits for Slurm while the others train in worlds of ranks; short files come last, so that
+# all end at the same time. A worker takes another file when two tests or fewer are left of its own.
 FIRST = (
     *("slurm/test_training", "test_algorithms", "slurm/test_templates", "test_robust", "test_identities"),
     *("e2e/test_torchrun", "e2e/test_killed_group", "test_faults", "test_docs", "test_benchmarks"),

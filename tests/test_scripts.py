@@ -94,7 +94,7 @@ def test_a_second_call_installs_nothing(machine: Machine) -> None:
     assert machine.installs() == [".[dev]"]
     assert "torch" in first.stderr
     assert second.stderr == ""
-    assert first.stdout == "pytest got: -m pytest --numprocesses 2 --dist loadfile -k two words\n"
+    assert first.stdout == "pytest got: -m pytest --numprocesses 3 --dist loadfile -k two words\n"
 
 
 def test_changed_requirements_are_installed(machine: Machine) -> None:
