@@ -272,7 +272,7 @@ def test_config_yaml_of_a_run_with_own_data_alone_names_its_model(tmp_path: Path
         ({"train": striped(90)}, "objects.train."),
         ({"test": striped(20, brightness=9)}, "objects.test.digest"),
         ({"test": None}, "objects.test"),
-        ({"train": None, "test": None}, "data.dataset"),
+        ({"train": None, "test": None}, "objects.train"),
     ],
     ids=["Tanh for ReLU", "another class", "other pixels", "fewer", "other test pixels", "no test", "digits"],
 )
