@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import time
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -112,6 +115,42 @@ def test_collectives_cover_the_world_or_the_group() -> None:
     assert [row["gradient"] for row in rows] == [2 * 2 * 1.0] * 2 + [2 * 2 * 5.0] * 2
     assert rows[3]["received"] == 7.0
     assert rows[0]["gathered"] == [0, 1, 2, 3]
+
+
+def hold_sums(coordinator: Literal["colocated", "dedicated"]) -> tuple[bool, list[int]]:
+    """Add up a number for every rank that holds sums; those of the others are empty."""
+    topology = TopologyConfig(ranks_per_client=2, coordinator=coordinator, device="cpu")
+    with contextlib.closing(connect(topology)) as world:
+        sums = torch.tensor([2**world.rank] if world.holds_sums else [])
+        world.sum_held(sums)
+        return world.holds_sums, sums.tolist()
+
+
+@pytest.mark.parametrize(
+    ("size", "coordinator", "holding"),
+    [(2, "colocated", [0]), (4, "colocated", [0, 2]), (3, "dedicated", [0, 1]), (5, "dedicated", [0, 1, 3])],
+)
+def test_sums_are_added_over_the_leaders_and_the_coordinator(
+    size: int, coordinator: str, holding: list[int]
+) -> None:
+    total = sum(2**rank for rank in holding)
+    expected = [(rank in holding, [total] if rank in holding else []) for rank in range(size)]
+    assert run_world(hold_sums, coordinator, size=size) == expected
+
+
+def wait_for_an_absent_peer(folder: Path) -> None:
+    with contextlib.closing(connect(TopologyConfig(ranks_per_client=2, timeout_s=1, device="cpu"))) as world:
+        given_up = folder / "given up"
+        if world.rank == 0:
+            with pytest.raises(RuntimeError):
+                world.group_sum(torch.ones(1))
+            given_up.touch()
+        while not given_up.exists():
+            time.sleep(0.02)
+
+
+def test_a_rank_waits_for_its_peers_no_longer_than_for_all_ranks(tmp_path: Path) -> None:
+    run_world(wait_for_an_absent_peer, tmp_path, size=4)
 
 
 def connect_three_times() -> list[float]:

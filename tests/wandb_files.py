@@ -11,9 +11,11 @@ Records = list[dict[str, Any]]
 
 
 def read_run(folder: Path) -> Records:
-    """Return the records of the run file in `folder`."""
+    """Return the records of the run file in `folder`, the last of which wandb's service writes as it ends."""
+    import wandb
     from wandb.util import get_core_path
 
+    wandb.teardown()
     (file,) = folder.glob("*.wandb")
     options = ("--no-observability", "--json", "--run-file", str(file))
     done = subprocess.run(

@@ -138,7 +138,7 @@ class Sums(Accumulator):
     def reduce(self, world: World) -> None:
         """Collective. Replace the sums of this rank by those of all ranks, but for `numbers`."""
         self._remove_shifts()
-        world.sum(*self.sums.values())
+        world.sum_held(*self.sums.values())
         super().reduce(world)
 
     def numbers(self) -> list[Tensor]:

@@ -8,6 +8,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from fedddp.distributed.environment import Launch, threads_of_environment
@@ -62,14 +62,14 @@ class World:
         self.device = device
         # World-wide tensors go through the CPU unless every rank has a GPU of its own.
         self._transport = self.device if nccl and not self.dedicated else torch.device("cpu")
-        first = int(self.dedicated)
-        ranks = torch.arange(first, self.size).view(self.groups, self.ranks_per_client)
-        kind = "cuda" if nccl else "cpu"
-        self.mesh = DeviceMesh(kind, ranks, mesh_dim_names=("client", "data"))
-        cell = self.mesh.get_coordinate()
-        self.group: int | None = None if cell is None else int(cell[0])
-        self.data_rank: int = 0 if cell is None else int(cell[1])
-        self._peers = None if cell is None else self.mesh.get_group("data")
+        self.group: int | None = None
+        self.data_rank = 0
+        if self.rank or not self.dedicated:
+            self.group, self.data_rank = divmod(self.rank - int(self.dedicated), self.ranks_per_client)
+        leaders = [self.leader(group) for group in range(self.groups)]
+        peers = [self._new_group(range(first, first + self.ranks_per_client)) for first in leaders]
+        self._peers = None if self.group is None else peers[self.group]
+        self._leaders = self._new_group(sorted({0, *leaders}))
         self._threads = torch.get_num_threads()
         torch.set_num_threads(topology.threads or threads_of_environment())
         self.waiting = False
@@ -83,6 +83,14 @@ class World:
         self._power_sgd: Any = None  # state of its hook, where gradients are compressed so
         self._stopping = self._announced = False
         self._asked_at = 0.0
+
+    def _new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """Collective. Return a process group of `ranks`; None for all ranks, or for a lone one."""
+        if len(ranks) in (1, self.size):
+            return None
+        # Without a timeout of its own, a group waits as long as its backend likes.
+        made = dist.new_group(list(ranks), timedelta(seconds=self.timeout_s))
+        return made if isinstance(made, dist.ProcessGroup) else None
 
     def __str__(self) -> str:
         """Return this rank's part in the world, for logs."""
@@ -101,6 +109,11 @@ class World:
         """Whether this rank is the first of its client group, which sends and receives for it."""
         return self.group is not None and self.data_rank == 0
 
+    @property
+    def holds_sums(self) -> bool:
+        """Whether this rank adds up what clients send: it leads a group, or is the coordinator."""
+        return self.leads_group or self.is_coordinator
+
     def leader(self, group: int) -> int:
         """Return the world rank that leads `group`."""
         return int(self.dedicated) + group * self.ranks_per_client
@@ -110,7 +123,7 @@ class World:
 
         `some_unused`: some trainable parameters get no gradient.
         """
-        if self.ranks_per_client == 1 or self._peers is None:
+        if self.ranks_per_client == 1 or self.group is None:
             return module
         with warnings.catch_warnings():
             # torch 2.15 renames broadcast_buffers; the new name is unknown to the torch we still support.
@@ -153,6 +166,11 @@ class World:
     def sum(self, *tensors: Tensor) -> None:
         """Collective. Replace each tensor by its sum over all ranks, in place."""
         self._exchange(tensors, dist.all_reduce)
+
+    def sum_held(self, *tensors: Tensor) -> None:
+        """Collective. Do as `sum` over the ranks that hold sums; those of other ranks are empty."""
+        if self.groups > 1 or self.dedicated:
+            self._exchange(tensors, lambda tensor: dist.all_reduce(tensor, group=self._leaders))
 
     def sum_numbers(self, *tensors: Tensor) -> None:
         """Collective. As `sum`, for small tensors of int64 and float64: those of one type are one message."""

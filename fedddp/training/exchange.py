@@ -29,6 +29,8 @@ def accumulator(s: Session, clients: int) -> Accumulator:
         return s.updates
     server, lengths = s.server, s.links.lengths(s.server)
     if s.config.secure_aggregation is None:
+        if not s.world.holds_sums:
+            lengths = dict.fromkeys(lengths, 0)
         s.updates = s.protection.accumulator(s.config.aggregation, lengths, clients, server)
     else:
         s.updates = masked_sums(s, lengths, clients)
