@@ -36,6 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
+def pytest_runtest_setup() -> None:
+    """Seed the global generators: a module that a test makes does not depend on the tests before."""
+    for name, seed in (("numpy.random", "seed"), ("torch", "manual_seed")):
+        if name in sys.modules:
+            getattr(sys.modules[name], seed)(0)
+
+
 @pytest.fixture(scope="session")
 def empty_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Yield empty folders; `tmp_path` searches those of all tests before for each new one."""
