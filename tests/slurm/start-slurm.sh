@@ -67,6 +67,8 @@ GRES=; [ "$GPUS" -gt 0 ] && GRES=" Gres=gpu:$GPUS"
 ClusterName=fedddp
 SlurmctldHost=$H($CTLADDR)
 SlurmctldPort=${PORTS[0]}
+# A job takes the port that its id names: clusters side by side have other ids.
+FirstJobId=$((1 + $$ % 300 * 30))
 SlurmUser=$ME
 SlurmdUser=$ME
 AuthType=auth/munge
