@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,12 @@ def type_and_wait_briefly(command: str) -> tuple[object, list[str]]:
     """Do as `type_on_this_rank`; no launcher ends the ranks that wait for the first error's report."""
     environment.FIRST_ERROR_S = 0.5
     return type_on_this_rank(command)
+
+
+def await_file(path: Path) -> None:
+    """Return when another rank has made a file."""
+    while not path.exists():
+        time.sleep(0.02)
 
 
 def try_without(*packages: str) -> list[str]:

@@ -34,6 +34,7 @@ from fedddp.reporting.tables import cells, latex, paper_cells, target_of, termin
 from fedddp.section import ConfigError
 from fedddp.testing import run_world
 
+ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("no_dashboards")
 
 SMALL = """
@@ -422,6 +423,16 @@ def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"--output", "--accuracy", "--figure", "--panel", "--table"} <= set(
         capsys.readouterr().out.split()
     )
+
+
+def test_the_example_in_the_documentation_runs() -> None:
+    example, *_ = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "compare.md").read_text(), re.DOTALL)
+    Path("mine.yaml").write_text(example)
+    quick = "--rounds 1 --data.examples 300 --tracking.trackers [] --tracking.progress false"
+    compare("mine.yaml", *quick.split())
+    assert {path.parent.name for path in Path("runs/mine").glob("*/model.safetensors")} == {
+        *("FedAvg", "FedBuff", "slow-and-steady"),
+    }
 
 
 class StoppedOnce(FedAvg):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import await_file
 
 from fedddp import TopologyConfig
 from fedddp.distributed import heartbeat as module
@@ -37,12 +38,6 @@ def busy_while_another_fails() -> None:
 def test_a_busy_rank_ends_soon_after_another_failed() -> None:
     with pytest.raises(AssertionError, match="rank 1: died without a traceback"):
         run_world(busy_while_another_fails, size=2)
-
-
-def await_file(path: Path) -> None:
-    """Return when another rank has made a file."""
-    while not path.exists():
-        time.sleep(0.02)
 
 
 def wait_for_all(world: World, heartbeat: Heartbeat) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import rig
+from launching import await_file
 
 from fedddp import CheckpointConfig, Config, privacy
 from fedddp.algorithms import SCAFFOLD, FedAvg
@@ -47,8 +47,7 @@ def train_until_killed(name: str, config: Config, folder: str) -> None:
         result = real(*arguments)
         if calls == last and os.environ["RANK"] == str(rank):
             # The checkpoint of round 1 is written while round 2 trains.
-            while not Path(folder, name, "checkpoints", "round-00001").exists():
-                time.sleep(0.01)
+            await_file(Path(folder, name, "checkpoints", "round-00001"))
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 

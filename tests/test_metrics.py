@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,6 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Logged]:
             rows = read_rows(result.folder / "history.jsonl")
             assert [row["round"] for row in rows] == list(range(1, config.rounds + 1))
             found[name] = Logged(result.folder, rows, read_run(session))
-        sys.modules["wandb"].teardown()  # it would stay offline for the tests that follow
     return found
 
 

@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from launching import await_file
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -130,11 +130,9 @@ def _start_two_runs(output: Path, resume: Literal["never", "auto"], deleted: boo
             if deleted:
                 (directory / ".lock").unlink()
             (output / "held").touch()
-            while not (output / "rejected").exists():
-                time.sleep(0.02)
+            await_file(output / "rejected")
             return directory.name
-    while not (output / "held").exists():
-        time.sleep(0.02)
+    await_file(output / "held")
     try:
         with run_directory(config, "", world, to_dict(config)):
             return "two runs in one directory"

@@ -14,6 +14,7 @@ from typing import Literal
 import pytest
 import torch
 import torch.distributed as dist
+from launching import await_file
 
 from fedddp.distributed.environment import Launch
 from fedddp.distributed.launch import connect, joined, loopback_warning
@@ -145,8 +146,7 @@ def wait_for_an_absent_peer(folder: Path) -> None:
             with pytest.raises(RuntimeError):
                 world.group_sum(torch.ones(1))
             given_up.touch()
-        while not given_up.exists():
-            time.sleep(0.02)
+        await_file(given_up)
 
 
 def test_a_rank_waits_for_its_peers_no_longer_than_for_all_ranks(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fedddp.config.loader import dump_yaml, to_dict
 from fedddp.config.schema import Config, Role, execution_settings, fields_with
 from fedddp.distributed.environment import Launch
 from fedddp.distributed.world import World
-from fedddp.section import ConfigError, Section, local_path
+from fedddp.section import ConfigError, Section, default_of, has_default, local_path
 from fedddp.storage.checkpoint import write_text
 from fedddp.storage.history import read_config
 from fedddp.storage.run_folder import LAUNCHER, find_folder
@@ -253,17 +253,11 @@ def _with_defaults(before: Mapping[str, Any], now: Mapping[str, Any], section: S
     """Return what was recorded `before` of a section, and the defaults of what is recorded `now` only."""
     found = dict(before)
     for item in dataclasses.fields(section):
-        name, value, default = item.name, getattr(section, item.name), item.default
-        if item.default_factory is not dataclasses.MISSING:
-            default = item.default_factory()
-        if name in now and name not in before and default is not dataclasses.MISSING:
-            found[name] = to_dict(default)
-        elif (
-            isinstance(value, Section)
-            and isinstance(now.get(name), dict)
-            and isinstance(found.get(name), dict)
-        ):
-            found[name] = _with_defaults(found[name], now[name], value)
+        name, inner = item.name, getattr(section, item.name)
+        if name in now and name not in before and has_default(item):
+            found[name] = to_dict(default_of(item))
+        elif isinstance(inner, Section) and all(isinstance(part.get(name), dict) for part in (before, now)):
+            found[name] = _with_defaults(before[name], now[name], inner)
     return found
 
 
