@@ -60,6 +60,21 @@ def test_channels_last_parameters_keep_their_layout() -> None:
     assert module.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_first_layer_of_one_channel_gives_its_layout_to_what_follows(layout: torch.memory_format) -> None:
+    module = nn.Conv2d(1, 4, 3).to(memory_format=layout)
+    flat, other = FlatModel(module), torch.contiguous_format
+    if layout is other:
+        other = torch.channels_last
+    assert (module.weight.flatten() == flat.params[flat.slices["weight"]]).all()
+    maps = module(torch.rand(2, 1, 8, 8))
+    maps.sum().backward()
+    assert maps.is_contiguous(memory_format=layout)
+    assert not maps.is_contiguous(memory_format=other)
+    assert module.weight.grad is not None
+    assert module.weight.grad.stride() == module.weight.stride()
+
+
 def test_mask_marks_the_elements_of_named_parameters() -> None:
     flat = FlatModel(nn.Linear(3, 2))
     assert flat.mask(["bias"]).tolist() == [False] * 6 + [True] * 2

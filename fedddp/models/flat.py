@@ -161,12 +161,12 @@ def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     views, offset = [], 0
     for tensor in tensors:
         piece = flat[offset : offset + tensor.numel()]
-        channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
-        if channels_last and tensor.is_contiguous(memory_format=torch.channels_last):
-            n, c, h, w = tensor.shape
-            views.append(piece.view(n, h, w, c).permute(0, 3, 1, 2))
-        else:
-            views.append(piece.view(tensor.shape))
+        # Strides, too, tell the layout of a weight (n, 1, h, w), whose elements have the same order in both:
+        # kernels go by them, and what follows a first layer of one channel has the layout that it chooses.
+        dense = tensor.is_contiguous() or (
+            tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+        )
+        views.append(piece.as_strided(tensor.shape, tensor.stride()) if dense else piece.view(tensor.shape))
         offset += tensor.numel()
     return views
 
