@@ -158,8 +158,9 @@ def ours(case: Case, world: World) -> dict[str, Any]:
     assert result is not None
     trainer.flat.params.copy_(server.params)
     weights = {name: t.clone().contiguous() for name, t in trainer.flat.module.state_dict().items()}
-    loss = float(result.loss[0] / result.loss[1]) if case.examples else None
-    return {"weights": weights, "loss": loss, "steps": result.steps, "count": float(result.loss[1])}
+    loss_sum, count = result.loss
+    loss = loss_sum / count if case.examples else None
+    return {"weights": weights, "loss": loss, "steps": result.steps, "count": count}
 
 
 def all_cases(ranks: int) -> list[dict[str, Any]]:

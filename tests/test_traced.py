@@ -148,7 +148,7 @@ def trained(
             )
             result = engine.train(server, job, states[client])
             vectors = [v.clone() for v in result.update.vectors.values()]
-            numbers = [*result.loss, torch.tensor(result.steps), torch.tensor(result.update.weight)]
+            numbers = [torch.tensor(n) for n in (*result.loss, result.steps, result.update.weight)]
             buffers = [result.buffers.clone(), result.integer_buffers.clone()]
             results[client] += [*vectors, *numbers, *buffers]
     for client, state in states.items():

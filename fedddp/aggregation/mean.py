@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedddp.aggregation.aggregation import Accumulator, Aggregation
@@ -100,34 +101,43 @@ class Sums(Accumulator):
 
     def _add_exactly(self, name: str, vector: Tensor, weight: float, *, shiftable: bool) -> None:
         """Add `vector` in fixed point: its bits once `SHIFT` is added, or rounded where it is too large."""
+        self.shifts[name] += int(shiftable)
+        if shiftable and vector.device.type == "cpu":
+            self._add_by_numpy(self.sums[name].numpy(), vector.numpy(), weight)
+            return
         for piece, summed in self._pieces(vector, self.sums[name]):
-            if shiftable and piece.device.type == "cpu":
-                # By NumPy: three passes instead of four, and torch multiplies when it adds integers.
-                values, total, wide = piece.numpy(), summed.numpy(), self._space(piece).numpy()
-                np.multiply(values, weight, out=wide, dtype=np.float64)
-                np.add(wide, SHIFT, out=wide)
-                np.add(total, wide.view(np.int64), out=total)
-            elif shiftable:
+            if shiftable:
                 summed.add_(self._widened(piece).mul_(weight).add_(SHIFT).view(torch.int64))
             else:
                 scaled = self._widened(piece).mul_(weight * 2.0**FRACTION_BITS)
                 summed.add_(scaled.round_().to(torch.int64))
-        self.shifts[name] += int(shiftable)
+
+    def _add_by_numpy(self, total: NDArray[np.int64], vector: NDArray[Any], weight: float) -> None:
+        """Add `vector` (n,), whose values are shiftable, to `total` (n,): torch multiplies when it adds."""
+        space = self._space(min(len(vector), CACHED)).numpy()
+        for start in range(0, len(vector), CACHED):
+            piece = slice(start, start + CACHED)
+            values = vector[piece]
+            wide = space[: len(values)]
+            np.copyto(wide, values)  # to widen and multiply at once would go through a buffer of NumPy's
+            np.multiply(wide, weight, out=wide)
+            np.add(wide, SHIFT, out=wide)
+            np.add(total[piece], wide.view(np.int64), out=total[piece])
 
     def _pieces(self, first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Cut two vectors up alike."""
         size = CACHED if first.device.type == "cpu" else max(1, first.numel())
         return zip(torch.split(first, size), torch.split(second, size), strict=True)
 
-    def _space(self, piece: Tensor) -> Tensor:
-        """Return float64 memory as long as `piece`, of use until the next call."""
-        if self.scratch.numel() < piece.numel():
-            self.scratch = torch.empty(piece.numel(), dtype=torch.float64, device=piece.device)
-        return self.scratch[: piece.numel()]
+    def _space(self, length: int) -> Tensor:
+        """Return float64 memory of that length, of use until the next call."""
+        if self.scratch.numel() < length:
+            self.scratch = torch.empty(length, dtype=torch.float64, device=self.like.device)
+        return self.scratch[:length]
 
     def _widened(self, piece: Tensor) -> Tensor:
         """Copy `piece` into float64, where it stays until the next call."""
-        return self._space(piece).copy_(piece)
+        return self._space(piece.numel()).copy_(piece)
 
     def _remove_shifts(self) -> None:
         for name, shifts in self.shifts.items():

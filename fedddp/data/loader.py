@@ -53,8 +53,10 @@ class Batch:
 class _Part:
     """The examples of a pass that this rank takes in one batch."""
 
-    rows: Indices
-    """(b,) positions in the pass."""
+    rows: slice
+    """Positions in the pass."""
+    length: int
+    """How many these are: b, >= 1."""
     count: int
     total: int
 
@@ -173,13 +175,13 @@ class ClientLoader:
             read = self._streamed(examples, parts, sizes, shard, pass_seed)
         for some, planes, boxes in read:
             rows = _rows(some)
-            of_rows = None if draws is None else draws[torch.from_numpy(rows)].to(self.device)
+            of_rows = None if draws is None else draws[rows].to(self.device)
             images, targets = self._prepare(planes, boxes, examples[rows], of_rows, shift, client or 0)
             if train and isinstance(targets, Boxes):
                 targets = targets.counted()
             end = 0
             for part in some:
-                start, end = end, end + len(part.rows)
+                start, end = end, end + part.length
                 yield Batch(images[start:end], targets[start:end], part.count, part.total)
 
     def _prepare(
@@ -222,7 +224,7 @@ class ClientLoader:
         """Yield several batches at a time with their pixels, taken on the device."""
         assert self._pixels is not None
         image_bytes = 4 * math.prod(self.images.shape)
-        together = max(1, CHUNK_BYTES // (image_bytes * max(len(part.rows) for part in parts)))
+        together = max(1, CHUNK_BYTES // (image_bytes * max(part.length for part in parts)))
         for start in range(0, len(parts), together):
             some = parts[start : start + together]
             chosen = examples[_rows(some)]
@@ -272,18 +274,20 @@ class Normalizer:
 
 def _parts(sizes: Sequence[int], shard: tuple[int, int]) -> Iterator[_Part]:
     """Yield this rank's part of every batch of a pass."""
-    rank, ranks = shard
-    rows, end = np.arange(sum(sizes)), 0
+    (rank, ranks), end = shard, 0
     for size in sizes:
         start, end = end, end + size
-        batch = rows[start:end]
-        own = batch[rank::ranks]
-        yield _Part(own if len(own) else batch[:1], len(own), len(batch))
+        own = max(0, -((rank - size) // ranks))  # as of rank, rank + ranks, ... below size
+        rows = slice(start + rank, end, ranks) if own else slice(start, start + 1)
+        yield _Part(rows, max(own, 1), own, size)
 
 
-def _rows(parts: list[_Part]) -> Indices:
-    """Return the positions in the pass of several parts."""
-    return parts[0].rows if len(parts) == 1 else np.concatenate([part.rows for part in parts])
+def _rows(parts: list[_Part]) -> slice | Indices:
+    """Return the positions in the pass of consecutive parts."""
+    first, last = parts[0].rows, parts[-1].rows
+    if len(parts) == 1 or first.step == 1:
+        return slice(first.start, last.stop, first.step)
+    return np.concatenate([np.arange(part.rows.start, part.rows.stop, part.rows.step) for part in parts])
 
 
 _Planes = tuple[Tensor, Boxes | None]

@@ -22,6 +22,8 @@ from fedddp.models.flat import FlatModel
 from fedddp.models.trace import UnsupportedModelError, first_line, trace
 from fedddp.rng import generators_kept, seed_global
 
+threshold_backward = torch.ops.aten.threshold_backward.default
+
 RELU = (F.relu, torch.relu, "relu")
 RESHAPES = (torch.flatten, "flatten", "view", "reshape")
 OUT_OF_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
@@ -40,13 +42,14 @@ PIECE = 1 << 20
 """Elements of a vector that a trial compares at a time."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Step:
-    """The step of plain SGD that the backward pass takes: w ← keep·w − lr·g."""
+    """The step of plain SGD that the backward pass takes: w ← keep·w − scale·g."""
 
-    lr: float
+    scale: float
+    """Learning rate, over the number of examples where g is the gradient of a sum over them."""
     keep: float
-    """1 − lr·weight_decay."""
+    """1 − learning rate · weight decay."""
 
 
 class TracedModel:
@@ -154,6 +157,8 @@ class _Linear(Operation):
         self.trains_weight = layer.weight.requires_grad
         self.trains_bias = layer.bias is not None and layer.bias.requires_grad
         self.trains = self.trains_weight or self.trains_bias
+        self.ones = torch.empty(0)
+        """As many as the rows of the last batch."""
 
     def kept(self) -> Sequence[int]:
         return (self.input,)
@@ -166,13 +171,21 @@ class _Linear(Operation):
         if x.dim() != 2:
             x, d = x.flatten(0, -2), d.flatten(0, -2)
         if self.needed:  # before the weight changes
-            _add(gradients, self.input, d.mm(self.weight).view(values[self.input].shape))
+            _add(gradients, self.input, d.mm(self.weight).view_as(values[self.input]))
         if self.trains_weight and step is not None:
-            self.weight.addmm_(d.t(), x, beta=step.keep, alpha=-step.lr)
+            self.weight.addmm_(d.t(), x, beta=step.keep, alpha=-step.scale)
         elif self.trains_weight:
             torch.mm(d.t(), x, out=self.layer.weight.grad)
-        if self.trains_bias:
-            _update(self.layer.bias, d.sum(0), step)
+        if self.bias is not None and self.trains_bias:
+            self._backward_of_bias(self.bias, d, step)
+
+    def _backward_of_bias(self, bias: Tensor, d: Tensor, step: Step | None) -> None:
+        if step is None:
+            _update(self.layer.bias, d.sum(0), None)
+            return
+        if self.ones.shape[0] != d.shape[0]:
+            self.ones = d.new_ones(d.shape[0])
+        bias.addmv_(d.t(), self.ones, beta=step.keep, alpha=-step.scale)
 
 
 class _Relu(Operation):
@@ -183,8 +196,7 @@ class _Relu(Operation):
         values[self.output] = torch.relu(values[self.input])
 
     def backward(self, values: list[Any], gradients: list[Any], step: Step | None) -> None:
-        masked = torch.ops.aten.threshold_backward(gradients[self.output], values[self.output], 0)
-        _add(gradients, self.input, masked)
+        _add(gradients, self.input, threshold_backward(gradients[self.output], values[self.output], 0))
 
 
 class _Reshape(Operation):
@@ -250,7 +262,7 @@ def _update(parameter: nn.Parameter, gradient: Tensor, step: Step | None) -> Non
         return
     if step.keep != 1:
         parameter.mul_(step.keep)
-    parameter.add_(gradient, alpha=-step.lr)
+    parameter.add_(gradient, alpha=-step.scale)
 
 
 def _operation(node: fx.Node, module: nn.Module, trained: set[fx.Node]) -> Operation:

@@ -41,14 +41,14 @@ class Classification(Task):
 
     def loss_and_gradient(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return `loss`, and its gradient: the softmax less the smoothed targets; arguments as for `loss`."""
-        logs, rows, smoothing = outputs.log_softmax(1), targets.unsqueeze(1), self.label_smoothing
-        loss = logs.gather(1, rows).sum() * (smoothing - 1)
+        logs, smoothing = outputs.log_softmax(1), self.label_smoothing
+        loss = F.nll_loss(logs, targets, reduction="sum")
         if smoothing:
-            loss -= logs.mean(1).sum() * smoothing
+            loss = loss * (1 - smoothing) - logs.mean(1).sum() * smoothing
         gradient = logs.exp_()
         if smoothing:
             gradient -= smoothing / outputs.shape[1]
-        return loss, gradient.scatter_(1, rows, smoothing - 1, reduce="add")
+        return loss, gradient.scatter_(1, targets.unsqueeze(1), smoothing - 1, reduce="add")
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Return the softmax of the logits `outputs`, (b, classes), as float32."""

@@ -59,8 +59,8 @@ class ClientResult:
     """The client's float buffers, averaged over the group; (B,). A view of live state."""
     integer_buffers: Tensor
     """The client's integer buffers, maximum over the group; (I,) int64."""
-    loss: Tensor
-    """[sum, count] of the training loss; float64, shape (2,), the same on all ranks of the group."""
+    loss: tuple[float, float]
+    """Sum and count of the training loss, the same on all ranks of the group."""
     steps: int
     """K_k, optimizer steps of the group."""
     stop: bool
@@ -104,7 +104,7 @@ class ClientTrainer:
             )
         self.loss_sum = torch.zeros(1, dtype=torch.float64, device=world.device)
         self.loss_count = 0
-        self.loss, self.stop = torch.zeros(2, dtype=torch.float64), False
+        self.loss, self.stop = (0.0, 0.0), False
         """Of the group, after a pass: sum and count of the training loss; whether a rank is to stop."""
 
     def train(self, server: ServerState, job: ClientJob, state: dict[str, Tensor]) -> ClientResult:
@@ -292,18 +292,18 @@ class ClientTrainer:
         """
         count, stop = float(self.loss_count), self.world.stop_requested()
         if self.world.ranks_per_client == 1:
-            self.loss = torch.tensor([float(self.loss_sum), count], dtype=torch.float64)
-            self.stop = stop
+            self.loss, self.stop = (float(self.loss_sum), count), stop
             return
         message = torch.cat([self.loss_sum, self.loss_sum.new_tensor([count, float(stop)])])
         # A rank without an example has no weight: zero times an infinite mask would be NaN.
         buffers = self.flat.buffers.double() * count if count else torch.zeros_like(self.flat.buffers)
         message = self.world.group_sum(torch.cat([message, buffers.double()]))
-        if message[1] > 0:
-            self.flat.buffers.copy_(message[3:] / message[1])
+        loss_sum, total, stops = message[:3].tolist()
+        if total > 0:
+            self.flat.buffers.copy_(message[3:] / total)
         if self.flat.integer_buffers.numel():
             self.world.group_max(self.flat.integer_buffers)
-        self.loss, self.stop = message[:2].cpu(), bool(message[2])
+        self.loss, self.stop = (loss_sum, total), stops > 0
 
     # ---- the optimizer's state ----
 

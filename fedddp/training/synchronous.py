@@ -57,7 +57,7 @@ class CohortResults(NamedTuple):
         if not secret:
             steps[position], bytes_up[position] = result.steps, sent
         if valid and not secret:
-            loss_sum[position], loss_count[position] = result.loss.tolist()
+            loss_sum[position], loss_count[position] = result.loss
 
 
 @dataclass
@@ -269,7 +269,7 @@ def take(s: Session, current: Round, job: ClientJob, state: dict[str, Tensor], r
         change = buffer_change(result.buffers, s.server.buffers)
         change, integers = s.protection.buffers(change, result.integer_buffers, s.server)
         change = change if s.links.shared.buffers else change[:0]
-        (loss, count), secret = result.loss.tolist(), current.secure is not None
+        (loss, count), secret = result.loss, current.secure is not None
         valid = current.updates.add(
             job.client, update, change, job.weight, integers, loss, (count, result.steps)
         )

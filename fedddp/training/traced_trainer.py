@@ -48,20 +48,19 @@ class TracedTrainer(ClientTrainer):
         self.begin_pass(context)
         if self.model.draws:
             seed_global(self.dropout_seed(context))
-        step = None
-        if self.steps_in_backward:
-            step = Step(context.lr, keep=1 - context.lr * self.local.weight_decay)
+        lr, keep = context.lr, 1 - context.lr * self.local.weight_decay
         loss_sum = 0.0  # as a number of Python's: an operation less per step
         for batch in self.batches(context, indices):
             outputs = self.task.forward(self.model.forward, self._laid_out(batch))
             loss, gradient = self.task.loss_and_gradient(outputs, batch.targets)
-            self.model.backward(gradient / batch.count, step)
             loss_sum += float(loss)
             self.loss_count += batch.count
-            if step is not None:
+            if self.steps_in_backward:
+                self.model.backward(gradient, Step(lr / batch.count, keep))
                 context.steps += 1
-                context.lr_sum += context.lr
+                context.lr_sum += lr
             else:
+                self.model.backward(gradient / batch.count, None)
                 self.algorithm.correct(context)
                 self.step(context)
         self.loss_sum.fill_(loss_sum)

@@ -80,10 +80,12 @@ class Links:
             client: the client.
             number: the round's index or the dispatch id, which names the random stream.
         """
-        codec, size = self.config.up, max((len(v) for v in update.vectors.values()), default=0)
-        vectors, sent = dict(update.vectors), 0
+        codec, vectors, sent = self.config.up, dict(update.vectors), 0
+        if codec is None:
+            return update, sum(vector.nbytes for vector in vectors.values())
+        size = max((len(vector) for vector in vectors.values()), default=0)
         for name, vector in update.vectors.items():
-            if codec is None or len(vector) < size:
+            if len(vector) < size:
                 sent += vector.nbytes
                 continue
             payload, vectors[name] = _through(codec, vector, state, name, (self.seed, number, client, name))

@@ -128,7 +128,7 @@ class Worker:
         names = config.algorithm.lengths(s.server.params.numel())
         vectors = [result.update.vectors[name] for name in names]
         tensors = [*vectors, result.buffers.clone(), result.integer_buffers.clone()]
-        loss_sum, loss_count = result.loss.tolist()
+        loss_sum, loss_count = result.loss
         seconds, group = time.perf_counter() - start, s.world.group or 0
         report = Report(order.dispatch_id, loss_sum, loss_count, result.steps, seconds, group)
         return TrainedUpdate(report, tensors)
