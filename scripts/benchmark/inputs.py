@@ -36,7 +36,7 @@ def lenet(num_classes: int = 10) -> nn.Module:
     return nn.Sequential(*features, *head)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"cnn": lenet, "tiny": mlp, "trial": mlp}
+MODELS: dict[str, Callable[[], nn.Module]] = {"cnn": lenet, "tiny": mlp, "ddp": lenet, "trial": mlp}
 """The model of each workload, for the programs that do without fedddp."""
 
 

@@ -3,9 +3,10 @@
 
     python scripts/benchmark/loop.py OUT WORKLOAD ROUNDS [--root DIR] [--device cuda]
 
-Flat views, index slices of tensors in memory, fused SGD, one all-reduce per round. It has no checks, no
-history, no exact sums and no resume. `speed.py`, `breakdown.py` and `gpu.py` start it, under torchrun for
-several processes; it imports neither fedddp nor anything that it does not use.
+Flat views, index slices of tensors in memory, fused SGD, one all-reduce per round; or DDP alone, where a
+workload says so. It has no checks, no history, no exact sums and no resume. `speed.py`, `breakdown.py` and
+`gpu.py` start it, under torchrun for several processes; it imports neither fedddp nor anything that it does
+not use.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from inputs import MODELS, clients
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from workloads import LR, WORKLOADS
 
 
@@ -37,19 +39,23 @@ def train(name: str, root: str, rounds: int, device: str) -> dict[str, list[floa
             p.data = view.view_as(p)
     optimizer = torch.optim.SGD(parameters, lr=LR, fused=True)
     server, total = flat.clone(), torch.zeros_like(flat)
+    by_ddp = w.ddp and size > 1
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if by_ddp else model
     rng = torch.Generator().manual_seed(0)
     noted: dict[str, list[float]] = {"ended": [], "cpu": []}
     for _ in range(rounds):
         total.zero_()
-        for client in torch.randperm(w.clients, generator=rng)[: w.cohort][rank::size].tolist():
+        cohort = torch.randperm(w.clients, generator=rng)[: w.cohort]
+        for client in (cohort if by_ddp else cohort[rank::size]).tolist():
             flat.copy_(server)
             own_x, own_y = x[client], y[client]
-            for indices in torch.split(torch.randperm(w.examples, device=device), w.batch):
+            for batch in torch.split(torch.randperm(w.examples, device=device), w.batch):
+                indices = batch[rank::size] if by_ddp else batch
                 optimizer.zero_grad()
-                cross_entropy(model(own_x[indices]), own_y[indices]).backward()  # type: ignore[no-untyped-call]
+                cross_entropy(network(own_x[indices]), own_y[indices]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             total.add_(flat, alpha=1 / w.cohort)
-        if size > 1:
+        if size > 1 and not by_ddp:
             dist.all_reduce(total)
         server.copy_(total)
         if device == "cuda":

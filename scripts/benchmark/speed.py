@@ -3,11 +3,12 @@
 
     .venv/bin/python scripts/benchmark/speed.py --repeat 3 --table docs/benchmarks.md
 
-All train the same model on the same images with FedAvg. The configurations run in turn (A B C A B C), so that
-a ratio compares runs of the same minute. A round's time is wall time, from the end of the round before to its
-own: sampling, sending, training, sums, record. The first two rounds are not counted, nor is the last one, in
-which fedddp evaluates and saves. With `--root DIR` (torchvision's MNIST files) the images are MNIST's, else
-made ones of the same shape. It takes about twenty minutes.
+All train the same model on the same images with FedAvg; in the workload `ddp` two processes share a client's
+batches. The configurations run in turn (A B C A B C), so that a ratio compares runs of the same minute. A
+round's time is wall time, from the end of the round before to its own: sampling, sending, training, sums,
+record. The first two rounds are not counted, nor is the last one, in which fedddp evaluates and saves. With
+`--root DIR` (torchvision's MNIST files) the images are MNIST's, else made ones of the same shape. It takes
+about twenty minutes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from workloads import MEASURED, WORKLOADS, describe
 
 MARK = "speed"
 EACH = tuple(WORKLOADS)
+OF_CLIENTS = tuple(name for name, workload in WORKLOADS.items() if not workload.ddp)
+"""Workloads whose processes share the clients."""
 
 
 class Configuration(NamedTuple):
@@ -36,7 +39,7 @@ class Configuration(NamedTuple):
     """`loop`, `fedddp` or a peer."""
     settings: str = ""
     """Further settings of fedddp, as on its command line."""
-    workloads: tuple[str, ...] = EACH
+    workloads: tuple[str, ...] = OF_CLIENTS
 
 
 BF16 = "--local.precision bf16 --local.channels_last true"
@@ -44,14 +47,18 @@ CONFIGURATIONS = (
     Configuration("loop, 1 process", 1, "loop"),
     Configuration("fedddp, 1 rank", 1, "fedddp"),
     Configuration("fedddp, 1 rank, bf16 channels last", 1, "fedddp", BF16, ("cnn",)),
-    Configuration("loop, 2 processes", 2, "loop"),
+    Configuration("loop, 2 processes", 2, "loop", workloads=EACH),
     Configuration("fedddp, 2 groups of 1", 2, "fedddp"),
     Configuration("fedddp, 2 groups of 1, eager", 2, "fedddp", "--local.engine eager"),
     Configuration(
         "fedddp, 2 groups of 1, float32 sums", 2, "fedddp", "--aggregation.sums float32", ("tiny",)
     ),
     Configuration("fedddp, 2 groups of 1, bf16 channels last", 2, "fedddp", BF16, ("cnn",)),
-    Configuration("fedddp, 1 group of 2 (DDP)", 2, "fedddp", "--topology.ranks_per_client 2"),
+    Configuration("fedddp, 1 group of 2", 2, "fedddp", "--topology.ranks_per_client 2", ("ddp",)),
+    Configuration(
+        "fedddp, 1 group of 2, not channels last",
+        *(2, "fedddp", "--topology.ranks_per_client 2 --local.channels_last false", ("ddp",)),
+    ),
 )
 PEERS = {
     # name: the module that must be importable, the program that trains with it, what is measured
@@ -124,11 +131,11 @@ def main() -> None:
     """Measure all configurations in turn and print the tables."""
     parser = parser_of(__doc__, [MARK])
     parser.add_argument(
-        "--workloads", type=words, default=list(MEASURED), help=f"default: {','.join(MEASURED)}"
+        "--workloads", type=words, default=[*MEASURED, "ddp"], help=f"default: {','.join(MEASURED)},ddp"
     )
     parser.add_argument("--repeat", type=int, default=3, help="turns; default: %(default)s")
     parser.add_argument(
-        "--rounds", type=int, help=f"of a run, at least {LEAST_ROUNDS}; default: 20 of cnn, 10 of tiny"
+        "--rounds", type=int, help=f"of a run, at least {LEAST_ROUNDS}; default: 20, 10 of tiny"
     )
     parser.add_argument(
         "--only", action="append", default=[], metavar="PATTERN", help="configurations, e.g. '*1 rank'"

@@ -28,11 +28,14 @@ class Workload(NamedTuple):
     batch: int
     rounds: int
     """By default; the first two and the last are not counted."""
+    ddp: bool = False
+    """Whether the processes share every batch of a client, by DDP, and not the clients."""
 
 
 WORKLOADS = {
     "cnn": Workload("lenet", "lenet, 431,080 parameters", 100, 10, 600, 32, 20),
     "tiny": Workload("inputs.mlp", "784-200-10 perceptron, 159,010 parameters", 1000, 100, 60, 20, 10),
+    "ddp": Workload("lenet", "lenet, 431,080 parameters", 1, 1, 2000, 128, 20, ddp=True),
     "trial": Workload("inputs.mlp", "784-200-10 perceptron, 159,010 parameters", 20, 10, 20, 20, 4),
 }
 
