@@ -7,7 +7,7 @@ import pytest
 
 from fedddp import ConfigError
 from fedddp.rng import stream
-from fedddp.simulation.cohort import CohortConfig, assign
+from fedddp.simulation.cohort import Assigner, CohortConfig
 
 
 def test_a_cohort_is_sampled_without_replacement_and_depends_on_seed_and_round_only() -> None:
@@ -52,21 +52,65 @@ def test_a_cohort_of_a_million_clients_has_its_size_and_no_client_twice() -> Non
 
 
 def test_clients_with_most_examples_are_assigned_first_to_the_least_loaded_group() -> None:
-    clients, load = np.array([3, 5, 7, 9, 11]), np.array([5, 40, 30, 20, 15])
-    assignment = assign(clients, load, groups=2)
+    clients, examples = np.array([3, 5, 7, 9, 11]), np.zeros(12, dtype=np.int64)
+    examples[clients] = [5, 40, 30, 20, 15]
+    assignment = Assigner(2).assign(clients, examples)
     assert assignment == [[5, 11], [7, 9, 3]]  # 40 | 30 + 20 | 40 + 15 | 50 + 5
-    assert assign(clients, load, 1) == [[5, 7, 9, 11, 3]]
+    assert Assigner(1).assign(clients, examples) == [[5, 7, 9, 11, 3]]
 
 
 def test_a_client_without_examples_costs_as_much_as_one_example() -> None:
-    assert assign(np.arange(6), np.array([3, 0, 0, 0, 0, 0]), groups=2) == [[0, 5], [1, 2, 3, 4]]
+    assert Assigner(2).assign(np.arange(6), np.array([3, 0, 0, 0, 0, 0])) == [[0, 5], [1, 2, 3, 4]]
 
 
 def test_every_client_is_assigned_once_even_without_examples() -> None:
     clients = np.arange(17)
-    assignment = assign(clients, np.zeros(17, dtype=np.int64), groups=4)
+    assignment = Assigner(4).assign(clients, np.zeros(17, dtype=np.int64))
     assert sorted(client for group in assignment for client in group) == clients.tolist()
     assert {len(group) for group in assignment} == {4, 5}
+
+
+# ---- groups of different pace ----
+
+EQUAL = np.full(40, 9)
+"""Examples: each client is ten units of work."""
+
+
+def seconds_of(assignment: list[list[int]], pace: list[float]) -> np.ndarray:
+    """Return how long groups take for clients of `EQUAL` that need 10 units of work each."""
+    return np.array([10 * len(clients) * each for clients, each in zip(assignment, pace, strict=True)])
+
+
+@pytest.mark.parametrize(("pace", "shares"), [([0.1, 0.3], [6, 2]), ([0.2, 0.1, 0.2], [2, 4, 2])])
+def test_groups_get_clients_in_proportion_to_their_speed(pace: list[float], shares: list[int]) -> None:
+    assigner, cohort, seen = Assigner(len(pace)), np.arange(8), []
+    for _ in range(3):
+        assignment = assigner.assign(cohort, EQUAL)
+        seen.append(list(map(len, assignment)))
+        assigner.learn(assignment, EQUAL, seconds_of(assignment, pace))
+    equal = sorted(seen[0])
+    assert equal[-1] - equal[0] <= 1
+    assert seen[1] == seen[0], "the first round, which warms up, was learned from"
+    assert seen[2] == shares
+
+
+def test_a_group_that_changes_its_speed_gets_fewer_clients_after_a_few_rounds() -> None:
+    assigner, cohort = Assigner(2), np.arange(20)
+    for round_index in range(30):
+        assignment = assigner.assign(cohort, EQUAL)
+        assigner.learn(assignment, EQUAL, seconds_of(assignment, [0.1, 0.1 if round_index < 15 else 0.4]))
+    assert list(map(len, assignment)) == [16, 4]
+
+
+def test_nothing_is_learned_before_each_group_has_trained_nor_where_bits_depend_on_groups() -> None:
+    idle, told_not_to = Assigner(3), Assigner(2, learns=False)
+    for _ in range(4):
+        assignment = idle.assign(np.arange(2), EQUAL)  # the third group has none
+        assert list(map(len, assignment)) == [1, 1, 0]
+        idle.learn(assignment, EQUAL, np.array([1.0, 9.0, 0.0]))
+        assignment = told_not_to.assign(np.arange(8), EQUAL)
+        assert list(map(len, assignment)) == [4, 4]
+        told_not_to.learn(assignment, EQUAL, np.array([1.0, 9.0]))
 
 
 class Own:

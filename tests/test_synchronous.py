@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,12 +31,15 @@ from fedddp import (
     TrackingConfig,
 )
 from fedddp.aggregation import Mean
-from fedddp.algorithms import ClientContext, FedAvg
+from fedddp.algorithms import SCAFFOLD, ClientContext, FedAvg
 from fedddp.data.datasets import load
 from fedddp.data.partition import Dirichlet, PowerLaw
 from fedddp.storage.history import read_rows
 from fedddp.tasks import Classification
 from fedddp.testing import run_world
+from fedddp.training import synchronous
+from fedddp.training.client_trainer import ClientJob
+from fedddp.training.session import Session
 
 Shape = tuple[int, int, Literal["colocated", "dedicated"]]
 """Client groups, ranks of each, and where the coordinator is."""
@@ -272,3 +278,38 @@ def test_from_federation_run_to_the_step_there_are_at_most_five_calls(tmp_path: 
     for calls in STACKS:
         assert len(calls) <= 5, calls
         assert calls == ["run_rounds", "run_round", "train_clients", "train", "_local_sgd"]
+
+
+# ---- groups of different pace ----
+
+
+def train_at_own_pace(config: Config, output: str) -> tuple[dict[str, Any], list[int]]:
+    """Train on a clock by which a client takes 1 s on rank 0 and 4 s on rank 1; return its clients too."""
+    seconds, clients, take = 1 + 3 * int(os.environ["RANK"]), [], synchronous.take
+
+    def counting(s: Session, current: Any, job: ClientJob, *rest: Any) -> None:
+        clients.append(job.client)
+        take(s, current, job, *rest)
+
+    clock = SimpleNamespace(perf_counter=lambda: float(seconds * len(clients)))
+    with mock.patch.multiple(synchronous, take=counting, time=clock):
+        return train(config, output), clients
+
+
+@pytest.mark.parametrize(("sums", "slow"), [("exact", 5 + 5 + 2 + 2), ("float32", 4 * 5)])
+def test_a_slow_group_gets_fewer_clients_where_the_bits_stay(tmp_path: Path, sums: Any, slow: int) -> None:
+    config = small(
+        data=DataConfig(dataset="shapes", clients=10, image_size=12, examples=60),
+        algorithm=SCAFFOLD(),
+        local=LocalConfig(batch_size=3, lr=0.05),
+        cohort=CohortConfig(size=10),
+        aggregation=Mean(sums=sums),
+        evaluation=EvaluationConfig(every=4),
+        rounds=4,
+    )
+    (alone, _), *_ = run_world(train_at_own_pace, config, str(tmp_path / "1"), size=1)
+    (fast, one), (_, other) = run_world(train_at_own_pace, config, str(tmp_path / "2"), size=2)
+    assert [len(one), len(other)] == [40 - slow, slow]
+    for name, value in alone["weights"].items():
+        if sums == "exact":
+            assert np.array_equal(fast["weights"][name], value), name

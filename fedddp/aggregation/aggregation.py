@@ -50,6 +50,11 @@ class Aggregation(Section, ABC):
         """Bytes per parameter that a rank's accumulator holds; of a robust rule per client."""
         return 4
 
+    @property
+    def any_grouping(self) -> bool:
+        """Whether the result has the same bits whichever group trains a client."""
+        return True
+
     clip_norm: PositiveFloat | None = None
     """Largest Euclidean norm of a client's update, > 0; longer ones are scaled down; none: not clipped."""
 

@@ -39,6 +39,11 @@ class Mean(Aggregation):
         """Bytes per parameter of the sums."""
         return 8 if self.sums == "exact" else 4
 
+    @property
+    def any_grouping(self) -> bool:
+        """Whether the sums are exact."""
+        return self.sums == "exact"
+
     def accumulator(
         self, lengths: Mapping[str, int], clients: int, like: Tensor, integer_buffers: Tensor
     ) -> Sums:

@@ -21,7 +21,7 @@ from fedddp.privacy.protection import check_model
 from fedddp.privacy.statement import forecast
 from fedddp.secure import SecureAggregation
 from fedddp.simulation.clock import examples_trained
-from fedddp.simulation.cohort import assign
+from fedddp.simulation.cohort import Assigner
 from fedddp.training.assembly import outputs_check
 from fedddp.training.clients import client_names, clients_of, pooled
 from fedddp.training.engine import traced_or_why
@@ -64,7 +64,7 @@ def dry_run(config: Config, world_size: int) -> Table:
     server = ServerState.of(flat, len(split))
     config.algorithm.start(server)
     cohort = config.cohort.sample(len(split), config.seed, 0)
-    assignment = assign(cohort, sizes[cohort], groups)
+    assignment = Assigner(groups).assign(cohort, sizes)
     examples = [int(sizes[clients].sum()) for clients in assignment]
     steps = np.mean([config.local.steps_on(examples) for examples in sizes.tolist()])
 

@@ -12,6 +12,11 @@ from fedddp.rng import stream
 from fedddp.section import NonNegativeInt, PositiveInt, Section, find_function
 
 BUILT_IN = ("fixed", "poisson")
+PER_CLIENT = 1
+"""Examples that a client costs besides its own."""
+REMEMBERED = 0.8
+"""Weight of what a group's pace was learned from, a round later."""
+
 SAMPLER = "f(population, size, round_index, rng)"
 """The form of a user's own sampler."""
 
@@ -71,21 +76,53 @@ class CohortConfig(Section):
         return clients
 
 
-def assign(clients: NDArray[np.int64], load: NDArray[np.int64], groups: int) -> list[list[int]]:
-    """Assign `clients` to `groups`, longest first to the least loaded (Graham's LPT rule).
+@dataclass
+class Assigner:
+    """Assigns clients to client groups so that all end together, by the pace that it learns of each."""
 
-    Args:
-        clients: the cohort; shape (m,).
-        load: work of each of them, e.g. examples; shape (m,).
-        groups: number of client groups, >= 1.
+    groups: int
+    """G, >= 1."""
+    learns: bool = True
+    """Not where the bits of a result depend on the assignment, which must not depend on time then."""
+    work: NDArray[np.float64] | float = 0.0
+    """What each group has trained, (G,), in examples and clients; older rounds count less."""
+    seconds: NDArray[np.float64] | float = 0.0
+    """How long it took, (G,), likewise."""
+    rounds: int = 0
 
-    Returns:
-        The clients of each group, in the order in which it trains them.
-    """
-    assignment: list[list[int]] = [[] for _ in range(groups)]
-    loads = np.zeros(groups, dtype=np.int64)
-    for position in np.lexsort((clients, -load)):
-        group = int(loads.argmin())
-        assignment[group].append(int(clients[position]))
-        loads[group] += load[position] + 1  # a client without examples costs something too
-    return assignment
+    def assign(self, clients: NDArray[np.int64], examples: NDArray[np.int64]) -> list[list[int]]:
+        """Assign each client, longest first, to the group that would end first (Graham's LPT rule).
+
+        Args:
+            clients: the cohort; (m,).
+            examples: of each client of the population; (N,).
+
+        Returns:
+            The clients of each group, in the order in which it trains them.
+        """
+        assignment: list[list[int]] = [[] for _ in range(self.groups)]
+        work, pace = examples[clients] + PER_CLIENT, self._pace()
+        ends = np.zeros(self.groups)
+        for position in np.lexsort((clients, -work)):
+            ends_with = ends + work[position] * pace
+            group = int(ends_with.argmin())
+            assignment[group].append(int(clients[position]))
+            ends[group] = ends_with[group]
+        return assignment
+
+    def learn(
+        self, assignment: list[list[int]], examples: NDArray[np.int64], seconds: NDArray[np.float64]
+    ) -> None:
+        """Learn from the `seconds`, (G,), that the groups took for the clients of an `assignment`.
+
+        The first round is left out: it allocates memory and loads kernels.
+        """
+        self.rounds += 1
+        if self.learns and self.groups > 1 and self.rounds > 1:
+            work = np.array([(examples[clients] + PER_CLIENT).sum() for clients in assignment])
+            self.work = REMEMBERED * self.work + work
+            self.seconds = REMEMBERED * self.seconds + seconds
+
+    def _pace(self) -> NDArray[np.float64]:
+        """Return each group's seconds per unit of work, (G,); all are 1 until each has trained."""
+        return np.divide(self.seconds, self.work) if np.all(self.work > 0) else np.ones(self.groups)

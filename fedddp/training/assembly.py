@@ -27,6 +27,7 @@ from fedddp.distributed.world import World
 from fedddp.models.flat import FlatModel
 from fedddp.section import ConfigError
 from fedddp.simulation.clock import examples_trained
+from fedddp.simulation.cohort import Assigner
 from fedddp.storage.checkpoint import Checkpoints, Saved, write_text
 from fedddp.storage.client_states import ClientStates
 from fedddp.storage.history import main_metric, read_text
@@ -123,6 +124,7 @@ def assemble(
         links=Links.started(config.transport, config.algorithm, config.seed, server, flat),
         trainer=make_trainer(laid_out, world, flat, loader),
         states=ClientStates(world),
+        assigner=Assigner(world.groups, learns=config.aggregation.any_grouping),
         train=loader,
         test=None if test is None else ClientLoader(test, config.data, world.device, seed=config.seed),
         clients=clients,

@@ -30,6 +30,7 @@ from fedddp.distributed.world import World
 from fedddp.evaluation import Metrics, evaluate, evaluate_clients, measure, spread
 from fedddp.models.flat import FlatModel
 from fedddp.privacy.protection import Protection
+from fedddp.simulation.cohort import Assigner
 from fedddp.storage.checkpoint import Checkpoints, Saved, load_into
 from fedddp.storage.client_states import ClientStates
 from fedddp.storage.run_record import ALONE
@@ -60,6 +61,7 @@ class Session:
     links: Links
     trainer: ClientTrainer
     states: ClientStates
+    assigner: Assigner
     train: ClientLoader
     test: ClientLoader | None
     clients: Clients

@@ -16,7 +16,6 @@ from fedddp.aggregation import Accumulator
 from fedddp.algorithms import SynchronousAlgorithm
 from fedddp.evaluation import Metrics
 from fedddp.simulation.clock import examples_trained
-from fedddp.simulation.cohort import assign
 from fedddp.training.client_trainer import ClientJob, ClientResult
 from fedddp.training.exchange import accumulator, received, round_bytes, sent_down
 from fedddp.training.secure_round import SecureRound, log_dropped
@@ -121,7 +120,7 @@ def run_round(s: Session, stop: bool = False) -> Round:
     """Collective. One round of the algorithm over a sampled cohort; `stop`: no client trains."""
     current = sample(s)  # 1. sample
     current.stopping += int(stop)
-    assignment = assign(current.waiting, s.sizes[current.waiting], s.world.groups)
+    assignment = s.assigner.assign(current.waiting, s.sizes)
     s.send()  # 2. send
     if not s.protection.strict:
         s.tracker.begin_round(len(current.waiting), s.world.groups)
@@ -145,6 +144,7 @@ def run_round(s: Session, stop: bool = False) -> Round:
     if not trained.all():
         save_partial(s, current, int(trained.sum()))
         raise Stopped
+    s.assigner.learn(assignment, s.sizes, current.busy.numpy())
     with s.timed("step"):  # 5. step
         step(s, current)
     log_invalid(s, current)
@@ -215,7 +215,7 @@ def initial_losses(s: Session, current: Round) -> Tensor:
     """
     losses = torch.zeros(len(current.cohort), dtype=torch.float64)
     own = torch.zeros(len(current.cohort), dtype=torch.bool)
-    assignment = assign(current.cohort, s.sizes[current.cohort], s.world.groups)
+    assignment = s.assigner.assign(current.cohort, s.sizes)
     for client in [] if s.world.group is None else assignment[s.world.group]:
         job = s.job(client, number=s.rounds_done, lr=0.0, weight=0.0, share=0.0)
         loss = s.trainer.mean_loss(s.server, job)
