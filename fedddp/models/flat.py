@@ -161,8 +161,8 @@ def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     views, offset = [], 0
     for tensor in tensors:
         piece = flat[offset : offset + tensor.numel()]
-        # Strides, too, tell the layout of a weight (n, 1, h, w), whose elements have the same order in both:
-        # kernels go by them, and what follows a first layer of one channel has the layout that it chooses.
+        # With their strides: those of a weight (n, 1, h, w) are all that differs between the two layouts, and
+        # kernels go by them, so that maps behind a first layer of one channel have the layout of the others.
         dense = tensor.is_contiguous() or (
             tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
         )

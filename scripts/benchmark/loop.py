@@ -3,8 +3,8 @@
 
     python scripts/benchmark/loop.py OUT WORKLOAD ROUNDS [--root DIR] [--device cuda]
 
-Flat views, index slices of tensors in memory, fused SGD, one all-reduce per round; or DDP alone, where a
-workload says so. It has no checks, no history, no exact sums and no resume. `speed.py`, `breakdown.py` and
+Flat views, index slices of tensors in memory, fused SGD, one all-reduce per round; or DDP alone, for the
+workload `ddp`. It has no checks, no history, no exact sums and no resume. `speed.py`, `breakdown.py` and
 `gpu.py` start it, under torchrun for several processes; it imports neither fedddp nor anything that it does
 not use.
 """

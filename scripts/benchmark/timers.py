@@ -19,7 +19,7 @@ from typing import Any
 PARTS = (
     # part, name that is wrapped; in the order of a round
     ("sample, assign", "fedddp.training.synchronous.sample"),
-    ("sample, assign", "fedddp.training.synchronous.assign"),
+    ("sample, assign", "fedddp.simulation.cohort.Assigner.assign"),
     ("send", "fedddp.training.session.Session.send"),
     ("around the steps", "fedddp.training.client_trainer.ClientTrainer.train"),
     ("batches", "fedddp.data.loader.ClientLoader.batches"),
