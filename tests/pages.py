@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import runpy
 import shlex
@@ -154,5 +155,10 @@ def _file(block: Block) -> Path | None:
 
 
 def without_numbers(text: str) -> str:
-    """Return a text with # for each number, which depends on the machine, and one space between words."""
-    return " ".join(re.sub(r"\d[\d.,:]*", "#", text).split())
+    """Return a text with # for numbers, which depend on the machine, and one space between words.
+
+    How many they are, in a row of a table and in rows, depends on it too: a confusion matrix has some.
+    """
+    lines = [" ".join(re.sub(r"\d[\d.,:]*( %)?", "#", line).split()) for line in text.splitlines()]
+    alike = [re.sub(r"#( #)+", "#", line) for line in lines if line]
+    return " ".join(line for line, _ in itertools.groupby(alike))
