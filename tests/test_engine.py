@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +52,19 @@ def federation(output: Path | str, **changes: Any) -> Federation:
         "output": str(output),
     }
     return Federation(**{**settings, **changes})
+
+
+def test_a_run_imports_neither_sympy_nor_the_compiler(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from fedddp import *
+model, quiet = ModelConfig(name="lenet"), TrackingConfig(trackers=[], progress=False)
+data, cohort = DataConfig(dataset="digits", clients=8, examples=320), CohortConfig(size=4)
+Federation(data=data, cohort=cohort, model=model, tracking=quiet, rounds=1, output={str(tmp_path)!r}).run()
+print([name for name in ("sympy", "torch._dynamo", "torch._inductor") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.splitlines()[-1:], done.returncode) == (["[]"], 0), done.stderr
 
 
 class Own(FedAvg):
