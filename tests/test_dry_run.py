@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,19 @@ def test_the_dry_run_shows_groups_clients_and_memory() -> None:
     assert shown["first round"] == "clients per group 2, 1, examples per group 40, 20"
     assert "120 training images of 3x12x12" in shown["data"]
     assert shown["memory per rank"].startswith("62.21 kB of images")  # (120 + 24) × 3 × 12 × 12
+
+
+def test_memory_counts_a_gradient_only_where_one_is_held() -> None:
+    megabytes, gradient = [], 0.0
+    for local in (LocalConfig(), LocalConfig(clip_norm=1.0), LocalConfig(engine="eager")):
+        shown = rows(dataclasses.replace(CONFIG, local=local), 1)
+        state = re.search(r"([\d.]+) MB of model state", shown["memory per rank"])
+        parameters = re.search(r"([\d,]+) trainable", shown["model"])
+        assert state
+        assert parameters
+        megabytes.append(float(state[1]))
+        gradient = 4 * int(parameters[1].replace(",", "")) / 1e6
+    assert megabytes[1] == megabytes[2] == pytest.approx(megabytes[0] + gradient, abs=0.011)
 
 
 @pytest.mark.parametrize("command", ["plan", "run", "partition"])

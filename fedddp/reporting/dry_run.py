@@ -16,6 +16,7 @@ from fedddp.config.schema import Config
 from fedddp.data.datasets import Images, load
 from fedddp.data.partition import Split, holdout_sizes
 from fedddp.models.flat import FlatModel
+from fedddp.models.traced import TracedModel
 from fedddp.privacy.config import CentralDP, ExampleDP
 from fedddp.privacy.protection import check_model
 from fedddp.privacy.statement import forecast
@@ -27,6 +28,7 @@ from fedddp.training.clients import client_names, clients_of, pooled
 from fedddp.training.engine import traced_or_why
 from fedddp.training.exchange import round_bytes
 from fedddp.training.protect import check_library, example_account, participations_of
+from fedddp.training.traced_trainer import needs_gradients
 from fedddp.transport.links import Links
 from fedddp.transport.shared import Shared
 
@@ -87,13 +89,15 @@ def dry_run(config: Config, world_size: int) -> Table:
         "first round",
         f"clients per group {_list([len(v) for v in assignment])}, examples per group {_list(examples)}",
     )
-    table.add_row("local training", _engine(config, flat, train))
+    traced = _traced(config, flat, train)
+    table.add_row("local training", f"eager, because {traced}" if isinstance(traced, str) else "traced")
     if config.privacy is not None:
         table.add_row("privacy", privacy_text(config, flat, sizes))
     table.add_row("bytes per round", _traffic(config, server, flat, len(cohort)))
     if config.secure_aggregation is not None:
         table.add_row("secure aggregation", _secure(config.secure_aggregation, len(cohort)))
-    table.add_row("memory per rank", _memory(config, train, test, flat))
+    gradients = isinstance(traced, str) or needs_gradients(config.local, config.algorithm)
+    table.add_row("memory per rank", _memory(config, train, test, flat, gradients=gradients))
     return table
 
 
@@ -166,22 +170,21 @@ def _world(config: Config, world_size: int, groups: int) -> str:
     return f"{_count(world_size, 'rank')}: {_count(groups, 'client group')} of {ranks}; coordinator: {where}"
 
 
-def _engine(config: Config, flat: FlatModel, train: Images) -> str:
-    """Return which engine trains the clients, and why the eager one."""
+def _traced(config: Config, flat: FlatModel, train: Images) -> TracedModel | str:
+    """Return the traced model that trains the clients, or why the eager engine does."""
     cpu = config.topology.device == "cpu" or not torch.cuda.is_available()
     device = torch.device("cpu" if cpu else "cuda")
-    found = traced_or_why(config, flat, train.shape, device, config.topology.ranks_per_client)
-    return f"eager, because {found}" if isinstance(found, str) else "traced"
+    return traced_or_why(config, flat, train.shape, device, config.topology.ranks_per_client)
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _memory(config: Config, train: Images, test: Images | None, flat: FlatModel) -> str:
-    """Return the bytes of the images and of the vectors: model, gradient, server, update, optimizer, sums."""
+def _memory(config: Config, train: Images, test: Images | None, flat: FlatModel, *, gradients: bool) -> str:
+    """Return the bytes of the images and of the vectors: model, server, update, gradient, optimizer, sums."""
     p, b, item = flat.params.numel(), flat.buffers.numel(), flat.params.element_size()
-    vectors = 4 + OPTIMIZER_VECTORS[config.local.optimizer] + bool(config.local.momentum)
+    vectors = 3 + gradients + OPTIMIZER_VECTORS[config.local.optimizer] + bool(config.local.momentum)
     sums = 1 if config.secure_aggregation is None else 3  # a client's vector, its masked copy, and the sum
     state = (p * vectors + 2 * b) * item + p * config.aggregation.bytes_per_element * sums
     pixels = [s.pixels for s in (train, test) if s is not None and s.pixels is not None]

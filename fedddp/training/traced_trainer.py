@@ -35,9 +35,7 @@ class TracedTrainer(ClientTrainer):
         """Take the passes of `flat`'s module."""
         super().__init__(world, flat, task, loader, local, algorithm, seed=seed)
         self.model = model
-        corrected = local.clip_norm is not None or reads_grad(type(algorithm))
-        self.steps_in_backward = local.takes_plain_steps and not corrected
-        """Whether a step needs nothing but the gradient, so that the backward pass can take it."""
+        self.steps_in_backward = not needs_gradients(local, algorithm)
         if self.steps_in_backward:
             flat.drop_gradients()
             self.parameter.grad = None
@@ -65,6 +63,14 @@ class TracedTrainer(ClientTrainer):
                 self.step(context)
         self.loss_sum.fill_(loss_sum)
         self.end_pass(context)
+
+
+def needs_gradients(local: LocalConfig, algorithm: Algorithm) -> bool:
+    """Return whether something between backward pass and step takes the gradient, or the step more than it.
+
+    Else the backward pass takes the step, and no gradient is held.
+    """
+    return not local.takes_plain_steps or local.clip_norm is not None or reads_grad(type(algorithm))
 
 
 def reads_grad(algorithm: type[Algorithm]) -> bool:
