@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import multiprocessing
 import os
 import random
 import signal
 import tempfile
 from collections.abc import Iterator
+from multiprocessing import reduction
 from typing import Any
 
 import numpy as np
@@ -17,9 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from fedddp.data import stream as stream_of_data
 from fedddp.data.datasets import DataConfig, Images
 from fedddp.data.decode import Decoded, Reading
-from fedddp.data.loader import Batch, ClientLoader, _check_socket_folder
+from fedddp.data.loader import Batch, ClientLoader
+from fedddp.data.stream import _check_socket_folder
 from fedddp.data.transforms import FeatureShift
 from fedddp.rng import stream
 from fedddp.section import ConfigError
@@ -283,6 +288,31 @@ def test_a_worker_that_is_killed_is_one_line() -> None:
     ) as caught:
         passes(drawing(1, "death"), np.arange(COUNT), 4)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), FileNotFoundError(2, "x"), EOFError()])
+def test_a_worker_that_is_killed_while_it_hands_over_a_batch_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(connection: Any) -> int:
+        (worker,) = multiprocessing.active_children()
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        raise error  # as the connection does, before the signal comes that a child ended
+
+    monkeypatch.setattr(reduction, "recv_handle", broken)
+    with pytest.raises(ValueError, match=r"^a worker that reads images ended \(.+\); if /dev/shm .*=0$"):
+        passes(drawing(1), np.arange(COUNT), 4)
+
+
+def test_an_error_of_another_cause_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(connection: Any) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(reduction, "recv_handle", full)
+    monkeypatch.setattr(stream_of_data, "SIGNAL_S", 0.01)
+    with pytest.raises(OSError, match="Too many open files"):
+        passes(drawing(1), np.arange(COUNT), 4)
 
 
 @pytest.mark.parametrize(("length", "refused"), [(64, False), (65, True), (200, True)])

@@ -7,29 +7,22 @@ are held on the device or streamed: everything random is drawn for a pass before
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from fedddp.data.datasets import DataConfig, Images
-from fedddp.data.decode import Decoded
+from fedddp.data.stream import Part, Stream, parts_of
 from fedddp.data.targets import IGNORED, Boxes, Targets, select
 from fedddp.data.transforms import ImageShift, augment, augment_boxes, draw_augmentation, jitter
-from fedddp.rng import generators_kept, stream_seed
-from fedddp.section import ConfigError
+from fedddp.rng import stream_seed
 
 Indices = NDArray[np.int64]
-
-SOCKET_PATH_BYTES, SOCKET_NAME_BYTES = 104, 40
-"""The longest path of a Unix socket (macOS; Linux: 108), and the part that multiprocessing appends."""
 
 CHUNK_BYTES = 32 * 2**20
 """Batches are converted together up to so many bytes of float pixels; small clients in one go."""
@@ -47,18 +40,6 @@ class Batch:
     """Real examples: b, or 0 when this rank has none and holds one padding example of weight 0."""
     total: int
     """Examples of the batch over all ranks of the group, >= 1; 0 for an empty batch of Poisson sampling."""
-
-
-@dataclass(slots=True)
-class _Part:
-    """The examples of a pass that this rank takes in one batch."""
-
-    rows: slice
-    """Positions in the pass."""
-    length: int
-    """How many these are: b, >= 1."""
-    count: int
-    total: int
 
 
 def blank_batch(images: Images, device: torch.device) -> Batch:
@@ -93,7 +74,7 @@ def micro_batches(batch: Batch, count: int, rank: int, ranks: int) -> Iterator[B
         yield Batch(batch.images[own], batch.targets[own], held, batch.total)
 
 
-_Read = tuple[list[_Part], Tensor, Boxes | None]
+_Read = tuple[list[Part], Tensor, Boxes | None]
 """Parts of a pass, their planes, and their boxes where these are read with the images."""
 
 
@@ -113,7 +94,7 @@ class ClientLoader:
         self._pixels = None if images.pixels is None else images.pixels.to(device)
         self._targets = images.targets.to(device)
         self.normalize = Normalizer(images.mean, images.std, device)
-        self._streams: dict[tuple[int, int], _Stream] = {}
+        self._streams: dict[tuple[int, int], Stream] = {}
 
     def batches(
         self,
@@ -168,7 +149,7 @@ class ClientLoader:
         pass_seed = 0 if rng is None or self._pixels is not None else int(rng.integers(2**62))
         if not sizes:
             return
-        parts = list(_parts(sizes, shard))
+        parts = list(parts_of(sizes, shard))
         if self._pixels is not None:
             read = self._held(examples, parts)
         else:
@@ -220,7 +201,7 @@ class ClientLoader:
             targets = masks[:, 0].long()
         return self.normalize(images), targets
 
-    def _held(self, examples: Indices, parts: list[_Part]) -> Iterator[_Read]:
+    def _held(self, examples: Indices, parts: list[Part]) -> Iterator[_Read]:
         """Yield several batches at a time with their pixels, taken on the device."""
         assert self._pixels is not None
         image_bytes = 4 * math.prod(self.images.shape)
@@ -233,7 +214,7 @@ class ClientLoader:
     def _streamed(
         self,
         examples: Indices,
-        parts: list[_Part],
+        parts: list[Part],
         sizes: Sequence[int],
         shard: tuple[int, int],
         pass_seed: int,
@@ -245,7 +226,7 @@ class ClientLoader:
         assert self.images.source is not None
         if shard not in self._streams:
             pin = self.device.type == "cuda"
-            self._streams[shard] = _Stream(self.images.source, self.data.workers, pin, shard)
+            self._streams[shard] = Stream(self.images.source, self.data.workers, pin, shard)
         stream = self._streams[shard].read(examples, sizes, pass_seed)
         for part, (planes, boxes) in zip(parts, stream, strict=True):
             moved = None if boxes is None else boxes.to(self.device)
@@ -272,130 +253,9 @@ class Normalizer:
         return ((images - self._offset) / self._byte_factor).round().clamp(0, 255).to(torch.uint8)
 
 
-def _parts(sizes: Sequence[int], shard: tuple[int, int]) -> Iterator[_Part]:
-    """Yield this rank's part of every batch of a pass."""
-    (rank, ranks), end = shard, 0
-    for size in sizes:
-        start, end = end, end + size
-        own = max(0, -((rank - size) // ranks))  # as of rank, rank + ranks, ... below size
-        rows = slice(start + rank, end, ranks) if own else slice(start, start + 1)
-        yield _Part(rows, max(own, 1), own, size)
-
-
-def _rows(parts: list[_Part]) -> slice | Indices:
+def _rows(parts: list[Part]) -> slice | Indices:
     """Return the positions in the pass of consecutive parts."""
     first, last = parts[0].rows, parts[-1].rows
     if len(parts) == 1 or first.step == 1:
         return slice(first.start, last.stop, first.step)
     return np.concatenate([np.arange(part.rows.start, part.rows.stop, part.rows.step) for part in parts])
-
-
-_Planes = tuple[Tensor, Boxes | None]
-"""Planes of a batch, (b, C, H, W), and its boxes."""
-
-
-class _Stream:
-    """A data loader whose workers are kept from pass to pass."""
-
-    def __init__(self, source: Decoded, workers: int, pin_memory: bool, shard: tuple[int, int]) -> None:
-        if workers:
-            _check_socket_folder()
-        self._sampler = _PartSampler(shard[1])
-        loader: DataLoader[_Planes | str] = DataLoader(
-            _Readable(source),
-            batch_sampler=self._sampler,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=pin_memory,
-            collate_fn=_collate,
-            # So that starting the loader draws nothing from torch's global generator.
-            generator=torch.Generator(),
-        )
-        if shard[1] > 1:
-            from accelerate.data_loader import prepare_data_loader  # here: it takes a second to import
-
-            loader = prepare_data_loader(
-                loader, num_processes=shard[1], process_index=shard[0], even_batches=False
-            )
-        self._loader = loader
-
-    def read(self, examples: Indices, sizes: Sequence[int], pass_seed: int) -> Iterator[_Planes]:
-        """Yield the planes of this rank's part of every batch, and their boxes.
-
-        Raises:
-            ValueError: an image cannot be read, or a worker was killed.
-        """
-        sampler = self._sampler
-        sampler.examples, sampler.sizes, sampler.pass_seed = examples, sizes, pass_seed
-        try:
-            for batch in self._loader:
-                if isinstance(batch, str):
-                    raise ValueError(batch)
-                yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise ValueError(
-                f"a worker that reads images ended ({' '.join(str(error).split())[:160]}); if /dev/shm is "
-                "small (Docker: --shm-size), set data.workers=0"
-            ) from error
-
-
-class _PartSampler:
-    """The batches of a pass: of each batch the first rank's part, the second's, and so on.
-
-    Accelerate's sharding assigns whole batches, rank after rank, and where batches are uneven, as the
-    parts of a last batch, it repeats or drops examples. Here it assigns the parts, one per rank, so
-    that no example is repeated or dropped. (No attribute is named `batch_size`: accelerate drops
-    batches of another size.)
-    """
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks, self.pass_seed = ranks, 0
-        self.examples: Indices = np.empty(0, dtype=np.int64)
-        self.sizes: Sequence[int] = ()
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        by_rank = [_parts(self.sizes, (rank, self.ranks)) for rank in range(self.ranks)]
-        for parts in zip(*by_rank, strict=True):
-            for part in parts:
-                yield [(index, self.pass_seed) for index in self.examples[part.rows].tolist()]
-
-
-_Example = tuple[Tensor, Boxes | None]
-
-
-class _Readable(Dataset[Any]):
-    """Examples of `source`, or why they cannot be read: a worker would turn the error into a traceback."""
-
-    def __init__(self, source: Decoded) -> None:
-        self.source = source
-
-    def __getitems__(self, items: list[tuple[int, int]]) -> list[_Example | str]:
-        """Return the pixels of a batch; the name is the one that torch's loader looks for."""
-        with generators_kept():
-            return [self._read(index, pass_seed) for index, pass_seed in items]
-
-    def _read(self, index: int, pass_seed: int) -> _Example | str:
-        try:
-            return self.source.read_seeding(index, pass_seed)
-        except ValueError as error:
-            return str(error)
-
-
-def _check_socket_folder() -> None:
-    """Refuse a temporary folder in which the workers' sockets cannot be made: they would wait for ever."""
-    folder = tempfile.gettempdir()
-    if len(folder.encode()) + SOCKET_NAME_BYTES > SOCKET_PATH_BYTES:
-        raise ConfigError(
-            f"TMPDIR={folder} is too long for the sockets of data.workers; set TMPDIR=/tmp, or data.workers=0"
-        )
-
-
-def _collate(items: list[_Example | str]) -> _Planes | str:
-    problem = next((item for item in items if isinstance(item, str)), None)
-    if problem is not None:
-        return problem
-    examples = [item for item in items if not isinstance(item, str)]
-    boxes = [of_image for _, of_image in examples if of_image is not None]
-    return torch.stack([planes for planes, _ in examples]), Boxes.cat(boxes) if boxes else None
