@@ -24,6 +24,7 @@ from fedddp.config.schema import Config, ConfigFields
 from fedddp.data.datasets import Images
 from fedddp.data.description import describe
 from fedddp.data.loader import ClientLoader
+from fedddp.data.stream import naming_ended_workers
 from fedddp.distributed.launch import joined
 from fedddp.evaluation import Metrics
 from fedddp.examination import examine
@@ -154,7 +155,7 @@ class Federation:
                             _begin(s, train)
                         s.callbacks = self.callbacks("on_run_start", config, directory)
                     try:
-                        with _garbage_frozen(), profiled(s):
+                        with _garbage_frozen(), profiled(s), naming_ended_workers():
                             s.start_clock()
                             loop(s)
                     except Stopped:

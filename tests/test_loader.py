@@ -10,8 +10,10 @@ import os
 import random
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from multiprocessing import reduction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from fedddp import CohortConfig, Federation, TrackingConfig
+from fedddp.algorithms import AggregatedUpdate, FedAvg, ServerState
 from fedddp.data import stream as stream_of_data
 from fedddp.data.datasets import DataConfig, Images
 from fedddp.data.decode import Decoded, Reading
@@ -303,6 +307,27 @@ def test_a_worker_that_is_killed_while_it_hands_over_a_batch_is_one_line(
     monkeypatch.setattr(reduction, "recv_handle", broken)
     with pytest.raises(ValueError, match=r"^a worker that reads images ended \(.+\); if /dev/shm .*=0$"):
         passes(drawing(1), np.arange(COUNT), 4)
+
+
+class Killing(FedAvg):
+    """Kills the worker between two rounds, when nothing is read."""
+
+    def step(self, server: ServerState, aggregated: AggregatedUpdate) -> None:
+        (worker,) = multiprocessing.active_children()
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        while True:  # until the signal comes, which may wake another thread than this one
+            time.sleep(0.01)
+
+
+def test_a_worker_that_is_killed_between_batches_is_one_line(tmp_path: Path) -> None:
+    data = DataConfig(dataset="shapes", examples=40, image_size=8, clients=2, memory="stream", workers=1)
+    quiet = TrackingConfig(trackers=[], progress=False)
+    federation = Federation(
+        data=data, cohort=CohortConfig(size=2), algorithm=Killing(), tracking=quiet, output=str(tmp_path)
+    )
+    with pytest.raises(ValueError, match=r"^a worker that reads images ended \(.+\); if /dev/shm .*=0$"):
+        federation.run()
 
 
 def test_an_error_of_another_cause_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

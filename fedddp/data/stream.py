@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -87,19 +88,11 @@ class Stream:
         """
         sampler = self._sampler
         sampler.examples, sampler.sizes, sampler.pass_seed = examples, sizes, pass_seed
-        try:
+        with naming_ended_workers(OSError, EOFError):
             for batch in self._loader:
                 if isinstance(batch, str):
                     raise ValueError(batch)
                 yield batch
-        except (RuntimeError, OSError, EOFError) as error:
-            reason = _end_of_worker(error)
-            if reason is None:
-                raise
-            raise ValueError(
-                f"a worker that reads images ended ({' '.join(reason.split())[:160]}); if /dev/shm is small "
-                "(Docker: --shm-size), set data.workers=0"
-            ) from error
 
 
 class _PartSampler:
@@ -144,16 +137,34 @@ class _Readable(Dataset[Any]):
             return str(error)
 
 
-def _end_of_worker(error: Exception) -> str | None:
-    """Return what torch says of a worker that was killed; None if `error` has another cause."""
-    if isinstance(error, OSError | EOFError):
-        # The connection to it may end first. Torch's error comes from a signal handler, wherever the program
-        # is by then.
-        try:
-            time.sleep(SIGNAL_S)
-        except RuntimeError as later:
-            return str(later)
-    return str(error) if "DataLoader worker" in str(error) else None
+@contextlib.contextmanager
+def naming_ended_workers(*broken: type[Exception]) -> Iterator[None]:
+    """Turn torch's error for a worker that was killed into one line, for the block.
+
+    It comes from a signal handler, wherever the program is by then.
+
+    Args:
+        broken: errors of a connection to a worker, which may come before.
+
+    Raises:
+        ValueError: a worker was killed.
+    """
+    caught: tuple[type[Exception], ...] = (RuntimeError, *broken)
+    try:
+        yield
+    except caught as error:
+        reason = str(error)
+        if isinstance(error, broken):
+            try:
+                time.sleep(SIGNAL_S)
+            except RuntimeError as later:
+                reason = str(later)
+        if "DataLoader worker" not in reason:
+            raise
+        raise ValueError(
+            f"a worker that reads images ended ({' '.join(reason.split())[:160]}); if /dev/shm is small "
+            "(Docker: --shm-size), set data.workers=0"
+        ) from error
 
 
 def _check_socket_folder() -> None:
