@@ -9,17 +9,20 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from launching import await_file
 
+from fedddp.distributed import launch
 from fedddp.distributed.environment import Launch
 from fedddp.distributed.launch import connect, joined, loopback_warning
 from fedddp.distributed.signals import stop_on_signals
 from fedddp.distributed.topology import TopologyConfig
+from fedddp.distributed.world import World
 from fedddp.section import ConfigError
 from fedddp.testing import run_world
 
@@ -151,6 +154,27 @@ def wait_for_an_absent_peer(folder: Path) -> None:
 
 def test_a_rank_waits_for_its_peers_no_longer_than_for_all_ranks(tmp_path: Path) -> None:
     run_world(wait_for_an_absent_peer, tmp_path, size=4)
+
+
+def connect_late_on_rank_1(folder: Path) -> bool:
+    """Return whether rank 1 was connected when this rank was."""
+    made, file = World, folder / "connected"
+
+    def late(*parts: Any) -> World:
+        time.sleep(0.3)
+        file.touch()
+        return made(*parts)
+
+    patched = mock.patch.object(launch, "World", late)
+    with (
+        patched if os.environ["RANK"] == "1" else contextlib.nullcontext(),
+        contextlib.closing(connect(TopologyConfig(device="cpu"))),
+    ):
+        return file.exists()
+
+
+def test_no_rank_goes_on_alone_while_others_still_connect(tmp_path: Path) -> None:
+    assert run_world(connect_late_on_rank_1, tmp_path, size=2) == [True, True]
 
 
 def connect_three_times() -> list[float]:

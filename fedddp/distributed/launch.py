@@ -106,6 +106,8 @@ def connect(topology: TopologyConfig) -> World:
         )
     world = World(topology, launch, store, device, nccl)
     world.owns_process_group = owns_process_group
+    # A rank that ends at once, with an error of its own, must not close connections that others still make.
+    world.barrier()
     return world
 
 

@@ -118,7 +118,7 @@ class Assigner:
         The first round is left out: it allocates memory and loads kernels.
         """
         self.rounds += 1
-        if self.learns and self.groups > 1 and self.rounds > 1:
+        if self.learns and self.rounds > 1:
             work = np.array([(examples[clients] + PER_CLIENT).sum() for clients in assignment])
             self.work = REMEMBERED * self.work + work
             self.seconds = REMEMBERED * self.seconds + seconds
