@@ -309,17 +309,24 @@ def _recording_failure(s: Session) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        s.world.report_failure()
+        first = s.world.report_failure(_one_line(error))
         if s.world.is_coordinator:
             unwritten = s.checkpoints.wait()
             if unwritten is not None:
                 error.add_note(unwritten)
-            lines = [f"{error}" or type(error).__name__, *getattr(error, "__notes__", [])]
-            run_record.end(s.directory, "failed", " ".join("; ".join(lines).split()))
+            # Another rank's error ends this one by one of a connection, which would hide it.
+            other = "" if first else s.world.first_error()
+            run_record.end(s.directory, "failed", other or _one_line(error))
         s.tracker.finish(failed=True)
         if isinstance(error, OSError) and not s.directory.is_dir():  # whichever file was missed first
             raise FileNotFoundError(errno.ENOENT, GONE, str(s.directory)) from error
         raise
+
+
+def _one_line(error: BaseException) -> str:
+    """Return an error with its notes as one line."""
+    lines = [f"{error}" or type(error).__name__, *getattr(error, "__notes__", [])]
+    return " ".join("; ".join(lines).split())
 
 
 @contextlib.contextmanager

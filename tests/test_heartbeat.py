@@ -31,7 +31,7 @@ def busy_while_another_fails() -> None:
     """Rank 0 reports an error; rank 1 is in one long call and learns of it only through its heartbeat."""
     world, _ = join(30, follow_s=1)
     if world.rank == 0:
-        assert world.report_failure()
+        assert world.report_failure("an error")
     time.sleep(100 if world.rank else 10)
 
 
@@ -45,7 +45,7 @@ def wait_for_all(world: World, heartbeat: Heartbeat) -> str:
     try:
         world.barrier()
     except RuntimeError as error:
-        if not world.report_failure():
+        if not world.report_failure("an error"):
             world.close()
             return "not the first"
         heartbeat.name_absent(error)
@@ -109,7 +109,7 @@ def fail_by_itself(folder: Path) -> list[str]:
     world, heartbeat = join(30)
     error = RuntimeError("not one of communication")
     if world.rank == 0:
-        assert world.report_failure()
+        assert world.report_failure("an error")
         heartbeat.name_absent(error)
         (folder / "done").touch()
     else:

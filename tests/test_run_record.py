@@ -35,9 +35,11 @@ from fedddp import (
     Result,
     TrackingConfig,
 )
+from fedddp.algorithms import ClientContext, FedAvg
 from fedddp.cli import main
 from fedddp.data.datasets import load
 from fedddp.data.partition import Dirichlet
+from fedddp.distributed.launch import AnotherRankFailedError
 from fedddp.storage.run_record import (
     LaunchRecord,
     age_s,
@@ -111,6 +113,26 @@ class Broken(nn.Module):
             raise RuntimeError("no forward pass\nin this model")
         logits: torch.Tensor = self.layer(images.flatten(1))
         return logits
+
+
+class FailsOnRank1(FedAvg):
+    def begin(self, context: ClientContext) -> None:
+        if os.environ["RANK"] == "1":
+            raise ValueError("no luck\non this rank")
+
+
+def fail_on_rank_1(output: str) -> str:
+    with pytest.raises((AnotherRankFailedError, ValueError)) as caught:
+        Federation(dataclasses.replace(BASE, algorithm=FailsOnRank1(), output=output)).run()
+    return type(caught.value).__name__
+
+
+def test_the_record_has_the_error_of_the_rank_that_failed_first(tmp_path: Path) -> None:
+    assert run_world(fail_on_rank_1, str(tmp_path), size=2) == ["AnotherRankFailedError", "ValueError"]
+    record = read_record(tmp_path / "one")
+    assert record is not None
+    assert record.error is not None
+    assert record.error.startswith("rank 1: no luck on this rank; while training client ")
 
 
 def test_a_failed_run_records_its_error_and_a_resume_starts_afresh(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def joined(topology: TopologyConfig) -> Iterator[World]:
             try:
                 yield world
             except Exception as error:
-                if not world.report_failure():
+                if not world.report_failure(str(error)):
                     raise AnotherRankFailedError from error
                 heartbeat.name_absent(error)
                 raise

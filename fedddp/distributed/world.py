@@ -27,6 +27,8 @@ STOP_POLL_S = 0.2
 NUMBERS = 1  # the tag of messages of numbers; tensors have 0
 ERRORS = "fedddp/errors"
 """Key of the store that counts the ranks that reported an error."""
+FIRST_ERROR = "fedddp/first-error"
+"""Key of the store that has the first of these errors."""
 
 
 class World:
@@ -282,15 +284,24 @@ class World:
                 self.request_stop()
         return self._stopping
 
-    def report_failure(self) -> bool:
-        """Count this rank's error in the store, once; return whether no other rank counted one before."""
+    def report_failure(self, error: str) -> bool:
+        """Count this rank's `error` in the store, once; return whether no other rank counted one before."""
         if self.first_to_fail is None:
             self.first_to_fail = False
             try:
                 self.first_to_fail = int(self.store.add(ERRORS, 1)) == 1
+                if self.first_to_fail:
+                    self.store.set(FIRST_ERROR, f"rank {self.rank}: {error}")
             except RuntimeError:  # the store's host is gone, and with it the count: one rank per node reports
                 self.first_to_fail = self.local_rank == 0
         return self.first_to_fail
+
+    def first_error(self) -> str:
+        """Return the error, and the rank, that was reported first; empty if it is not known."""
+        try:
+            return self.store.get(FIRST_ERROR).decode() if self.store.check([FIRST_ERROR]) else ""
+        except RuntimeError:
+            return ""
 
     def agree_to_stop(self) -> bool:
         """Collective. Return whether any rank was asked to stop; the same on all ranks."""
