@@ -294,14 +294,18 @@ def test_a_worker_that_is_killed_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+def kill_worker() -> None:
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), FileNotFoundError(2, "x"), EOFError()])
 def test_a_worker_that_is_killed_while_it_hands_over_a_batch_is_one_line(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(connection: Any) -> int:
-        (worker,) = multiprocessing.active_children()
-        assert worker.pid is not None
-        os.kill(worker.pid, signal.SIGKILL)
+        kill_worker()
         raise error  # as the connection does, before the signal comes that a child ended
 
     monkeypatch.setattr(reduction, "recv_handle", broken)
@@ -313,9 +317,7 @@ class Killing(FedAvg):
     """Kills the worker between two rounds, when nothing is read."""
 
     def step(self, server: ServerState, aggregated: AggregatedUpdate) -> None:
-        (worker,) = multiprocessing.active_children()
-        assert worker.pid is not None
-        os.kill(worker.pid, signal.SIGKILL)
+        kill_worker()
         while True:  # until the signal comes, which may wake another thread than this one
             time.sleep(0.01)
 

@@ -35,10 +35,13 @@ class Part:
 
     rows: slice
     """Positions in the pass."""
-    length: int
-    """How many these are: b, >= 1."""
     count: int
     total: int
+
+    @property
+    def length(self) -> int:
+        """How many positions these are: b, >= 1, since a rank without an example takes one as padding."""
+        return max(self.count, 1)
 
 
 def parts_of(sizes: Sequence[int], shard: tuple[int, int]) -> Iterator[Part]:
@@ -48,7 +51,7 @@ def parts_of(sizes: Sequence[int], shard: tuple[int, int]) -> Iterator[Part]:
         start, end = end, end + size
         own = max(0, -((rank - size) // ranks))  # as of rank, rank + ranks, ... below size
         rows = slice(start + rank, end, ranks) if own else slice(start, start + 1)
-        yield Part(rows, max(own, 1), own, size)
+        yield Part(rows, own, size)
 
 
 _Planes = tuple[Tensor, Boxes | None]

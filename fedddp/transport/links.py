@@ -80,9 +80,10 @@ class Links:
             client: the client.
             number: the round's index or the dispatch id, which names the random stream.
         """
-        codec, vectors, sent = self.config.up, dict(update.vectors), 0
+        codec = self.config.up
         if codec is None:
-            return update, sum(vector.nbytes for vector in vectors.values())
+            return update, sum(vector.nbytes for vector in update.vectors.values())
+        vectors, sent = dict(update.vectors), 0
         size = max((len(vector) for vector in vectors.values()), default=0)
         for name, vector in update.vectors.items():
             if len(vector) < size:

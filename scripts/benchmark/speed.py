@@ -43,6 +43,7 @@ class Configuration(NamedTuple):
 
 
 BF16 = "--local.precision bf16 --local.channels_last true"
+BY_DDP = "--topology.ranks_per_client 2"
 CONFIGURATIONS = (
     Configuration("loop, 1 process", 1, "loop"),
     Configuration("fedddp, 1 rank", 1, "fedddp"),
@@ -54,10 +55,13 @@ CONFIGURATIONS = (
         "fedddp, 2 groups of 1, float32 sums", 2, "fedddp", "--aggregation.sums float32", ("tiny",)
     ),
     Configuration("fedddp, 2 groups of 1, bf16 channels last", 2, "fedddp", BF16, ("cnn",)),
-    Configuration("fedddp, 1 group of 2", 2, "fedddp", "--topology.ranks_per_client 2", ("ddp",)),
+    Configuration("fedddp, 1 group of 2", 2, "fedddp", BY_DDP, ("ddp",)),
     Configuration(
         "fedddp, 1 group of 2, not channels last",
-        *(2, "fedddp", "--topology.ranks_per_client 2 --local.channels_last false", ("ddp",)),
+        2,
+        "fedddp",
+        f"{BY_DDP} --local.channels_last false",
+        ("ddp",),
     ),
 )
 PEERS = {
