@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -159,6 +160,29 @@ def test_short_commands_import_nothing_heavy() -> None:
             f"found = [name for name in {heavy!r} if name in sys.modules]\nassert not found, found"
         )
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists(), reason="the system has no transparent huge pages")
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_large_tensors_ask_for_huge_pages_unless_the_user_does_not_want_them(chosen: str | None) -> None:
+    code = (
+        "import fedddp, torch\n"
+        "large = torch.ones(2**23)\n"
+        "middle = large.data_ptr() + 2**24\n"
+        "for line in open('/proc/self/smaps'):\n"
+        "    first = line.split()[0]\n"
+        "    if '-' in first:\n"
+        "        start, end = (int(address, 16) for address in first.split('-'))\n"
+        "    if first == 'VmFlags:' and start <= middle < end:\n"
+        "        print('hg' in line.split())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    environment |= {} if chosen is None else {"THP_MEM_ALLOC_ENABLE": chosen}
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment)
+    assert printed.split() == [str(chosen is None)]
 
 
 # ---- the user's own module and datasets ----

@@ -21,6 +21,9 @@ FRACTION_BITS = 40
 CACHED = 1 << 17
 """Elements of a vector that are added at a time on a CPU, where they then stay in the cache."""
 
+SMALL = 1 << 18
+"""Elements of sums on a CPU that travel with a round's numbers: a message of its own takes longer."""
+
 SHIFT = 1.5 * 2.0 ** (52 - FRACTION_BITS)
 """Added to a float64 value below `SHIFTABLE`, it leaves the rounded fixed-point value in the low bits."""
 SHIFT_BITS = int(torch.tensor(SHIFT, dtype=torch.float64).view(torch.int64))
@@ -70,6 +73,8 @@ class Sums(Accumulator):
         }
         self.shifts = dict.fromkeys(self.sums, 0)
         """How often `SHIFT` is contained in each vector's sums, until `reduce`."""
+        self.small_sums: list[Tensor] = []
+        """The sums, from `reduce` on, where they travel with `numbers`."""
         self.scratch = torch.empty(0, dtype=torch.float64)
         self.weights = torch.zeros(2, dtype=torch.int64)
         """Sums of the weights and of the example weights; on the CPU, where they are read every round."""
@@ -153,12 +158,16 @@ class Sums(Accumulator):
     def reduce(self, world: World) -> None:
         """Collective. Replace the sums of this rank by those of all ranks, but for `numbers`."""
         self._remove_shifts()
-        world.sum_held(*self.sums.values())
+        sums = list(self.sums.values())
+        small = self.exact and self.like.device.type == "cpu" and sum(len(s) for s in sums) <= SMALL
+        self.small_sums = sums if small and world.all_hold_sums else []
+        if not self.small_sums:
+            world.sum_held(*sums)
         super().reduce(world)
 
     def numbers(self) -> list[Tensor]:
-        """Return the counts and the weights."""
-        return [*super().numbers(), self.weights]
+        """Return the counts and the weights, and small sums."""
+        return [*super().numbers(), self.weights, *self.small_sums]
 
     def result(self) -> AggregatedUpdate:
         """Return the weighted means."""

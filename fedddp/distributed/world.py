@@ -116,6 +116,11 @@ class World:
         """Whether this rank adds up what clients send: it leads a group, or is the coordinator."""
         return self.leads_group or self.is_coordinator
 
+    @property
+    def all_hold_sums(self) -> bool:
+        """Whether every rank adds up what clients send."""
+        return self.ranks_per_client == 1 and not self.dedicated
+
     def leader(self, group: int) -> int:
         """Return the world rank that leads `group`."""
         return int(self.dedicated) + group * self.ranks_per_client
