@@ -27,7 +27,7 @@ def stream_seed(*name: int | str) -> int:
 
 @contextlib.contextmanager
 def drawing_from(*name: int | str) -> Iterator[None]:
-    """Seed the global generators (Python's, NumPy's, torch's on the CPU) by a stream, for the block."""
+    """Seed the global generators by a stream, for the block."""
     with generators_kept():
         seed_global(stream_seed(*name))
         yield
@@ -47,16 +47,19 @@ def seed_global(seed: int) -> None:
 
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
-    """Put the global generators (Python's, NumPy's, torch's on the CPU) back after the block."""
+    """Put the global generators, all that `seed_global` seeds, back after the block."""
     import torch
 
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.default_generator.set_state(states[2])
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu)
 
 
 def stream(*name: int | str) -> np.random.Generator:

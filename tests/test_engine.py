@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import subprocess
 import sys
@@ -33,11 +34,12 @@ from fedddp.models.flat import FlatModel
 from fedddp.models.traced import TracedModel
 from fedddp.reporting.dry_run import dry_run
 from fedddp.section import ConfigError
-from fedddp.tasks import Classification
+from fedddp.tasks import Classification, Detection
 from fedddp.testing import run_world
-from fedddp.training.engine import channels_last, traced_or_why
+from fedddp.training.engine import channels_last, engine_of
 
 MLP = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+GRAPH = LocalConfig(engine="graph")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -95,14 +97,24 @@ class OwnLoss(Classification):
         ({"algorithm": Own()}, {}, "Own is not one of fedddp's own classes"),
         ({"task": OwnLoss()}, {}, "OwnLoss is not one of fedddp's own classes"),
         ({"cohort": CohortConfig(size=1)}, {}, None),
+        ({"local": GRAPH}, {"device": GPU}, None),
+        ({"local": dataclasses.replace(GRAPH, precision="bf16")}, {"device": GPU}, None),
+        ({"local": dataclasses.replace(GRAPH, precision="fp16")}, {"device": GPU}, "local.precision is fp16"),
+        ({"local": GRAPH}, {}, "the clients do not train on a GPU"),
+        ({"local": GRAPH}, {"device": GPU, "ranks": 2}, "a client has several ranks"),
+        ({"local": GRAPH, "algorithm": MOON()}, {"device": GPU}, "MOON adds a penalty to the loss"),
+        ({"local": GRAPH, "task": Detection()}, {"device": GPU}, "images differ in how many boxes they have"),
     ],
 )
 def test_what_the_eager_engine_trains_and_why(
     changes: dict[str, Any], place: dict[str, Any], reason: str | None
 ) -> None:
     given = {"device": CPU, "ranks": 1, **place}
-    found = traced_or_why(Config(**changes), FlatModel(copy.deepcopy(MLP)), (1, 2, 2), **given)
-    assert (found if isinstance(found, str) else None) == reason
+    config = Config(**changes)
+    found = engine_of(config, FlatModel(copy.deepcopy(MLP)), (1, 2, 2), **given)
+    other = "graph" if config.local.engine == "graph" else "traced"
+    assert (found.name, found.reason or None) == ("eager" if reason else other, reason)
+    assert (found.traced is not None) == (found.name == "traced")
 
 
 def test_the_plan_says_which_engine_trains() -> None:

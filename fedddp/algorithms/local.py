@@ -97,8 +97,9 @@ class LocalConfig(Section):
     channels_last: bool | Literal["auto"] = "auto"
     """Whether images are stored channels-last; auto: for convolutions on a CPU, where that is faster."""
 
-    engine: Literal["auto", "eager", "traced"] = "auto"
-    """`eager`: passes by autograd; `traced`: without, faster for small networks; auto: traced if it can."""
+    engine: Literal["auto", "eager", "traced", "graph"] = "auto"
+    """`eager`: passes by autograd; `traced`: without, on a CPU; `graph`: replayed on a GPU from CUDA graphs;
+    auto: traced if it can."""
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

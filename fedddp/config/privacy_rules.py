@@ -202,11 +202,14 @@ def refusal(c: Config) -> str | None:
     return _population_refusal(c, privacy)
 
 
+ADDS_UP = "adds up gradients of a batch that must be clipped before; leave it out"
+
+
 def _training_refusal(c: Config) -> str | None:
     """Return which way of training has no exact sum of clipped gradients, and why."""
     reasons = {
         "local.precision=fp16": "skips a step where the gradient of one example overflows; use bf16",
-        "local.engine=traced": "adds up gradients of a batch that must be clipped before; leave it out",
+        **{f"local.engine={name}": ADDS_UP for name in ("traced", "graph")},
         f"transport.group={c.transport.group}": (
             "rounds the sum of each rank, but the noise is for one exact sum of the group; leave it out"
         ),

@@ -345,9 +345,13 @@ def _compare(flat: FlatModel, traced: TracedModel, images: Tensor, buffers: tupl
     found = traced.forward(images)
     traced.backward(gradient, None)
     flat.read_buffers()
-    for mine, other in zip([found, flat.grad, flat.buffers], results, strict=True):
-        scale = max(float(other.abs().max()), 1e-6) if other.numel() else 0.0
-        # In pieces: what a comparison takes in between would be as large as the model.
-        pieces = zip(*(torch.split(v.flatten(), PIECE) for v in (mine, other)), strict=True)
-        if not all(torch.allclose(one, two, rtol=1e-3, atol=1e-4 * scale) for one, two in pieces):
-            raise UnsupportedModelError("its traced passes compute something else")
+    if not all(map(alike, [found, flat.grad, flat.buffers], results)):
+        raise UnsupportedModelError("its traced passes compute something else")
+
+
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """Return whether two ways to compute the same came to values that are close."""
+    scale = max(float(expected.abs().max()), 1e-6) if expected.numel() else 0.0
+    # In pieces: what a comparison takes in between would be as large as the model.
+    pieces = zip(*(torch.split(v.flatten(), PIECE) for v in (found, expected)), strict=True)
+    return all(torch.allclose(one, two, rtol=1e-3, atol=1e-4 * scale) for one, two in pieces)

@@ -16,7 +16,6 @@ from fedddp.config.schema import Config
 from fedddp.data.datasets import Images, load
 from fedddp.data.partition import Split, holdout_sizes
 from fedddp.models.flat import FlatModel
-from fedddp.models.traced import TracedModel
 from fedddp.privacy.config import CentralDP, ExampleDP
 from fedddp.privacy.protection import check_model
 from fedddp.privacy.statement import forecast
@@ -25,7 +24,7 @@ from fedddp.simulation.clock import examples_trained
 from fedddp.simulation.cohort import Assigner
 from fedddp.training.assembly import outputs_check
 from fedddp.training.clients import client_names, clients_of, pooled
-from fedddp.training.engine import traced_or_why
+from fedddp.training.engine import Engine, engine_of
 from fedddp.training.exchange import round_bytes
 from fedddp.training.protect import check_library, example_account, participations_of
 from fedddp.training.traced_trainer import needs_gradients
@@ -89,14 +88,14 @@ def dry_run(config: Config, world_size: int) -> Table:
         "first round",
         f"clients per group {_list([len(v) for v in assignment])}, examples per group {_list(examples)}",
     )
-    traced = _traced(config, flat, train)
-    table.add_row("local training", f"eager, because {traced}" if isinstance(traced, str) else "traced")
+    engine = _engine(config, flat, train)
+    table.add_row("local training", str(engine))
     if config.privacy is not None:
         table.add_row("privacy", privacy_text(config, flat, sizes))
     table.add_row("bytes per round", _traffic(config, server, flat, len(cohort)))
     if config.secure_aggregation is not None:
         table.add_row("secure aggregation", _secure(config.secure_aggregation, len(cohort)))
-    gradients = isinstance(traced, str) or needs_gradients(config.local, config.algorithm)
+    gradients = engine.traced is None or needs_gradients(config.local, config.algorithm)
     table.add_row("memory per rank", _memory(config, train, test, flat, gradients=gradients))
     return table
 
@@ -170,11 +169,11 @@ def _world(config: Config, world_size: int, groups: int) -> str:
     return f"{_count(world_size, 'rank')}: {_count(groups, 'client group')} of {ranks}; coordinator: {where}"
 
 
-def _traced(config: Config, flat: FlatModel, train: Images) -> TracedModel | str:
-    """Return the traced model that trains the clients, or why the eager engine does."""
+def _engine(config: Config, flat: FlatModel, train: Images) -> Engine:
+    """Return the engine that trains the clients."""
     cpu = config.topology.device == "cpu" or not torch.cuda.is_available()
     device = torch.device("cpu" if cpu else "cuda")
-    return traced_or_why(config, flat, train.shape, device, config.topology.ranks_per_client)
+    return engine_of(config, flat, train.shape, device, config.topology.ranks_per_client)
 
 
 def _count(number: int, noun: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,11 +15,12 @@ from fedddp.config.schema import Config
 from fedddp.data.loader import ClientLoader
 from fedddp.distributed.world import World
 from fedddp.models.flat import FlatModel
-from fedddp.models.trace import UnsupportedModelError
+from fedddp.models.trace import UnsupportedModelError, trace
 from fedddp.models.traced import TracedModel, try_traced
 from fedddp.privacy.config import ExampleDP
 from fedddp.section import ConfigError
 from fedddp.training.client_trainer import ClientTrainer
+from fedddp.training.graph_trainer import GraphTrainer
 from fedddp.training.private_trainer import PrivateTrainer
 from fedddp.training.traced_trainer import TracedTrainer, definer
 
@@ -28,32 +30,53 @@ LARGE = 4_000_000
 """Parameters of a network that trains channels-last on images of 64 pixels or more only."""
 
 
+class Engine(NamedTuple):
+    """What trains the clients of a run."""
+
+    name: str
+    """`eager`, `traced` or `graph`."""
+    reason: str = ""
+    """Why it is the eager one."""
+    traced: TracedModel | None = None
+
+    def __str__(self) -> str:
+        """Return the name, with the reason."""
+        return f"{self.name}, because {self.reason}" if self.reason else self.name
+
+
 def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLoader) -> ClientTrainer:
     """Collective over the group. Return the trainer of `config.local.engine`.
 
     Raises:
-        ConfigError: `local.engine` is "traced", and the model, the algorithm or the place does not allow it.
+        ConfigError: the model, the algorithm or the place does not allow the engine that is asked for.
     """
     parts = (world, flat, config.task, loader, config.local, config.algorithm)
     if isinstance(config.privacy, ExampleDP):
         return PrivateTrainer(*parts, seed=config.seed, privacy=config.privacy)
-    found = traced_or_why(config, flat, loader.images.shape, world.device, world.ranks_per_client)
-    if isinstance(found, TracedModel):
-        logger.debug("local.engine: traced")
-        return TracedTrainer(*parts, found, seed=config.seed)
-    if config.local.engine == "traced":
-        raise ConfigError(f"local.engine=traced cannot train this: {found}; leave it out")
-    logger.debug("local.engine: eager, because %s", found)
+    asked = config.local.engine
+    engine = engine_of(config, flat, loader.images.shape, world.device, world.ranks_per_client)
+    logger.debug("local.engine: %s", engine)
+    if engine.traced is not None:
+        return TracedTrainer(*parts, engine.traced, seed=config.seed)
+    if engine.name == "graph":
+        graph_trainer = GraphTrainer(*parts, seed=config.seed)
+        try:
+            graph_trainer.prepare()
+            return graph_trainer
+        except UnsupportedModelError as error:
+            engine = Engine("eager", str(error))
+    if asked not in ("auto", "eager"):
+        raise ConfigError(f"local.engine={asked} cannot train this: {engine.reason}; leave it out")
     trainer = ClientTrainer(*parts, seed=config.seed)
     if config.transport.group is not None:
         world.compress_gradients(trainer.replica, config.transport.group)
     return trainer
 
 
-def traced_or_why(
+def engine_of(
     config: Config, flat: FlatModel, shape: tuple[int, int, int], device: torch.device, ranks: int
-) -> TracedModel | str:
-    """Return the traced model that trains the clients, or why they train by the eager engine.
+) -> Engine:
+    """Return the engine that trains the clients.
 
     The engine decides bits, so its choice depends on nothing that may change when a run is resumed.
 
@@ -66,16 +89,19 @@ def traced_or_why(
     """
     reason = obstacle(config, device, ranks)
     if reason:
-        return reason
+        return Engine("eager", reason)
     try:
-        return try_traced(flat, shape)
+        if config.local.engine == "graph":
+            trace(flat.module)
+            return Engine("graph")
+        return Engine("traced", traced=try_traced(flat, shape))
     except UnsupportedModelError as error:
-        return str(error)
+        return Engine("eager", str(error))
 
 
 def obstacle(config: Config, device: torch.device, ranks: int) -> str:
-    """Return why the eager engine trains any model of such a run; empty if the traced one can."""
-    local, algorithm = config.local, config.algorithm
+    """Return why the eager engine trains any model of such a run; empty if another one can."""
+    local, algorithm, graph = config.local, config.algorithm, config.local.engine == "graph"
     owners = [definer(type(algorithm), hook) for hook in ("begin", "correct", "finish")]
     owners += [definer(type(config.task), name) for name in ("forward", "loss", "loss_and_gradient")]
     unknown = [owner.__name__ for owner in owners if not owner.__module__.startswith("fedddp.")]
@@ -83,8 +109,10 @@ def obstacle(config: Config, device: torch.device, ranks: int) -> str:
         "local.engine is eager": local.engine == "eager",
         "ExampleDP takes the gradient of every example": isinstance(config.privacy, ExampleDP),
         "a client has several ranks": ranks > 1,
-        "the clients train on a GPU": device.type != "cpu",
-        f"local.precision is {local.precision}": local.precision != "fp32",
+        "the clients train on a GPU": device.type != "cpu" and not graph,
+        "the clients do not train on a GPU": device.type != "cuda" and graph,
+        f"local.precision is {local.precision}": local.precision not in ("fp32", *["bf16"] * graph),
+        "images differ in how many boxes they have": config.task.target == "boxes" and graph,
         f"local.accumulate is {local.accumulate}": local.accumulate > 1,
         f"{type(algorithm).__name__} adds a penalty to the loss": (
             type(algorithm).penalty is not Algorithm.penalty

@@ -50,6 +50,7 @@ BF16 = "--local.precision bf16 --local.channels_last true"
 CONFIGURATIONS = (
     Configuration("loop", None),
     Configuration("fedddp", ""),
+    Configuration("fedddp, graphs", "--local.engine graph"),
     Configuration("fedddp, bf16", "--local.precision bf16", ("tiny",)),
     Configuration("fedddp, bf16 channels last", BF16, ("cnn",)),
 )

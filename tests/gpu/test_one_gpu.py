@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +16,7 @@ import rig
 import torch
 import torch.distributed as dist
 from launching import type_on_this_rank
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedddp import (
     CheckpointConfig,
@@ -27,7 +29,9 @@ from fedddp import (
 )
 from fedddp.algorithms import SCAFFOLD, Algorithm, FedAvg
 from fedddp.distributed.launch import connect
+from fedddp.rng import seed_global
 from fedddp.testing import run_world
+from fedddp.training.graph_trainer import graph_pool, record
 from fedddp.training.objects import Objects
 from fedddp.training.synchronous import run_rounds
 
@@ -126,6 +130,52 @@ def test_optimizers_with_state_train_what_they_train_on_the_cpu(tmp_path: Path, 
     kept = LocalConfig(epochs=2, batch_size=4, lr=0.01, optimizer="adam", optimizer_state="keep")
     config = small(FedAvg(), local=rig.MOMENTUM if optimizer == "momentum" else kept)
     assert_close(train(config, GPU, tmp_path / "gpu"), train(config, CPU, tmp_path / "cpu"))
+
+
+# ---- graphs ----
+
+
+@pytest.mark.parametrize("kind", ["plain", "norm", "momentum", "lenet", "bf16"])
+@each_algorithm
+def test_graphs_train_what_eager_passes_train(tmp_path: Path, name: str, kind: str) -> None:
+    local = {"momentum": rig.MOMENTUM, "bf16": dataclasses.replace(rig.LOCAL, precision="bf16")}
+    config = small(ALGORITHMS[name], kind == "norm", local.get(kind, rig.LOCAL))
+    if kind == "lenet":
+        config = dataclasses.replace(lenet(), algorithm=ALGORITHMS[name])
+
+    def trained_by(engine: Literal["graph", "eager"]) -> Tensor:
+        changed = dataclasses.replace(config, local=dataclasses.replace(config.local, engine=engine))
+        return train(changed, GPU, tmp_path / engine)
+
+    assert_close(trained_by("graph"), trained_by("eager"))
+
+
+def passes_of_a_graph() -> tuple[list[float], list[float]]:
+    """Return what recorded passes with dropout add up in three replays, and in as many eager passes."""
+    see_one_gpu()
+    layers = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 1)).cuda()
+    images, total = torch.ones(8, 64, device="cuda"), torch.zeros(1, device="cuda")
+
+    def passes() -> None:
+        total.add_(layers(images).detach().sum())
+
+    def sums(call: Callable[[], None]) -> list[float]:
+        seed_global(3)
+        total.zero_()
+        found = []
+        for _ in range(3):
+            call()
+            found.append(float(total))
+        return found
+
+    replay = record(passes, graph_pool())
+    return sums(replay), sums(passes)
+
+
+def test_replays_draw_what_passes_draw() -> None:
+    ((replayed, passed),) = run_world(passes_of_a_graph, size=1, timeout_s=TIMEOUT_S)
+    assert replayed == pytest.approx(passed, rel=1e-5)
+    assert len({round(b - a, 3) for a, b in pairwise([0.0, *replayed])}) == 3
 
 
 # ---- worlds ----
