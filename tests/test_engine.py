@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from fedddp import (
     CohortConfig,
     Config,
     DataConfig,
+    EvaluationConfig,
     Federation,
     LocalConfig,
     ModelConfig,
@@ -215,6 +217,39 @@ def test_a_step_takes_one_forward_and_one_backward_pass_without_autograd(tmp_pat
     with counted(counts, torch.autograd, "grad"):
         federation(tmp_path, name="again").run()
     assert not counts  # nor does the loss need it
+
+
+def profiled(output: Path, rounds: int, epochs: int) -> tuple[Counter[str], Counter[int]]:
+    """Return how often each operation of torch ran in a run, and how often memory of each size was taken."""
+    local, never = LocalConfig(batch_size=16, epochs=epochs), EvaluationConfig(every=rounds)
+    run = federation(output, local=local, rounds=rounds, evaluation=never, model=ModelConfig(name="2nn"))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run.run()
+    events: Any = profiler.profiler
+    found = events.kineto_results.events()
+    taken = [event.nbytes() for event in found if event.name() == "[memory]" and event.nbytes() > 0]
+    names = (event.name().removeprefix("aten::") for event in found if event.name().startswith("aten::"))
+    return Counter(names), Counter(taken)
+
+
+def test_a_step_takes_few_operations_and_a_client_memory_for_its_update_alone(tmp_path: Path) -> None:
+    parameters = 64 * 200 + 200 + 200 * 200 + 200 + 200 * 10 + 10
+    few, sizes = profiled(tmp_path / "few", rounds=2, epochs=1)
+    _, more_sizes = profiled(tmp_path / "many", rounds=4, epochs=1)
+    longer, _ = profiled(tmp_path / "longer", rounds=2, epochs=3)
+    # Of each of two more rounds with four clients: their updates, and the server's mean.
+    assert more_sizes[4 * parameters] - sizes[4 * parameters] == 2 * (4 + 1)
+    assert not any(count > 4 * parameters for count in more_sizes - sizes)
+    # Of each of three steps of four clients in two rounds, twice more: three layers, and the loss.
+    steps = 2 * 3 * 4 * 2
+    per_step = {name: (longer[name] - few[name]) / steps for name in longer}
+    computing = {
+        **{"linear": 3, "addmm": 3, "relu": 2, "clamp_min": 2, "threshold_backward": 2, "mm": 2, "addmm_": 3},
+        **{"addmv_": 3, "_log_softmax": 1, "nll_loss_forward": 1, "exp_": 1, "scatter_": 1},
+    }
+    assert {name: per_step[name] for name in computing} == computing
+    passes_over_vectors = ("zero_", "add_", "mul_", "sub", "clone", "_to_copy")
+    assert all(per_step.get(name, 0) < 1 for name in passes_over_vectors), "once for all batches at most"
 
 
 def test_only_the_batches_that_local_steps_uses_are_read(tmp_path: Path) -> None:
