@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ from fedddp.training import graph_trainer
 from fedddp.training.client_trainer import ClientTrainer
 from fedddp.training.graph_trainer import GraphTrainer
 
-Record = Callable[[Callable[[], None], Any], Callable[[], None]]
+Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def world() -> Iterator[World]:
         yield world
 
 
-def run_again(passes: Callable[[], None], pool: object) -> Callable[[], None]:
-    """Stand in for `record`."""
+def run_again(passes: Callable[[], None]) -> Callable[[], None]:
+    """Stand in for `Recorder.record`."""
     for _ in range(graph_trainer.WARM_UP):
         passes()
     return passes
@@ -51,9 +51,10 @@ def run_again(passes: Callable[[], None], pool: object) -> Callable[[], None]:
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> Callable[[Record], None]:
-    """Return what sets what stands in for `record`."""
-    monkeypatch.setattr(graph_trainer, "graph_pool", lambda: None)
-    return lambda record: monkeypatch.setattr(graph_trainer, "record", record)
+    """Return what sets what stands in for `Recorder.record`."""
+    return lambda record: monkeypatch.setattr(
+        graph_trainer, "Recorder", lambda: SimpleNamespace(record=record)
+    )
 
 
 @pytest.mark.parametrize("local", [LOCAL, MOMENTUM], ids=["sgd", "momentum"])
@@ -86,7 +87,7 @@ def test_passes_are_recorded_once_for_each_number_of_images(
 ) -> None:
     counts: Counter[str] = Counter()
 
-    def counted(passes: Callable[[], None], pool: object) -> Callable[[], None]:
+    def counted(passes: Callable[[], None]) -> Callable[[], None]:
         counts["recorded"] += 1
 
         def replay() -> None:
@@ -116,7 +117,7 @@ def test_a_trial_leaves_all_as_it_was(world: World, recording: Callable[[Record]
     assert (flat.module.training, trainer.loss_count) == (False, 0)
 
 
-def twice(passes: Callable[[], None], pool: object) -> Callable[[], None]:
+def twice(passes: Callable[[], None]) -> Callable[[], None]:
     def replay() -> None:
         passes()
         passes()
@@ -124,14 +125,14 @@ def twice(passes: Callable[[], None], pool: object) -> Callable[[], None]:
     return replay
 
 
-def fail(passes: Callable[[], None], pool: object) -> Callable[[], None]:
+def fail(passes: Callable[[], None]) -> Callable[[], None]:
     raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
 
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (lambda passes, pool: lambda: None, "a replay of its passes computes something else"),
+        (lambda passes: lambda: None, "a replay of its passes computes something else"),
         (twice, "a replay of its passes computes something else"),
         (
             fail,

@@ -41,7 +41,7 @@ class GraphTrainer(ClientTrainer):
         assert isinstance(blank.targets, Tensor)
         self.images, self.targets = (t.new_zeros(size, *t.shape[1:]) for t in (blank.images, blank.targets))
         self.replays: dict[int, Callable[[], None]] = {}
-        self.pool = graph_pool()
+        self.recorder = Recorder()
         generator = torch.Generator().manual_seed(0)
         count = min(2, size)
         images = torch.rand(count, *blank.images.shape[1:], generator=generator).to(self.world.device)
@@ -83,7 +83,7 @@ class GraphTrainer(ClientTrainer):
         batch = Batch(self.images[:count], self.targets[:count], count, count)
         eager = super()._gradient
         with self._kept():
-            return record(lambda: eager(NO_CONTEXT, batch, None), self.pool)
+            return self.recorder.record(lambda: eager(NO_CONTEXT, batch, None))
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[None]:
@@ -97,21 +97,24 @@ class GraphTrainer(ClientTrainer):
         self.loss_count = count
 
 
-def graph_pool() -> Any:
-    """Return the memory that the graphs of a trainer share: only one of them runs at a time."""
-    return torch.cuda.graph_pool_handle()
+class Recorder:
+    """Records what launches kernels. Its graphs share their memory: only one of them runs at a time."""
 
+    def __init__(self) -> None:
+        # Graphs that share memory are recorded on one stream. It is not the default one: autograd would add
+        # up gradients on that, which no graph can hold.
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
 
-def record(passes: Callable[[], None], pool: Any) -> Callable[[], None]:
-    """Run `passes`, which only launch kernels, a few times; return what launches their kernels again."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
+    def record(self, passes: Callable[[], None]) -> Callable[[], None]:
+        """Run `passes`, which only launch kernels, a few times; return what launches these again."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UP):
+                passes()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local": threads of NCCL and of pinned memory may ask the GPU for something meanwhile.
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             passes()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # "thread_local": a thread of NCCL may ask the GPU for something meanwhile.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        passes()
-    return graph.replay
+        return graph.replay

@@ -31,7 +31,7 @@ from fedddp.algorithms import SCAFFOLD, Algorithm, FedAvg
 from fedddp.distributed.launch import connect
 from fedddp.rng import seed_global
 from fedddp.testing import run_world
-from fedddp.training.graph_trainer import graph_pool, record
+from fedddp.training.graph_trainer import Recorder
 from fedddp.training.objects import Objects
 from fedddp.training.synchronous import run_rounds
 
@@ -168,7 +168,7 @@ def passes_of_a_graph() -> tuple[list[float], list[float]]:
             found.append(float(total))
         return found
 
-    replay = record(passes, graph_pool())
+    replay = Recorder().record(passes)
     return sums(replay), sums(passes)
 
 
@@ -198,11 +198,11 @@ def test_one_rank_communicates_by_nccl() -> None:
     assert numbers == [0.0, 1.0, 2.0]
 
 
-@pytest.mark.parametrize("ranks_per_client", [1, 2], ids=["two groups", "one group of two"])
+@pytest.mark.parametrize(("ranks", "ranks_per_client"), [(2, 1), (2, 2), (4, 1), (4, 2)])
 @each_algorithm
-def test_two_ranks_share_a_gpu_over_gloo(tmp_path: Path, name: str, ranks_per_client: int) -> None:
+def test_ranks_share_a_gpu_over_gloo(tmp_path: Path, name: str, ranks: int, ranks_per_client: int) -> None:
     config = small(ALGORITHMS[name])
-    shared = train(config, GPU, tmp_path / "shared", ranks=2, ranks_per_client=ranks_per_client)
+    shared = train(config, GPU, tmp_path / "shared", ranks=ranks, ranks_per_client=ranks_per_client)
     alone = train(config, GPU, tmp_path / "alone")
     assert_close(shared, alone)
     if ranks_per_client == 1:
