@@ -68,9 +68,10 @@ def stream(*name: int | str) -> np.random.Generator:
 
 
 def global_states() -> tuple[object, ...]:
-    """Return the states of the global generators on the CPU: they differ once something is drawn."""
+    """Return the states of the global generators: they differ once something is drawn."""
     import torch
 
     state: Any = np.random.get_state()
     _, words, *position = state
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), words.tobytes(), position
+    on_gpu = torch.cuda.get_rng_state().numpy().tobytes() if torch.cuda.is_initialized() else b""  # type: ignore[no-untyped-call]
+    return torch.get_rng_state().numpy().tobytes(), on_gpu, random.getstate(), words.tobytes(), position

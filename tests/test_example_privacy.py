@@ -639,6 +639,7 @@ def test_frozen_parameters_have_no_gradient() -> None:
             "local.precision=fp16 cannot be combined with privacy=ExampleDP: it",
         ),
         ("--local.engine traced", "local.engine=traced cannot be combined with privacy=ExampleDP: it"),
+        ("--local.engine graph", "local.engine=graph cannot be combined with privacy=ExampleDP: it"),
         ("--transport.group bf16 --topology.ranks_per_client 2", "transport.group=bf16 cannot be combined"),
         ("--algorithm MOON", "algorithm=MOON cannot be combined with privacy=ExampleDP: it adds to the loss"),
         (

@@ -35,7 +35,6 @@ from fedddp.models.flat import FlatModel
 from fedddp.models.traced import TracedModel
 from fedddp.tasks import Classification, Task
 from fedddp.training.client_trainer import ClientJob, ClientTrainer
-from fedddp.training.graph_trainer import GraphTrainer
 from fedddp.training.traced_trainer import TracedTrainer, reads_grad
 
 SIZES = (11, 0, 24, 5, 16)
@@ -131,8 +130,6 @@ def trained(
     if trainer is TracedTrainer:
         parts = (*parts, TracedModel(flat.module))
     engine = trainer(*parts, seed=3)
-    if isinstance(engine, GraphTrainer):
-        engine.prepare()
     server, starts = ServerState.of(flat, 5), np.cumsum((0, *SIZES))
     algorithm.start(server)
     states: dict[int, dict[str, Tensor]] = {client: {} for client in clients}

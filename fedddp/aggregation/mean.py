@@ -22,7 +22,7 @@ CACHED = 1 << 17
 """Elements of a vector that are added at a time on a CPU, where they then stay in the cache."""
 
 SMALL = 1 << 18
-"""Elements of sums on a CPU that travel with a round's numbers: a message of its own takes longer."""
+"""Elements of sums that travel with a round's numbers, where CPUs send both: another message takes longer."""
 
 SHIFT = 1.5 * 2.0 ** (52 - FRACTION_BITS)
 """Added to a float64 value below `SHIFTABLE`, it leaves the rounded fixed-point value in the low bits."""
@@ -159,8 +159,8 @@ class Sums(Accumulator):
         """Collective. Replace the sums of this rank by those of all ranks, but for `numbers`."""
         self._remove_shifts()
         sums = list(self.sums.values())
-        small = self.exact and self.like.device.type == "cpu" and sum(len(s) for s in sums) <= SMALL
-        self.small_sums = sums if small and world.all_hold_sums else []
+        small = self.exact and sum(len(s) for s in sums) <= SMALL
+        self.small_sums = sums if small and world.all_send_sums_from_cpu else []
         if not self.small_sums:
             world.sum_held(*sums)
         super().reduce(world)

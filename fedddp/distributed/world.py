@@ -117,9 +117,9 @@ class World:
         return self.leads_group or self.is_coordinator
 
     @property
-    def all_hold_sums(self) -> bool:
-        """Whether every rank adds up what clients send."""
-        return self.ranks_per_client == 1 and not self.dedicated
+    def all_send_sums_from_cpu(self) -> bool:
+        """Whether every rank adds up what clients send, and sends the sums from its CPU."""
+        return self.ranks_per_client == 1 and not self.dedicated and self._transport.type == "cpu"
 
     def leader(self, group: int) -> int:
         """Return the world rank that leads `group`."""

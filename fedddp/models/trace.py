@@ -81,6 +81,6 @@ def _check_node(node: fx.Node) -> None:
         raise UnsupportedModelError("its forward pass does not return one tensor")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, shortened."""
     return (str(error).splitlines() or [type(error).__name__])[0][:100]

@@ -349,9 +349,12 @@ def _compare(flat: FlatModel, traced: TracedModel, images: Tensor, buffers: tupl
         raise UnsupportedModelError("its traced passes compute something else")
 
 
-def alike(found: Tensor, expected: Tensor) -> bool:
-    """Return whether two ways to compute the same came to values that are close."""
+def alike(found: Tensor, expected: Tensor, tolerance: float = 1e-3) -> bool:
+    """Return whether two ways to compute the same came to values that are close.
+
+    `tolerance` is relative to a value; a tenth of it to the largest one.
+    """
     scale = max(float(expected.abs().max()), 1e-6) if expected.numel() else 0.0
     # In pieces: what a comparison takes in between would be as large as the model.
     pieces = zip(*(torch.split(v.flatten(), PIECE) for v in (found, expected)), strict=True)
-    return all(torch.allclose(one, two, rtol=1e-3, atol=1e-4 * scale) for one, two in pieces)
+    return all(torch.allclose(one, two, rtol=tolerance, atol=0.1 * tolerance * scale) for one, two in pieces)

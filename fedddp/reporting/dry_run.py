@@ -24,7 +24,7 @@ from fedddp.simulation.clock import examples_trained
 from fedddp.simulation.cohort import Assigner
 from fedddp.training.assembly import outputs_check
 from fedddp.training.clients import client_names, clients_of, pooled
-from fedddp.training.engine import Engine, engine_of
+from fedddp.training.engine import Engine, engine_of, refusal
 from fedddp.training.exchange import round_bytes
 from fedddp.training.protect import check_library, example_account, participations_of
 from fedddp.training.traced_trainer import needs_gradients
@@ -89,7 +89,9 @@ def dry_run(config: Config, world_size: int) -> Table:
         f"clients per group {_list([len(v) for v in assignment])}, examples per group {_list(examples)}",
     )
     engine = _engine(config, flat, train)
-    table.add_row("local training", str(engine))
+    asked = config.local.engine
+    refused = engine.reason and asked not in ("auto", "eager")
+    table.add_row("local training", refusal(asked, engine.reason) if refused else str(engine))
     if config.privacy is not None:
         table.add_row("privacy", privacy_text(config, flat, sizes))
     table.add_row("bytes per round", _traffic(config, server, flat, len(cohort)))

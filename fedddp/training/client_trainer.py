@@ -132,6 +132,7 @@ class ClientTrainer:
         for batch in self.batches(context, indices):
             context.grad.zero_()
             self._gradient(context, batch, scaler)
+            self.loss_count += batch.count
             if scaler is not None:
                 scaler.unscale_(self.optimizer)
             # After the all-reduce and the un-scaling: it is the same on all ranks, and added once.
@@ -236,7 +237,6 @@ class ClientTrainer:
                 (objective if scaler is None else scaler.scale(objective)).backward()
             if micro.count:
                 self.loss_sum += loss.detach()
-                self.loss_count += micro.count
 
     def _laid_out(self, batch: Batch) -> Batch:
         """Return `batch` with its images in the layout of the model."""

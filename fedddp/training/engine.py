@@ -54,23 +54,28 @@ def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLo
     if isinstance(config.privacy, ExampleDP):
         return PrivateTrainer(*parts, seed=config.seed, privacy=config.privacy)
     asked = config.local.engine
+    if asked == "graph" and world.group is None:  # a dedicated coordinator, which trains no client
+        return ClientTrainer(*parts, seed=config.seed)
     engine = engine_of(config, flat, loader.images.shape, world.device, world.ranks_per_client)
     logger.debug("local.engine: %s", engine)
     if engine.traced is not None:
         return TracedTrainer(*parts, engine.traced, seed=config.seed)
     if engine.name == "graph":
-        graph_trainer = GraphTrainer(*parts, seed=config.seed)
         try:
-            graph_trainer.prepare()
-            return graph_trainer
+            return GraphTrainer(*parts, seed=config.seed)
         except UnsupportedModelError as error:
-            engine = Engine("eager", str(error))
+            raise ConfigError(refusal(asked, str(error))) from error
     if asked not in ("auto", "eager"):
-        raise ConfigError(f"local.engine={asked} cannot train this: {engine.reason}; leave it out")
+        raise ConfigError(refusal(asked, engine.reason))
     trainer = ClientTrainer(*parts, seed=config.seed)
     if config.transport.group is not None:
         world.compress_gradients(trainer.replica, config.transport.group)
     return trainer
+
+
+def refusal(asked: str, reason: str) -> str:
+    """Return the line that refuses the engine that was asked for."""
+    return f"local.engine={asked} cannot train this: {reason}; leave it out"
 
 
 def engine_of(
@@ -111,7 +116,9 @@ def obstacle(config: Config, device: torch.device, ranks: int) -> str:
         "a client has several ranks": ranks > 1,
         "the clients train on a GPU": device.type != "cpu" and not graph,
         "the clients do not train on a GPU": device.type != "cuda" and graph,
-        f"local.precision is {local.precision}": local.precision not in ("fp32", *["bf16"] * graph),
+        f"local.precision is {local.precision}": (
+            local.precision == "fp16" or (local.precision == "bf16" and not graph)
+        ),
         "images differ in how many boxes they have": config.task.target == "boxes" and graph,
         f"local.accumulate is {local.accumulate}": local.accumulate > 1,
         f"{type(algorithm).__name__} adds a penalty to the loss": (

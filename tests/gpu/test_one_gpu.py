@@ -31,7 +31,7 @@ from fedddp.algorithms import SCAFFOLD, Algorithm, FedAvg
 from fedddp.distributed.launch import connect
 from fedddp.rng import seed_global
 from fedddp.testing import run_world
-from fedddp.training.graph_trainer import Recorder
+from fedddp.training.graph_trainer import record
 from fedddp.training.objects import Objects
 from fedddp.training.synchronous import run_rounds
 
@@ -75,12 +75,12 @@ def see_one_gpu() -> None:
 
 
 def trained(
-    config: Config, topology: TopologyConfig, folder: str, resumed_from: int = 0
+    config: Config, topology: TopologyConfig, folder: str, resumed_from: int = 0, dropout: bool = False
 ) -> tuple[str, Tensor]:
     """Train on the first GPU or on the CPU; return the kind of device, and parameters and buffers."""
     see_one_gpu()
     torch.backends.cudnn.allow_tf32 = False  # which rounds products to 10 bits
-    name = "norm" if config.model.norm == "sync" else "plain"
+    name = "dropout" if dropout else "norm" if config.model.norm == "sync" else "plain"
     objects = Objects() if config.data.examples else rig.objects_of(name, config)
     with contextlib.closing(connect(topology)) as world:
         session = rig.session_of(config, world, Path(folder), objects)
@@ -98,10 +98,12 @@ def train(
     ranks: int = 1,
     ranks_per_client: int = 1,
     resumed_from: int = 0,
+    dropout: bool = False,
 ) -> Tensor:
     """Train in a world of its own; return the coordinator's parameters and buffers."""
     topology = TopologyConfig(device=device, ranks_per_client=ranks_per_client)
-    results = run_world(trained, config, topology, str(folder), resumed_from, size=ranks, timeout_s=TIMEOUT_S)
+    given = (config, topology, str(folder), resumed_from, dropout)
+    results = run_world(trained, *given, size=ranks, timeout_s=TIMEOUT_S)
     assert [kind for kind, _ in results] == [device] * ranks
     return results[0][1]
 
@@ -135,7 +137,7 @@ def test_optimizers_with_state_train_what_they_train_on_the_cpu(tmp_path: Path, 
 # ---- graphs ----
 
 
-@pytest.mark.parametrize("kind", ["plain", "norm", "momentum", "lenet", "bf16"])
+@pytest.mark.parametrize("kind", ["plain", "norm", "dropout", "momentum", "lenet", "bf16"])
 @each_algorithm
 def test_graphs_train_what_eager_passes_train(tmp_path: Path, name: str, kind: str) -> None:
     local = {"momentum": rig.MOMENTUM, "bf16": dataclasses.replace(rig.LOCAL, precision="bf16")}
@@ -145,7 +147,7 @@ def test_graphs_train_what_eager_passes_train(tmp_path: Path, name: str, kind: s
 
     def trained_by(engine: Literal["graph", "eager"]) -> Tensor:
         changed = dataclasses.replace(config, local=dataclasses.replace(config.local, engine=engine))
-        return train(changed, GPU, tmp_path / engine)
+        return train(changed, GPU, tmp_path / engine, dropout=kind == "dropout")
 
     assert_close(trained_by("graph"), trained_by("eager"))
 
@@ -168,7 +170,7 @@ def passes_of_a_graph() -> tuple[list[float], list[float]]:
             found.append(float(total))
         return found
 
-    replay = Recorder().record(passes)
+    replay = record(passes)
     return sums(replay), sums(passes)
 
 
