@@ -77,6 +77,8 @@ NEAREST: dict[str, tuple[tuple[str, ...], str]] = {
     "storage/run_record": (("run_record",), ""),
     "tracking/derived": (("metrics",), ""),
     "tracking": (("progress", "tracking"), ""),
+    "training/engine": (("engine", "graphs"), ""),
+    "training/graph_trainer": (("graphs",), ""),
     "training/best": (("best",), ""),
     "training/profiling": (("profiling",), ""),
     "transport": (("codecs", "transport"), "not million and not every_algorithm"),

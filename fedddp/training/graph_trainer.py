@@ -17,7 +17,7 @@ from fedddp.evaluation import is_out_of_memory
 from fedddp.models.flat import FlatModel
 from fedddp.models.trace import UnsupportedModelError, first_line
 from fedddp.models.traced import alike
-from fedddp.rng import generators_kept, seed_global
+from fedddp.rng import generators_kept
 from fedddp.tasks import Task
 from fedddp.training.client_trainer import ClientTrainer
 
@@ -98,11 +98,8 @@ class GraphTrainer(ClientTrainer):
             return record(lambda: eager(NO_CONTEXT, batch, None))
 
     def _results(self, passes: Callable[[], None]) -> list[Tensor]:
-        """Return what two passes add up and leave in the buffers; all is put back."""
+        """Return what two passes, from the state of now, add up and leave in the buffers; all is put back."""
         with self._kept():
-            seed_global(0)
-            self.flat.grad.zero_()
-            self.loss_sum.zero_()
             for _ in range(2):
                 passes()
             return [tensor.clone() for tensor in self._changed()]
