@@ -157,15 +157,17 @@ class Viewed(nn.Module):
         ("auto", nn.Linear(2, 2), 28, CPU, False),
         ("auto", LARGE, 63, CPU, False),
         ("auto", LARGE, 64, CPU, True),
+        ("auto", LARGE, (63, 64), CPU, False),
         (True, LARGE, 32, CPU, True),
         (False, CONVOLUTION, 28, CPU, False),
         ("auto", Viewed(), 28, CPU, False),
     ],
 )
 def test_channels_last_follows_from_model_image_and_device(
-    setting: Any, module: nn.Module, side: int, device: torch.device, expected: bool
+    setting: Any, module: nn.Module, side: int | tuple[int, int], device: torch.device, expected: bool
 ) -> None:
-    assert channels_last(LocalConfig(channels_last=setting), module, (3, side, side), device) is expected
+    height, width = side if isinstance(side, tuple) else (side, side)
+    assert channels_last(LocalConfig(channels_last=setting), module, (3, height, width), device) is expected
 
 
 @pytest.mark.parametrize(
