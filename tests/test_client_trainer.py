@@ -27,7 +27,7 @@ from fedddp.models.norms import convert_norm, synchronized
 from fedddp.rng import DROPOUT, stream, stream_seed
 from fedddp.tasks.classification import Classification
 from fedddp.testing import run_world
-from fedddp.training.client_trainer import ClientJob, ClientResult, ClientTrainer
+from fedddp.training.client_trainer import ClientJob, ClientResult, ClientTrainer, Parts
 
 SEED, CLIENT, ROUND = 7, 3, 2
 MEAN, STD = 0.4, 0.3
@@ -134,7 +134,7 @@ def start_training(
     flat = FlatModel(module)
     loader = ClientLoader(images(), data or DataConfig(), world.device, seed=SEED)
     task = Classification(label_smoothing=case.smoothing)
-    trainer = ClientTrainer(world, flat, task, loader, case.local, FedAvg(), seed=SEED)
+    trainer = ClientTrainer(Parts(world, flat, task, loader, case.local, FedAvg(), SEED))
     return trainer, ServerState.of(flat, population=10)
 
 
@@ -349,7 +349,7 @@ def drawing(kind: str, seed: int) -> Callable[[], float]:
 def trainer_of(world: World, module: nn.Module, local: LocalConfig) -> tuple[ClientTrainer, ServerState]:
     flat = FlatModel(module)
     loader = ClientLoader(images(), DataConfig(), world.device, seed=SEED)
-    trainer = ClientTrainer(world, flat, Classification(), loader, local, FedAvg(), seed=SEED)
+    trainer = ClientTrainer(Parts(world, flat, Classification(), loader, local, FedAvg(), SEED))
     return trainer, ServerState.of(flat, population=10)
 
 

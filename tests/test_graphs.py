@@ -34,7 +34,7 @@ from fedddp.rng import global_states
 from fedddp.section import ConfigError
 from fedddp.tasks import Classification, MultiLabel, Segmentation
 from fedddp.training import engine, graph_trainer
-from fedddp.training.client_trainer import ClientJob, ClientTrainer
+from fedddp.training.client_trainer import ClientJob, ClientTrainer, Parts
 from fedddp.training.engine import make_trainer
 from fedddp.training.graph_trainer import GraphTrainer
 
@@ -124,7 +124,7 @@ def test_other_targets_than_classes_are_replayed(
         torch.manual_seed(0)
         flat = FlatModel(nn.Sequential(*copy.deepcopy(layers)))
         loader = ClientLoader(examples, config, world.device, seed=3)
-        trainer = kind(world, flat, task, loader, LOCAL, FedAvg(), seed=3)
+        trainer = kind(Parts(world, flat, task, loader, LOCAL, FedAvg(), 3))
         server = ServerState.of(flat, 1)
         job = ClientJob(client=0, round=0, indices=np.arange(30), weight=1.0, share=1.0, lr=0.1)
         result = trainer.train(server, job, {})
@@ -203,7 +203,7 @@ def test_a_trial_refuses_what_is_not_replayed(
 
 def graphs_of(world: World, flat: FlatModel) -> GraphTrainer:
     loader = ClientLoader(images(), DataConfig(), world.device, seed=3)
-    return GraphTrainer(world, flat, Classification(), loader, LOCAL, FedAvg(), seed=3)
+    return GraphTrainer(Parts(world, flat, Classification(), loader, LOCAL, FedAvg(), 3))
 
 
 def test_the_trainer_that_is_asked_for_is_made_or_refused_in_one_line(

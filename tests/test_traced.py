@@ -34,7 +34,7 @@ from fedddp.distributed.world import World
 from fedddp.models.flat import FlatModel
 from fedddp.models.traced import TracedModel
 from fedddp.tasks import Classification, Task
-from fedddp.training.client_trainer import ClientJob, ClientTrainer
+from fedddp.training.client_trainer import ClientJob, ClientTrainer, Parts
 from fedddp.training.traced_trainer import TracedTrainer, reads_grad
 
 SIZES = (11, 0, 24, 5, 16)
@@ -126,10 +126,9 @@ def trained(
     algorithm = algorithm or FedAvg()
     flat = FlatModel(model())
     loader = ClientLoader(images(), data or DataConfig(), world.device, seed=3)
-    parts: tuple[Any, ...] = (world, flat, task or Classification(), loader, local, algorithm)
-    if trainer is TracedTrainer:
-        parts = (*parts, TracedModel(flat.module))
-    engine = trainer(*parts, seed=3)
+    parts = Parts(world, flat, task or Classification(), loader, local, algorithm, 3)
+    traced = trainer is TracedTrainer
+    engine = TracedTrainer(parts, TracedModel(flat.module)) if traced else trainer(parts)
     server, starts = ServerState.of(flat, 5), np.cumsum((0, *SIZES))
     algorithm.start(server)
     states: dict[int, dict[str, Tensor]] = {client: {} for client in clients}
@@ -188,7 +187,8 @@ def test_traced_clients_train_as_eager_ones(world: World, name: str, local: Loca
 def test_gradients_are_held_only_where_a_step_needs_them(world: World, local: LocalConfig) -> None:
     flat = FlatModel(MODELS["mlp"]())
     loader = ClientLoader(images(), DataConfig(), world.device, seed=3)
-    TracedTrainer(world, flat, Classification(), loader, local, FedAvg(), TracedModel(flat.module), seed=3)
+    parts = Parts(world, flat, Classification(), loader, local, FedAvg(), 3)
+    TracedTrainer(parts, TracedModel(flat.module))
     assert (len(flat.grad) == 0) == (local is LOCAL)
     assert all((p.grad is None) == (local is LOCAL) for p in flat.module.parameters())
 

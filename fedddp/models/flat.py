@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +170,17 @@ def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
         views.append(piece.as_strided(tensor.shape, tensor.stride()) if dense else piece.view(tensor.shape))
         offset += tensor.numel()
     return views
+
+
+@contextlib.contextmanager
+def tensors_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Put the values of `tensors` back after the block."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, value in before:
+            tensor.data.copy_(value)
 
 
 def norm(vector: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from fedddp.simulation.clock import examples_trained
 from fedddp.simulation.cohort import Assigner
 from fedddp.training.assembly import outputs_check
 from fedddp.training.clients import client_names, clients_of, pooled
-from fedddp.training.engine import Engine, engine_of, refusal
+from fedddp.training.engine import Engine, engine_of
 from fedddp.training.exchange import round_bytes
 from fedddp.training.protect import check_library, example_account, participations_of
 from fedddp.training.traced_trainer import needs_gradients
@@ -89,7 +89,7 @@ def dry_run(config: Config, world_size: int) -> Table:
         f"clients per group {_list([len(v) for v in assignment])}, examples per group {_list(examples)}",
     )
     engine = _engine(config, flat, train)
-    table.add_row("local training", _trained_by(config.local.engine, engine))
+    table.add_row("local training", str(engine))
     if config.privacy is not None:
         table.add_row("privacy", privacy_text(config, flat, sizes))
     table.add_row("bytes per round", _traffic(config, server, flat, len(cohort)))
@@ -174,11 +174,6 @@ def _engine(config: Config, flat: FlatModel, train: Images) -> Engine:
     cpu = config.topology.device == "cpu" or not torch.cuda.is_available()
     device = torch.device("cpu" if cpu else "cuda")
     return engine_of(config, flat, train.shape, device, config.topology.ranks_per_client)
-
-
-def _trained_by(asked: str, engine: Engine) -> str:
-    """Return the engine, and why it is the eager one, or why a run refuses the one that was asked for."""
-    return refusal(asked, engine.reason) if engine.reason and asked not in ("auto", "eager") else str(engine)
 
 
 def _count(number: int, noun: str) -> str:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from fedddp.algorithms.local import LocalConfig
 from fedddp.data.loader import Batch, ClientLoader, blank_batch, micro_batches
 from fedddp.distributed.world import World
 from fedddp.evaluation import NoMemoryError, is_out_of_memory
-from fedddp.models.flat import FlatModel, norm
+from fedddp.models.flat import FlatModel, norm, tensors_kept
 from fedddp.rng import DROPOUT, seed_global, stream, stream_seed
 from fedddp.tasks import Task
 from fedddp.training.replica import in_float32, replicate
@@ -67,23 +67,25 @@ class ClientResult:
     """Whether a rank of the group was asked to stop."""
 
 
+class Parts(NamedTuple):
+    """What every trainer is made of."""
+
+    world: World
+    flat: FlatModel
+    task: Task
+    loader: ClientLoader
+    local: LocalConfig
+    algorithm: Algorithm
+    seed: int
+
+
 class ClientTrainer:
     """Trains one client after another on this rank's group; the model and the optimizer are reused."""
 
-    def __init__(
-        self,
-        world: World,
-        flat: FlatModel,
-        task: Task,
-        loader: ClientLoader,
-        local: LocalConfig,
-        algorithm: Algorithm,
-        *,
-        seed: int,
-    ) -> None:
+    def __init__(self, parts: Parts) -> None:
         """Collective over the group: wraps the model in DDP."""
-        self.world, self.flat, self.task, self.loader = world, flat, task, loader
-        self.local, self.algorithm, self.seed = local, algorithm, seed
+        world, flat, self.task, self.loader, local, self.algorithm, self.seed = parts
+        self.world, self.flat, self.local = world, flat, local
         self.shard = (world.data_rank, world.ranks_per_client)
         self.replica = self._replica()
         self.parameter = nn.Parameter(flat.params)
@@ -250,14 +252,12 @@ class ClientTrainer:
 
     @contextlib.contextmanager
     def _padded(self) -> Iterator[None]:
-        before = [buffer.clone() for buffer in self.restored_buffers]
         for module in self.padding_aware:
             setattr(module, "is_padding", True)  # noqa: B010 - modules type their attributes as tensors
-        yield
+        with tensors_kept(self.restored_buffers):
+            yield
         for module in self.padding_aware:
             setattr(module, "is_padding", False)  # noqa: B010
-        for buffer, value in zip(self.restored_buffers, before, strict=True):
-            buffer.copy_(value)
 
     def _step(self, scaler: Any) -> bool:
         """Step the optimizer; return False when fp16 overflowed, which skips the step on all ranks."""

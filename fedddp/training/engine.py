@@ -19,7 +19,7 @@ from fedddp.models.trace import UnsupportedModelError, trace
 from fedddp.models.traced import TracedModel, try_traced
 from fedddp.privacy.config import ExampleDP
 from fedddp.section import ConfigError
-from fedddp.training.client_trainer import ClientTrainer
+from fedddp.training.client_trainer import ClientTrainer, Parts
 from fedddp.training.graph_trainer import GraphTrainer
 from fedddp.training.private_trainer import PrivateTrainer
 from fedddp.training.traced_trainer import TracedTrainer, definer
@@ -38,10 +38,19 @@ class Engine(NamedTuple):
     reason: str = ""
     """Why it is the eager one."""
     traced: TracedModel | None = None
+    asked: str = "auto"
+    """`local.engine`."""
+
+    @property
+    def refusal(self) -> str:
+        """The line that refuses another engine that was asked for; empty if it is this one."""
+        if not self.reason or self.asked in ("auto", "eager"):
+            return ""
+        return f"local.engine={self.asked} cannot train this: {self.reason}; leave it out"
 
     def __str__(self) -> str:
-        """Return the name, with the reason."""
-        return f"{self.name}, because {self.reason}" if self.reason else self.name
+        """Return the name, with the reason, or the refusal."""
+        return self.refusal or (f"{self.name}, because {self.reason}" if self.reason else self.name)
 
 
 def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLoader) -> ClientTrainer:
@@ -50,32 +59,28 @@ def make_trainer(config: Config, world: World, flat: FlatModel, loader: ClientLo
     Raises:
         ConfigError: the model, the algorithm or the place does not allow the engine that is asked for.
     """
-    parts = (world, flat, config.task, loader, config.local, config.algorithm)
+    parts = Parts(world, flat, config.task, loader, config.local, config.algorithm, config.seed)
     if isinstance(config.privacy, ExampleDP):
-        return PrivateTrainer(*parts, seed=config.seed, privacy=config.privacy)
-    asked = config.local.engine
-    if asked == "graph" and world.group is None:  # a dedicated coordinator, which trains no client
-        return ClientTrainer(*parts, seed=config.seed)
+        return PrivateTrainer(parts, config.privacy)
+    if (
+        config.local.engine == "graph" and world.group is None
+    ):  # a dedicated coordinator, which trains no client
+        return ClientTrainer(parts)
     engine = engine_of(config, flat, loader.images.shape, world.device, world.ranks_per_client)
     logger.debug("local.engine: %s", engine)
     if engine.traced is not None:
-        return TracedTrainer(*parts, engine.traced, seed=config.seed)
+        return TracedTrainer(parts, engine.traced)
     if engine.name == "graph":
         try:
-            return GraphTrainer(*parts, seed=config.seed)
+            return GraphTrainer(parts)
         except UnsupportedModelError as error:
-            raise ConfigError(refusal(asked, str(error))) from error
-    if asked not in ("auto", "eager"):
-        raise ConfigError(refusal(asked, engine.reason))
-    trainer = ClientTrainer(*parts, seed=config.seed)
+            raise ConfigError(engine._replace(reason=str(error)).refusal) from error
+    if engine.refusal:
+        raise ConfigError(engine.refusal)
+    trainer = ClientTrainer(parts)
     if config.transport.group is not None:
         world.compress_gradients(trainer.replica, config.transport.group)
     return trainer
-
-
-def refusal(asked: str, reason: str) -> str:
-    """Return the line that refuses the engine that was asked for."""
-    return f"local.engine={asked} cannot train this: {reason}; leave it out"
 
 
 def engine_of(
@@ -92,16 +97,16 @@ def engine_of(
         device: where clients train.
         ranks: R, of a client.
     """
-    reason = obstacle(config, device, ranks)
+    asked, reason = config.local.engine, obstacle(config, device, ranks)
     if reason:
-        return Engine("eager", reason)
+        return Engine("eager", reason, asked=asked)
     try:
-        if config.local.engine == "graph":
+        if asked == "graph":
             trace(flat.module)
-            return Engine("graph")
-        return Engine("traced", traced=try_traced(flat, shape))
+            return Engine("graph", asked=asked)
+        return Engine("traced", traced=try_traced(flat, shape), asked=asked)
     except UnsupportedModelError as error:
-        return Engine("eager", str(error))
+        return Engine("eager", str(error), asked=asked)
 
 
 def obstacle(config: Config, device: torch.device, ranks: int) -> str:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedddp.algorithms import Algorithm, ClientContext
-from fedddp.algorithms.local import LocalConfig
-from fedddp.data.loader import Batch, ClientLoader, blank_batch
-from fedddp.distributed.world import World
+from fedddp.algorithms import ClientContext
+from fedddp.data.loader import Batch, blank_batch
 from fedddp.evaluation import is_out_of_memory
-from fedddp.models.flat import FlatModel
+from fedddp.models.flat import tensors_kept
 from fedddp.models.trace import UnsupportedModelError, first_line
 from fedddp.models.traced import alike
 from fedddp.rng import generators_kept
-from fedddp.tasks import Task
-from fedddp.training.client_trainer import ClientTrainer
+from fedddp.training.client_trainer import ClientTrainer, Parts
 
 WARM_UP = 3
 """Passes before one is recorded: in their first, libraries choose kernels and take memory."""
@@ -38,32 +36,22 @@ class GraphTrainer(ClientTrainer):
     with: the model's flat vectors, the sum of the losses, and `held`.
     """
 
-    def __init__(
-        self,
-        world: World,
-        flat: FlatModel,
-        task: Task,
-        loader: ClientLoader,
-        local: LocalConfig,
-        algorithm: Algorithm,
-        *,
-        seed: int,
-    ) -> None:
+    def __init__(self, parts: Parts) -> None:
         """Try a replay of two images.
 
         Raises:
             UnsupportedModelError: the passes cannot be recorded, or a replay does something else.
         """
-        super().__init__(world, flat, task, loader, local, algorithm, seed=seed)
+        super().__init__(parts)
         self.held: tuple[Tensor, ...] = ()
         """The images and targets that the graph reads, from the first whole batch on."""
         self.replay: Callable[[], None] = lambda: None
-        blank = blank_batch(loader.images, world.device)
+        blank = blank_batch(self.loader.images, self.world.device)
         generator = torch.Generator().manual_seed(0)
-        images = torch.rand(*blank.images.shape, generator=generator).to(world.device)
-        trial = Batch(images, blank.targets, blank.count, blank.total)
-        training = flat.module.training
-        flat.module.train()
+        images = torch.rand(*blank.images.shape, generator=generator).to(self.world.device)
+        trial, module = replace(blank, images=images), self.flat.module
+        training = module.training
+        module.train()
         try:
             expected = self._results(lambda: super(GraphTrainer, self)._gradient(NO_CONTEXT, trial, None))
             found = self._results(self._recorded(trial))
@@ -74,8 +62,9 @@ class GraphTrainer(ClientTrainer):
             reason = first_line(error.__context__ or error)
             raise UnsupportedModelError(f"its passes cannot be recorded ({reason})") from error
         finally:
-            flat.module.train(training)
-        if not all(alike(*pair, TOLERANCE[local.precision]) for pair in zip(found, expected, strict=True)):
+            module.train(training)
+        tolerance = TOLERANCE[self.local.precision]
+        if not all(alike(*pair, tolerance) for pair in zip(found, expected, strict=True)):
             raise UnsupportedModelError("a replay of its passes computes something else")
 
     def _gradient(self, context: ClientContext, batch: Batch, scaler: Any) -> None:
@@ -111,13 +100,8 @@ class GraphTrainer(ClientTrainer):
     @contextlib.contextmanager
     def _kept(self) -> Iterator[None]:
         """Put back all that passes change, after the block."""
-        before = [tensor.clone() for tensor in self._changed()]
-        try:
-            with generators_kept():
-                yield
-        finally:
-            for tensor, value in zip(self._changed(), before, strict=True):
-                tensor.copy_(value)
+        with generators_kept(), tensors_kept(self._changed()):
+            yield
 
 
 def record(passes: Callable[[], None]) -> Callable[[], None]:

@@ -13,19 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from fedddp.algorithms import Algorithm, ClientContext
-from fedddp.algorithms.local import LocalConfig
-from fedddp.data.loader import Batch, ClientLoader, blank_batch
+from fedddp.algorithms import ClientContext
+from fedddp.data.loader import Batch, blank_batch
 from fedddp.data.poisson import poisson_batches
-from fedddp.distributed.world import World
-from fedddp.models.flat import FlatModel
+from fedddp.models.flat import tensors_kept
 from fedddp.models.trace import first_line
 from fedddp.privacy.config import ExampleDP
 from fedddp.privacy.example import add_clipped, step_noise
 from fedddp.privacy.noise import UNIT, secret_seed
 from fedddp.rng import DROPOUT, drawing_from, stream, stream_seed
-from fedddp.tasks import Task
-from fedddp.training.client_trainer import ClientTrainer
+from fedddp.training.client_trainer import ClientTrainer, Parts
 from fedddp.training.replica import in_float32
 
 logger = logging.getLogger(__name__)
@@ -44,29 +41,18 @@ class PrivateTrainer(ClientTrainer):
     A client's examples enter its training by `_gradient` alone, and all later steps work on the noisy sum.
     """
 
-    def __init__(
-        self,
-        world: World,
-        flat: FlatModel,
-        task: Task,
-        loader: ClientLoader,
-        local: LocalConfig,
-        algorithm: Algorithm,
-        *,
-        seed: int,
-        privacy: ExampleDP,
-    ) -> None:
+    def __init__(self, parts: Parts, privacy: ExampleDP) -> None:
         """Find out how to compute the gradients of single examples."""
-        super().__init__(world, flat, task, loader, local, algorithm, seed=seed)
+        super().__init__(parts)
         self.privacy = privacy
         self.noise_multiplier = privacy.noise_multiplier
         """z; where it follows from `target_epsilon`, `training.protect` puts it in before the first round."""
-        self.pass_seed = seed
+        self.pass_seed = parts.seed
         """Names the streams of a pass: the run's seed, or a secret one."""
         self.buffers_before: list[Tensor] = []
-        self.total = torch.zeros_like(flat.params, dtype=torch.int64)
-        per_example = 3 * flat.params.nbytes
-        bound = -(-local.batch_size // (world.ranks_per_client * local.accumulate))
+        self.total = torch.zeros_like(parts.flat.params, dtype=torch.int64)
+        per_example = 3 * parts.flat.params.nbytes
+        bound = -(-parts.local.batch_size // (parts.world.ranks_per_client * parts.local.accumulate))
         self.chunk = max(1, min(bound, CHUNK_BYTES // per_example))
         """Examples whose gradients are computed at once."""
         self.side_by_side = self._can_map()
@@ -185,15 +171,11 @@ class PrivateTrainer(ClientTrainer):
         if not isinstance(batch.targets, Tensor):
             return False
         module = self.flat.module.train()
-        buffers = [buffer.clone() for buffer in module.buffers()]
         self.side_by_side = True
         try:
-            with drawing_from("trial", 0):
+            with drawing_from("trial", 0), tensors_kept(module.buffers()):
                 self.example_gradients(batch)
         except Exception as error:  # of many kinds; one by one, what is wrong with a model is raised again
             logger.info("examples are taken one by one, as vmap cannot train this (%s)", first_line(error))
             return False
-        finally:
-            for buffer, value in zip(module.buffers(), buffers, strict=True):
-                buffer.data.copy_(value)
         return True

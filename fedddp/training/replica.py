@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedddp.data.loader import Batch
 from fedddp.distributed.world import World
+from fedddp.models.flat import tensors_kept
 from fedddp.rng import drawing_from, global_states
 from fedddp.tasks import Task
 
@@ -62,9 +63,8 @@ def _some_unused(world: World, module: nn.Module, task: Task, batch: Batch) -> b
     passes look for it. Training passes draw and update running statistics, so both are restored.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
-    buffers = [buffer.clone() for buffer in module.buffers()]
     dropout = any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in module.modules())
-    with drawing_from("trial", 0):
+    with drawing_from("trial", 0), tensors_kept(module.buffers()):
         for number in range(TRIAL_PASSES):
             module.train(number > 0)
             before = global_states()
@@ -73,8 +73,6 @@ def _some_unused(world: World, module: nn.Module, task: Task, batch: Batch) -> b
             unused = any(grad is None for grad in grads) or (drew and not dropout)
             if unused or (number > 0 and not drew):  # every training pass is alike
                 break
-    for buffer, value in zip(module.buffers(), buffers, strict=True):
-        buffer.data.copy_(value)
     module.eval()
     decision = torch.tensor([int(unused)], device=world.device)
     world.group_max(decision)

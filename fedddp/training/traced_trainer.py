@@ -8,36 +8,21 @@ from numpy.typing import NDArray
 
 from fedddp.algorithms import Algorithm, ClientContext
 from fedddp.algorithms.local import LocalConfig
-from fedddp.data.loader import ClientLoader
-from fedddp.distributed.world import World
-from fedddp.models.flat import FlatModel
 from fedddp.models.traced import Step, TracedModel
 from fedddp.rng import seed_global
-from fedddp.tasks import Task
-from fedddp.training.client_trainer import ClientTrainer
+from fedddp.training.client_trainer import ClientTrainer, Parts
 
 
 class TracedTrainer(ClientTrainer):
     """Runs forward and backward pass by `TracedModel`; all else happens as in `ClientTrainer`."""
 
-    def __init__(
-        self,
-        world: World,
-        flat: FlatModel,
-        task: Task,
-        loader: ClientLoader,
-        local: LocalConfig,
-        algorithm: Algorithm,
-        model: TracedModel,
-        *,
-        seed: int,
-    ) -> None:
-        """Take the passes of `flat`'s module."""
-        super().__init__(world, flat, task, loader, local, algorithm, seed=seed)
+    def __init__(self, parts: Parts, model: TracedModel) -> None:
+        """Take the passes of the module in `parts`."""
+        super().__init__(parts)
         self.model = model
-        self.steps_in_backward = not needs_gradients(local, algorithm)
+        self.steps_in_backward = not needs_gradients(parts.local, parts.algorithm)
         if self.steps_in_backward:
-            flat.drop_gradients()
+            parts.flat.drop_gradients()
             self.parameter.grad = None
 
     @torch.no_grad()
